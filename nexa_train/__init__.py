@@ -1,0 +1,2 @@
+"""Nexa: one training job, the same result on every machine."""
+__version__ = "0.1.0"

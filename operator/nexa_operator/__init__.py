@@ -1,0 +1,1 @@
+"""The operator: NexaTrainingJob objects in, Kubernetes objects and status out."""
