@@ -1,0 +1,366 @@
+"""The schema of a NexaTrainingJob's `spec`: the only one there is.
+
+Recipes, the command line, the CRD in `crds/` and the operator all derive from these models. Checks that
+need one group of keys stand in that group, checks across groups in `JobSpec`; what a backend can do stands
+in `support.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from nexa_train.config.base import LabelMap, Name, Quantity, Strict, Text
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class ModelSpec(Strict):
+    """What is trained: a registry name, a hub id, a folder, a GGUF file, or sizes to build from scratch."""
+
+    name: Text = Field("tiny", min_length=1, description="Registry key, hub id, folder or URI of the base model.")
+    revision: Text | None = Field(None, description="Commit or tag of a hub id; pins the weights.")
+    d_model: int | None = Field(None, ge=8, le=65_536, description="Hidden size; given: built from scratch.")
+    n_layers: int | None = Field(None, ge=1, le=1024, description="Decoder layers; given: built from scratch.")
+    n_heads: int | None = Field(None, ge=1, le=1024, description="Attention heads; given: built from scratch.")
+    max_seq_len: int = Field(512, ge=8, le=1_048_576, description="Longest sequence in tokens.")
+    attn: Literal["auto", "eager", "sdpa", "flash"] = Field("auto", description="Attention implementation.")
+
+    @model_validator(mode="after")
+    def _sizes_come_together(self) -> ModelSpec:
+        given = [size is not None for size in (self.d_model, self.n_layers, self.n_heads)]
+        if any(given) and not all(given):
+            raise ValueError("d_model, n_layers and n_heads build a model together: give all three or none")
+        if self.d_model and self.n_heads and self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f"d_model {self.d_model} is not divisible by 2 x n_heads {self.n_heads} "
+                "(rotary embeddings need heads of an even size)"
+            )
+        return self
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether sizes are given, so that an architecture is built instead of loaded."""
+        return self.d_model is not None
+
+
+class ValidationSpec(Strict):
+    """Rows held out to measure validation loss: a fraction, a number, or a file of their own; at most one."""
+
+    fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows held out.")
+    rows: int | None = Field(None, ge=1, le=10_000_000, description="Number of rows held out.")
+    uri: Text | None = Field(None, description="A file of its own.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ValidationSpec:
+        if sum(value is not None for value in (self.fraction, self.rows, self.uri)) > 1:
+            raise ValueError("validation takes one of fraction, rows and uri, not several")
+        return self
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is held out."""
+        return not (self.fraction is None and self.rows is None and self.uri is None)
+
+
+class DataSpec(Strict):
+    """Where the rows come from and how a row is read."""
+
+    remote_uri: Text = Field(
+        min_length=1, description="Folder, file, s3://, gs://, hub id, or stdlib:docstrings (made on the spot)."
+    )
+    dataset_version: Text = Field("", description="The version this job means; part of the run's identity.")
+    storage: Name | None = Field(None, description="Name of an administrator's storage profile.")
+    format: Literal["messages", "prompt_completion", "question_answer", "text", "preference"] = Field(
+        "messages", description="What a row looks like."
+    )
+    columns: LabelMap = Field(default_factory=dict, description="Field the format expects -> column in the file.")
+    validation: ValidationSpec = Field(default_factory=ValidationSpec, description="Rows held out.")
+    packing: bool = Field(False, description="Fill sequences with several samples that do not see each other.")
+
+
+class SftMethod(Strict):
+    """Supervised fine-tuning."""
+
+    type: Literal["sft"] = "sft"
+    train_on: Literal["assistant", "last_turn", "all"] = Field(
+        "assistant", description="Which tokens are targets of the loss."
+    )
+
+
+class PretrainMethod(Strict):
+    """Next-token training on every token."""
+
+    type: Literal["pretrain"] = "pretrain"
+
+
+class DpoMethod(Strict):
+    """Direct Preference Optimization (Rafailov et al. 2023)."""
+
+    type: Literal["dpo"] = "dpo"
+    beta: float = Field(0.1, gt=0, le=100, description="Strength of the pull towards the reference model.")
+
+
+class DistillMethod(Strict):
+    """Distillation from a teacher (Hinton et al. 2015)."""
+
+    type: Literal["distill"] = "distill"
+    teacher: Text = Field(min_length=1, description="Registry key, hub id or folder of the teacher.")
+    temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions.")
+    alpha: float = Field(0.5, ge=0, le=1, description="Weight of the teacher's part of the loss.")
+
+
+Method = Annotated[SftMethod | DpoMethod | DistillMethod | PretrainMethod, Field(discriminator="type")]
+
+
+class FullTuning(Strict):
+    """Every weight is trained."""
+
+    type: Literal["full"] = "full"
+
+
+class LoraTuning(Strict):
+    """Low-rank adapters (Hu et al. 2021) beside frozen weights."""
+
+    type: Literal["lora"] = "lora"
+    rank: int = Field(ge=1, le=1024, description="Rank of the adapters.")
+    alpha: float | None = Field(None, gt=0, le=4096, description="Scale; the adapter counts alpha/rank. Default: 2 x rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    target_modules: list[Text] = Field(
+        default_factory=list, max_length=64, description="Names of linear layers; empty: all but the head."
+    )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, the factor on the adapter's output."""
+        return (self.alpha if self.alpha is not None else 2.0 * self.rank) / self.rank
+
+
+class QloraTuning(Strict):
+    """LoRA over weights stored in 4-bit NormalFloat (Dettmers et al. 2023)."""
+
+    type: Literal["qlora"] = "qlora"
+    rank: int = Field(ge=1, le=1024, description="Rank of the adapters.")
+    alpha: float | None = Field(None, gt=0, le=4096, description="Scale; the adapter counts alpha/rank. Default: 2 x rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    target_modules: list[Text] = Field(
+        default_factory=list, max_length=64, description="Names of linear layers; empty: all but the head."
+    )
+    double_quant: bool = Field(True, description="Quantise the quantisation constants too.")
+
+    scale = LoraTuning.scale
+
+
+Tuning = Annotated[FullTuning | LoraTuning | QloraTuning, Field(discriminator="type")]
+
+
+class TrainingSpec(Strict):
+    """How long, how much at a time, and how exactly."""
+
+    global_batch_size: Count = Field(8, description="Sequences an optimiser step, over all ranks.")
+    microbatch_size_per_gpu: Annotated[int, Field(ge=1, le=65_536)] | Auto = Field(
+        "auto", description="Sequences a rank takes through the model at once."
+    )
+    grad_accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | Auto = Field(
+        "auto", description="Microbatches a step; refused where the product does not match."
+    )
+    max_steps: int | None = Field(None, ge=1, le=100_000_000, description="Optimiser steps; or give epochs.")
+    epochs: float | None = Field(None, gt=0, le=10_000, description="Passes over the data; or give max_steps.")
+    save_every_steps: int = Field(100, ge=1, le=100_000_000, description="A checkpoint every so many steps.")
+    eval_every_steps: int = Field(0, ge=0, le=100_000_000, description="Validation every so many steps; 0: before and after.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seeds weights, adapters and data order.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Number format of the forward pass.")
+    deterministic: bool = Field(True, description="Refuse kernels that do not give the same bits twice.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSpec:
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError("training takes max_steps or epochs, not both")
+        return self
+
+
+class OptimizerSpec(Strict):
+    """The optimiser and its learning-rate schedule."""
+
+    name: Literal["adamw"] = Field("adamw", description="AdamW (Loshchilov & Hutter 2019).")
+    lr: float = Field(2e-5, gt=0, le=10, description="Peak learning rate.")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="Decoupled weight decay; not on norms and biases.")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2, description="Decay of both moments."
+    )
+    eps: float = Field(1e-8, gt=0, le=1, description="Added to the root of the second moment.")
+    scheduler: Literal["constant", "linear", "cosine", "cosine_warmup", "wsd"] = Field(
+        "cosine_warmup", description="Shape of the learning rate over the steps."
+    )
+    warmup_steps: int = Field(0, ge=0, le=100_000_000, description="Steps of linear warm-up.")
+    max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Clip the gradient's norm here; 0: never.")
+
+
+class ResourcesSpec(Strict):
+    """What one pod asks for and may use at most."""
+
+    cpu: Quantity | None = Field(None, description="CPU of a pod, as request and limit.")
+    memory: Quantity | None = Field(None, description="Memory of a pod, as request and limit.")
+
+
+class Toleration(Strict):
+    """A taint that the pods put up with, as in a pod's tolerations."""
+
+    key: Name | None = Field(None, description="Key of the taint; none: all.")
+    operator: Literal["Exists", "Equal"] = Field("Equal", description="How the value is compared.")
+    value: Text | None = Field(None, description="Value of the taint.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="None: all.")
+
+
+class EnvVar(Strict):
+    """A variable of the trainer's environment; never a secret: those come by a storage profile."""
+
+    name: Annotated[str, StringConstraints(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    value: Text = ""
+
+
+class Volume(Strict):
+    """A volume by claim or by config map, mounted where said."""
+
+    name: Annotated[str, StringConstraints(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+    mount_path: Annotated[str, StringConstraints(max_length=1024, pattern=r"^/")]
+    claim: Name | None = Field(None, description="A PersistentVolumeClaim of the job's namespace.")
+    config_map: Name | None = Field(None, description="A ConfigMap of the job's namespace.")
+    read_only: bool = True
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Volume:
+        if (self.claim is None) == (self.config_map is None):
+            raise ValueError("a volume comes from a claim or from a config_map: give exactly one")
+        return self
+
+
+class ClusterSpec(Strict):
+    """How many ranks, and what each gets. Not part of the run's identity."""
+
+    num_nodes: int = Field(1, ge=1, le=4096, description="Nodes; on Kubernetes, pods.")
+    gpus_per_node: int = Field(0, ge=0, le=64, description="Ranks a node; 0: CPU, one rank a node.")
+    min_nodes: int | None = Field(None, ge=1, le=4096, description="Go on with so many when nodes are lost.")
+    threads_per_rank: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of a rank; another number may round differently."
+    )
+    resources: ResourcesSpec = Field(default_factory=ResourcesSpec, description="Of each pod.")
+    node_selector: LabelMap = Field(default_factory=dict, description="Labels that a node must have.")
+    tolerations: list[Toleration] = Field(default_factory=list, max_length=16)
+    env: list[EnvVar] = Field(default_factory=list, max_length=64)
+    volumes: list[Volume] = Field(default_factory=list, max_length=16)
+    labels: LabelMap = Field(default_factory=dict, description="Put on the pods.")
+    annotations: LabelMap = Field(default_factory=dict, description="Put on the pods.")
+
+    @model_validator(mode="after")
+    def _room_to_shrink(self) -> ClusterSpec:
+        if self.min_nodes is not None and self.min_nodes > self.num_nodes:
+            raise ValueError(f"min_nodes {self.min_nodes} is more than num_nodes {self.num_nodes}")
+        return self
+
+    @property
+    def ranks_per_node(self) -> int:
+        """One rank a GPU; on CPU one rank a node."""
+        return max(1, self.gpus_per_node)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.num_nodes * self.ranks_per_node
+
+
+class ArtifactsSpec(Strict):
+    """Where checkpoints go."""
+
+    uri: Text = Field("artifacts", min_length=1, description="Folder or s3://bucket/prefix.")
+    storage: Name | None = Field(None, description="Name of an administrator's storage profile.")
+    keep_last: int | None = Field(None, ge=1, le=10_000, description="Keep so many checkpoints; none: all.")
+
+
+class RecoveryRule(Strict):
+    """What to do when a rank ends so; the first rule that fits wins over the built-in classification."""
+
+    exit_codes: list[Annotated[int, Field(ge=1, le=255)]] = Field(min_length=1, max_length=64)
+    action: Literal["retry", "fail"]
+
+
+class RecoverySpec(Strict):
+    """What happens when a rank is lost."""
+
+    max_restarts: int = Field(3, ge=0, le=10_000, description="Restarts without a new checkpoint in between.")
+    progress_deadline_seconds: int = Field(
+        600, ge=1, le=604_800, description="A rank without a step for so long is stalled."
+    )
+    rules: list[RecoveryRule] = Field(default_factory=list, max_length=32)
+
+
+class ScheduleSpec(Strict):
+    """When and under whom the job runs."""
+
+    runtime: Literal["job", "pytorchjob", "jobset"] = Field("job", description="Objects that carry the ranks.")
+    queue_name: Name | None = Field(None, description="Kueue's local queue.")
+    priority: Name | None = Field(None, description="PriorityClass of the pods.")
+    suspend: bool = Field(False, description="Hold the job, or stop it with a checkpoint.")
+    active_deadline_seconds: int | None = Field(None, ge=1, le=31_536_000)
+    ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31_536_000)
+    managed_by: Name | None = Field(None, description="Another controller's name: this one keeps off.")
+    deletion_policy: Literal["Retain", "Delete"] = Field("Retain", description="Delete: artifacts go with the job.")
+
+
+class JobSpec(Strict):
+    """One training job. The run's identity is everything but cluster to trackers below."""
+
+    model: ModelSpec = Field(default_factory=ModelSpec)
+    data: DataSpec
+    method: Method = Field(default_factory=SftMethod)
+    tuning: Tuning = Field(default_factory=FullTuning)
+    backend: Literal["hf", "fsdp", "deepspeed", "axolotl"] = Field("fsdp", description="What carries the training.")
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    cluster: ClusterSpec = Field(default_factory=ClusterSpec)
+    artifacts: ArtifactsSpec = Field(default_factory=ArtifactsSpec)
+    recovery: RecoverySpec = Field(default_factory=RecoverySpec)
+    schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
+    image: Text | None = Field(None, description="Trainer image; none: the cluster's default.")
+    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(default_factory=list, max_length=3)
+
+    @model_validator(mode="after")
+    def _batch_arithmetic(self) -> JobSpec:
+        world, batch = self.cluster.world_size, self.training.global_batch_size
+        if batch % world:
+            raise ValueError(
+                f"training.global_batch_size {batch} is not divisible by the {world} ranks "
+                f"({self.cluster.num_nodes} nodes x {self.cluster.ranks_per_node}); "
+                f"nearest that are: {_neighbours(batch, world)}"
+            )
+        micro, accumulation = self.training.microbatch_size_per_gpu, self.training.grad_accumulation_steps
+        known = 1
+        for value in (micro, accumulation):
+            known *= value if isinstance(value, int) else 1
+        both = isinstance(micro, int) and isinstance(accumulation, int)
+        if (both and known * world != batch) or (batch // world) % known:
+            raise ValueError(
+                f"microbatch_size_per_gpu {micro} x grad_accumulation_steps {accumulation} x {world} ranks "
+                f"cannot make training.global_batch_size {batch}; per rank there are {batch // world} sequences a step"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _format_fits_method(self) -> JobSpec:
+        wanted = {"dpo": ("preference",), "pretrain": ("text", "messages")}.get(self.method.type)
+        if wanted is None:
+            wanted = ("messages", "prompt_completion", "question_answer", "text")
+        if self.data.format not in wanted:
+            raise ValueError(
+                f"data.format {self.data.format} does not fit method.type {self.method.type}, "
+                f"which takes {', '.join(wanted)}"
+            )
+        return self
+
+
+def _neighbours(batch: int, world: int) -> str:
+    below = batch // world * world
+    return " and ".join(str(near) for near in (below, below + world) if near)
