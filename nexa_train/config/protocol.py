@@ -1,0 +1,95 @@
+"""What the operator and a trainer's pod say to each other: environment, progress, last words.
+
+Pure: both sides import it, neither imports the other.
+
+The operator puts these variables into each pod (`JOB_COMPLETION_INDEX` comes from the indexed Job):
+
+| variable | value |
+|---|---|
+| NEXA_JOB | the job as JSON: metadata (name, namespace) and spec |
+| NEXA_ATTEMPT | number of the attempt, from 0 |
+| NEXA_NUM_NODES | pods of the gang |
+| NEXA_RDZV_ENDPOINT | host:port of pod 0, where torchrun's c10d rendezvous listens |
+| NEXA_IMAGE | the image as the pod names it, for the manifest |
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+ENV_JOB = "NEXA_JOB"
+ENV_ATTEMPT = "NEXA_ATTEMPT"
+ENV_NUM_NODES = "NEXA_NUM_NODES"
+ENV_RDZV_ENDPOINT = "NEXA_RDZV_ENDPOINT"
+ENV_IMAGE = "NEXA_IMAGE"
+ENV_NODE_INDEX = "JOB_COMPLETION_INDEX"
+
+RDZV_PORT = 29500
+PROGRESS_PORT = 8080
+TERMINATION_LOG = "/dev/termination-log"
+TERMINATION_LOG_BYTES = 4096
+EXIT_STALLED = 70
+"""The entrypoint's own code: no step came within the deadline, stacks are in the log."""
+
+
+class Message(BaseModel):
+    """Read leniently: an older operator must understand a newer trainer."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class CheckpointRef(Message):
+    """A committed checkpoint, named by its manifest."""
+
+    step: int
+    uri: str
+    digest: str
+    """SHA-256 of the manifest's canonical bytes, hex."""
+    weights_digest: str = ""
+
+
+class Progress(Message):
+    """What `GET /progress` of a pod answers; None: not known yet."""
+
+    run_id: str
+    attempt: int = 0
+    phase: str = "starting"
+    """starting | preparing | validating | training | finished"""
+    step: int = 0
+    total_steps: int | None = None
+    loss: float | None = None
+    validation_loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    seconds_since_last_step: float | None = None
+    checkpoint: CheckpointRef | None = None
+
+
+class Termination(Message):
+    """A pod's last words, written to its termination message (JSON, at most 4 KiB)."""
+
+    run_id: str
+    attempt: int = 0
+    exit_code: int
+    cause: str
+    """Succeeded, Stopped, Stalled, Killed, or the name of the error's class."""
+    message: str = ""
+    retryable: bool = True
+    step: int = 0
+    total_steps: int | None = None
+    loss: float | None = None
+    validation_loss: float | None = None
+    checkpoint: CheckpointRef | None = None
+
+    def as_bytes(self) -> bytes:
+        """JSON of at most `TERMINATION_LOG_BYTES`: an over-long message is cut, never the facts."""
+        encoded = self.model_dump_json().encode()
+        surplus = len(encoded) - TERMINATION_LOG_BYTES
+        if surplus <= 0:
+            return encoded
+        # JSON escapes may make a character several bytes long: cut by what its encoding takes.
+        keep = self.message
+        while keep and len(encoded) > TERMINATION_LOG_BYTES:
+            keep = keep[: -max(1, min(len(keep), (len(encoded) - TERMINATION_LOG_BYTES) // 6 + 1))]
+            encoded = self.model_copy(update={"message": keep}).model_dump_json().encode()
+        return encoded
