@@ -368,7 +368,7 @@ class JobSpec(Strict):
         if (both and known * world != batch) or (batch // world) % known:
             raise ValueError(
                 f"microbatch_size_per_gpu {micro} x grad_accumulation_steps {accumulation} x {world} ranks "
-                f"cannot make training.global_batch_size {batch}; per rank there are {batch // world} sequences a step"
+                f"cannot make global_batch_size {batch}; a rank has {batch // world} sequences a step"
             )
         return self
 

@@ -1,0 +1,72 @@
+"""What this version can carry out: refuses by name what no backend would honour.
+
+A key that a backend does not consume is an error here, before anything starts, and never dropped without
+a word. Comes after loading; used by the command line, the trainer and the operator alike.
+"""
+
+from __future__ import annotations
+
+from nexa_train.config.spec import JobSpec
+from nexa_train.errors import ConfigError
+
+METHODS: dict[str, tuple[str, ...]] = {"fsdp": ("sft", "pretrain"), "hf": ("sft",)}
+TUNINGS: dict[str, tuple[str, ...]] = {"fsdp": ("full", "lora"), "hf": ("full", "lora", "qlora")}
+
+
+def check_supported(spec: JobSpec) -> None:
+    """Refuse what this version cannot do.
+
+    Raises:
+        ConfigError: names every key that would not be honoured, with what is.
+    """
+    problems = [*_backend(spec), *_training(spec), *_rest(spec)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _backend(spec: JobSpec) -> list[str]:
+    backend = spec.backend
+    if backend not in METHODS:
+        return [
+            f"backend: {backend} is not built into this version; available are {', '.join(sorted(METHODS))}"
+        ]
+    problems = []
+    if spec.method.type not in METHODS[backend]:
+        takes = ", ".join(METHODS[backend])
+        problems.append(
+            f"method.type: {spec.method.type} is not available on backend {backend}, which takes {takes}"
+        )
+    if spec.tuning.type not in TUNINGS[backend]:
+        takes = ", ".join(TUNINGS[backend])
+        problems.append(
+            f"tuning.type: {spec.tuning.type} is not available on backend {backend}, which takes {takes}"
+        )
+    return problems
+
+
+def _training(spec: JobSpec) -> list[str]:
+    problems = []
+    if spec.backend == "hf" and spec.cluster.world_size > 1:
+        problems.append("backend: hf runs one rank in this version; use backend fsdp for more")
+    if spec.backend == "hf" and spec.data.packing:
+        problems.append(
+            "data.packing: not available on backend hf in this version; use backend fsdp or false"
+        )
+    if spec.training.precision == "bf16" and spec.cluster.gpus_per_node == 0:
+        problems.append(
+            "training.precision: bf16 on a CPU (cluster.gpus_per_node 0) is hundreds of times slower; use fp32"
+        )
+    return problems
+
+
+def _rest(spec: JobSpec) -> list[str]:
+    problems = []
+    if spec.trackers:
+        problems.append(
+            f"trackers: {', '.join(spec.trackers)} are not built into this version; leave it empty"
+        )
+    if spec.data.remote_uri.startswith("gs://") or spec.artifacts.uri.startswith("gs://"):
+        problems.append("gs:// is not built into this version; use s3:// or a folder")
+    if spec.cluster.min_nodes is not None:
+        problems.append("cluster.min_nodes: elastic training is not built into this version; leave it out")
+    return problems
