@@ -54,7 +54,7 @@ def _training(spec: JobSpec) -> list[str]:
         )
     if spec.training.precision == "bf16" and spec.cluster.gpus_per_node == 0:
         problems.append(
-            "training.precision: bf16 on a CPU (cluster.gpus_per_node 0) is hundreds of times slower; use fp32"
+            "training.precision: bf16 on CPU (cluster.gpus_per_node 0) is hundreds of times slower: use fp32"
         )
     return problems
 
