@@ -1,0 +1,488 @@
+"""The CustomResourceDefinition, generated from the models of `spec.py`.
+
+Comes after the models and before `crds/` and the chart, which carry the same bytes. pydantic's JSON schema is
+not a structural schema, so this module inlines references, drops `null` branches, flattens tagged unions to
+one object and says in CEL what a structural schema cannot: `python -m nexa_train.config.crd [--check]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
+
+from nexa_train.config.job import GROUP, KIND, PLURAL, VERSION
+from nexa_train.config.spec import JobSpec
+from nexa_train.errors import ConfigError
+
+Schema: TypeAlias = dict[str, Any]
+
+FILE_NAME = f"{GROUP}_{PLURAL}.yaml"
+REPOSITORY = Path(__file__).resolve().parents[2]
+TARGETS = (f"crds/{FILE_NAME}", f"helm/nexa/files/crds/{FILE_NAME}")
+HEADER = "# Generated from nexa_train/config by `python -m nexa_train.config.crd`. Do not edit.\n"
+
+_RANKS = "(self.cluster.numNodes * (self.cluster.gpusPerNode > 0 ? self.cluster.gpusPerNode : 1))"
+_MICRO, _ACCUMULATION = "self.training.microbatchSizePerGpu", "self.training.gradAccumulationSteps"
+_PRODUCT = (
+    f"{_RANKS} * (type({_MICRO}) == int ? int({_MICRO}) : 1)"
+    f" * (type({_ACCUMULATION}) == int ? int({_ACCUMULATION}) : 1)"
+)
+_FIXED = "is immutable: delete the job and create another; only schedule.suspend may change"
+
+
+def _rule(rule: str, message: str, field: str = "") -> Schema:
+    """One CEL rule; `field` is where the server says that the mistake is, below the object with the rule."""
+    where = {"fieldPath": f".{field}"} if field else {}
+    return {"rule": rule, "message": message, **where}
+
+
+CROSS_FIELD: dict[str, list[Schema]] = {
+    "ModelSpec": [
+        _rule(
+            "has(self.dModel) == has(self.nLayers) && has(self.dModel) == has(self.nHeads)",
+            "dModel, nLayers and nHeads build a model together: give all three or none",
+            "dModel",
+        ),
+        _rule(
+            "!has(self.dModel) || !has(self.nHeads) || self.dModel % (2 * self.nHeads) == 0",
+            "dModel is not divisible by 2 x nHeads (rotary embeddings need heads of an even size)",
+            "dModel",
+        ),
+    ],
+    "ValidationSpec": [
+        _rule(
+            "(has(self.fraction) ? 1 : 0) + (has(self.rows) ? 1 : 0) + (has(self.uri) ? 1 : 0) <= 1",
+            "validation takes one of fraction, rows and uri, not several",
+        )
+    ],
+    "TrainingSpec": [
+        _rule(
+            "!(has(self.maxSteps) && has(self.epochs))",
+            "training takes maxSteps or epochs, not both",
+            "epochs",
+        )
+    ],
+    "ClusterSpec": [
+        _rule(
+            "!has(self.minNodes) || self.minNodes <= self.numNodes",
+            "minNodes is more than numNodes",
+            "minNodes",
+        )
+    ],
+    "Volume": [
+        _rule(
+            "has(self.claim) != has(self.configMap)",
+            "a volume comes from a claim or from a configMap: give exactly one",
+        )
+    ],
+    "JobSpec": [
+        _rule(
+            f"self.training.globalBatchSize % {_RANKS} == 0",
+            "globalBatchSize is not divisible by the ranks (numNodes x gpusPerNode, on CPU numNodes)",
+            "training.globalBatchSize",
+        ),
+        _rule(
+            f"self.training.globalBatchSize % ({_PRODUCT}) == 0",
+            "microbatchSizePerGpu x gradAccumulationSteps x ranks cannot make globalBatchSize",
+            "training.microbatchSizePerGpu",
+        ),
+        _rule(
+            f"type({_MICRO}) != int || type({_ACCUMULATION}) != int"
+            f" || self.training.globalBatchSize == {_PRODUCT}",
+            "microbatchSizePerGpu x gradAccumulationSteps x ranks is not globalBatchSize",
+            "training.gradAccumulationSteps",
+        ),
+        _rule(
+            "self.method.type == 'dpo' ? self.data.format == 'preference'"
+            " : self.method.type == 'pretrain' ? self.data.format in ['text', 'messages']"
+            " : self.data.format != 'preference'",
+            "format does not fit method.type: dpo takes preference, pretrain text or messages, "
+            "the others all but preference",
+            "data.format",
+        ),
+    ],
+}
+"""What the models' validators check, said in CEL, by the name of the model. A test compares the two."""
+
+
+def build() -> Schema:
+    """The whole CustomResourceDefinition."""
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "spec": {
+            "group": GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": KIND,
+                "listKind": f"{KIND}List",
+                "plural": PLURAL,
+                "singular": KIND.lower(),
+                "shortNames": ["ntj"],
+                "categories": ["all"],
+            },
+            "versions": [
+                {
+                    "name": VERSION,
+                    "served": True,
+                    "storage": True,
+                    "schema": {"openAPIV3Schema": _root_schema()},
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": _printer_columns(),
+                }
+            ],
+        },
+    }
+
+
+def render() -> str:
+    """The file's bytes: stable order, so that a difference is a difference of the schema."""
+    return HEADER + yaml.dump(build(), Dumper=_NoAliases, sort_keys=False, width=110)
+
+
+def _root_schema() -> Schema:
+    return {
+        "type": "object",
+        "description": "One description of a training job that gives the same result wherever it runs.",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": spec_schema(),
+            "status": status_schema(),
+        },
+        "x-kubernetes-validations": [
+            _rule(
+                "size(self.metadata.name) <= 45"
+                " && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+                "metadata.name must be a DNS label of at most 45 characters: names of pods are made from it",
+            )
+        ],
+    }
+
+
+def spec_schema() -> Schema:
+    """The structural schema of `spec`, with defaults, bounds and rules."""
+    source = JobSpec.model_json_schema(by_alias=True, schema_generator=_WithFactories)
+    spec = _Converter(source["$defs"]).convert(source)
+    _fix_after_creation(spec)
+    return spec
+
+
+class _WithFactories(GenerateJsonSchema):
+    """pydantic leaves out defaults that a factory makes; the server needs them all."""
+
+    def get_default_value(self, schema: Any) -> Any:
+        factory = schema.get("default_factory")
+        return factory() if factory else super().get_default_value(schema)
+
+    def encode_default(self, dft: Any) -> Any:
+        if isinstance(dft, BaseModel):
+            # The keys inside carry their own defaults, which the server fills in next.
+            return {"type": dft.type} if hasattr(dft, "type") else {}
+        return super().encode_default(dft)
+
+
+class _NoAliases(yaml.SafeDumper):
+    """YAML anchors are legal and unreadable."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _Converter:
+    """JSON schema as pydantic emits it -> structural schema as the API server takes it."""
+
+    _KEPT = (
+        "type", "description", "enum", "pattern", "minLength", "maxLength", "minimum", "maximum", "minItems",
+        "maxItems", "maxProperties", "required",
+    )  # fmt: skip
+
+    def __init__(self, definitions: dict[str, Schema]) -> None:
+        self._definitions = definitions
+
+    def convert(self, node: Schema) -> Schema:
+        """One node and all below it."""
+        node = self._resolved(node)
+        if "discriminator" in node:
+            return self._with_default(node, self._flattened(node))
+        if "anyOf" in node:
+            return self._with_default(node, self._either(node))
+        out = {key: node[key] for key in self._KEPT if key in node}
+        out |= self._bounds(node) | self._children(node)
+        if "const" in node:
+            out["enum"] = [node["const"]]
+        rules = _key_length_rules(node) + copy.deepcopy(CROSS_FIELD.get(node.get("title", ""), []))
+        if rules:
+            out["x-kubernetes-validations"] = rules
+        return self._with_default(node, out)
+
+    def _resolved(self, node: Schema) -> Schema:
+        if "$ref" not in node:
+            return node
+        target = self._definitions[node["$ref"].rsplit("/", 1)[1]]
+        return {**target, **{key: value for key, value in node.items() if key != "$ref"}}
+
+    @staticmethod
+    def _with_default(node: Schema, out: Schema) -> Schema:
+        default = node.get("default")
+        # An empty list or free map means the same as none at all.
+        if default is None or (default in ([], {}) and "properties" not in out):
+            return out
+        return out | {"default": default}
+
+    @staticmethod
+    def _bounds(node: Schema) -> Schema:
+        """JSON schema's numeric exclusive bounds, as OpenAPI 3.0 spells them."""
+        out: Schema = {}
+        for exclusive, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+            if exclusive in node:
+                out |= {inclusive: node[exclusive], exclusive: True}
+        return out | ({"format": "int64"} if node.get("type") == "integer" else {})
+
+    def _children(self, node: Schema) -> Schema:
+        out: Schema = {}
+        if "properties" in node:
+            out["properties"] = {key: self.convert(child) for key, child in node["properties"].items()}
+        elif isinstance(node.get("additionalProperties"), dict):
+            out["additionalProperties"] = self.convert(node["additionalProperties"])
+        if "items" in node:
+            out["items"] = self.convert(node["items"])
+        return out
+
+    def _either(self, node: Schema) -> Schema:
+        branches = [branch for branch in node["anyOf"] if branch.get("type") != "null"]
+        described = {"description": node["description"]} if "description" in node else {}
+        if len(branches) == 1:
+            return self.convert(branches[0]) | described
+        number, word = sorted(branches, key=lambda branch: str(branch["type"]))
+        if number["type"] != "integer" or "const" not in word:
+            raise ConfigError(f"the CRD can only choose between a whole number and one word, not {branches}")
+        least, most, other = number["minimum"], number["maximum"], word["const"]
+        rule = _rule(
+            f"type(self) == int ? self >= {least} && self <= {most} : self == '{other}'",
+            f"must be a whole number from {least} to {most}, or {other}",
+        )
+        return {"x-kubernetes-int-or-string": True, **described, "x-kubernetes-validations": [rule]}
+
+    def _flattened(self, node: Schema) -> Schema:
+        """One object with the keys of all branches; no default inside, for it would land in every branch."""
+        branches = {
+            tag: self._resolved({"$ref": reference})
+            for tag, reference in node["discriminator"]["mapping"].items()
+        }
+        documents = "; ".join(
+            f"{tag}: {branch['description'].rstrip('.')}" for tag, branch in branches.items()
+        )
+        return {
+            "type": "object",
+            "description": f"Tagged by type. {documents}.",
+            "required": ["type"],
+            "properties": {"type": {"type": "string", "enum": list(branches)}, **self._all_keys(branches)},
+            "x-kubernetes-validations": list(_branch_rules(branches)),
+        }
+
+    def _all_keys(self, branches: dict[str, Schema]) -> dict[str, Schema]:
+        keys: dict[str, Schema] = {}
+        owners: dict[str, list[str]] = {}
+        for tag, branch in branches.items():
+            for key, child in _own_keys(branch).items():
+                converted = self.convert({name: value for name, value in child.items() if name != "default"})
+                if keys.setdefault(key, converted) != converted:
+                    raise ConfigError(
+                        f"branches {owners[key]} and {tag} disagree about {key}: rename one of them"
+                    )
+                owners.setdefault(key, []).append(tag)
+        for key, schema in keys.items():
+            schema["description"] = (
+                f"Only with {', '.join(owners[key])}. {schema.get('description', '')}".strip()
+            )
+        return keys
+
+
+def _own_keys(branch: Schema) -> dict[str, Schema]:
+    return {key: child for key, child in branch["properties"].items() if key != "type"}
+
+
+def _branch_rules(branches: dict[str, Schema]) -> Iterator[Schema]:
+    every = list(dict.fromkeys(key for branch in branches.values() for key in _own_keys(branch)))
+    for tag, branch in branches.items():
+        own, required = list(_own_keys(branch)), [key for key in branch.get("required", []) if key != "type"]
+        wanted = [f"has(self.{key})" for key in required] + [
+            f"!has(self.{key})" for key in every if key not in own
+        ]
+        takes = f"takes only {', '.join(own)}" if own else "takes no other key"
+        needs = f", and needs {', '.join(required)}" if required else ""
+        yield _rule(f"self.type != '{tag}' || ({' && '.join(wanted)})", f"type {tag} {takes}{needs}")
+
+
+def _key_length_rules(node: Schema) -> list[Schema]:
+    longest = node.get("propertyNames", {}).get("maxLength")
+    return (
+        [_rule(f"self.all(key, size(key) <= {longest})", f"a key is longer than {longest}")]
+        if longest
+        else []
+    )
+
+
+def _fix_after_creation(spec: Schema) -> None:
+    """Add the transition rules: only suspending, and resizing while suspended, changes a run."""
+    groups = spec["properties"]
+    for name in (
+        "model",
+        "data",
+        "method",
+        "tuning",
+        "backend",
+        "training",
+        "optimizer",
+        "artifacts",
+        "recovery",
+    ):
+        _add_rules(groups[name], _rule("self == oldSelf", _FIXED))
+    _add_rules(groups["cluster"], *_unchanged(groups["cluster"], but=("numNodes",)))
+    _add_rules(groups["schedule"], *_unchanged(groups["schedule"], but=("suspend",)))
+    resize = "self.cluster.numNodes == oldSelf.cluster.numNodes"
+    resize += " || self.schedule.suspend || oldSelf.schedule.suspend"
+    _add_rules(
+        spec,
+        _rule(_same("image"), _FIXED, "image"),
+        _rule(_same("trackers"), _FIXED, "trackers"),
+        _rule(resize, "numNodes may change only while schedule.suspend is true", "cluster.numNodes"),
+    )
+
+
+def _unchanged(group: Schema, *, but: Iterable[str]) -> Iterator[Schema]:
+    """One rule a key keeps every rule's cost small and lets the message name the key."""
+    for key in group["properties"]:
+        if key not in but:
+            yield _rule(_same(key), _FIXED, key)
+
+
+def _same(key: str) -> str:
+    # `self.?key == oldSelf.?key` says it too, but the server estimates its cost as unbounded.
+    return f"has(self.{key}) ? has(oldSelf.{key}) && self.{key} == oldSelf.{key} : !has(oldSelf.{key})"
+
+
+def _add_rules(node: Schema, *rules: Schema) -> None:
+    node["x-kubernetes-validations"] = [*node.get("x-kubernetes-validations", []), *rules]
+
+
+def status_schema() -> Schema:
+    """What the operator writes; everything optional, for a job starts with nothing."""
+    text, whole, number = {"type": "string"}, {"type": "integer", "format": "int64"}, {"type": "number"}
+    time = {"type": "string", "format": "date-time"}
+
+    def said(schema: Schema, description: str) -> Schema:
+        return {**schema, "description": description}
+
+    checkpoint = {
+        "step": whole,
+        "uri": text,
+        "digest": said(text, "SHA-256 of the manifest."),
+        "weightsDigest": text,
+    }
+    failure = {
+        "attempt": whole,
+        "cause": text,
+        "exitCode": whole,
+        "message": text,
+        "charged": said({"type": "boolean"}, "Whether it used up a restart; a disruption does not."),
+        "checkpointStep": said(whole, "The last committed step then; a newer one refills the budget."),
+        "time": time,
+    }
+    return {
+        "type": "object",
+        "description": "Written by the operator alone.",
+        "properties": {
+            "observedGeneration": whole,
+            "phase": said(text, "A summary of the conditions, to look at; decide by the conditions."),
+            "runId": text,
+            "attempt": said(whole, "The gang that runs or ran last, from 0."),
+            "restarts": said(whole, "Attempts after the first, whatever ended them."),
+            "chargedRestarts": said(whole, "Of these, those since the last new checkpoint that count."),
+            "startTime": time,
+            "completionTime": time,
+            "step": whole,
+            "totalSteps": whole,
+            "progress": said(text, "step/totalSteps"),
+            "loss": said(number, "Of the last step known, to six digits."),
+            "validationLoss": said(number, "The last one known, to six digits."),
+            "tokensPerSecond": number,
+            "etaSeconds": number,
+            "eta": text,
+            "checkpoint": said({"type": "object", "properties": checkpoint}, "The last one committed."),
+            "lastFailure": said({"type": "object", "properties": failure}, "Why the last attempt was lost."),
+            "conditions": _conditions_schema(),
+        },
+    }
+
+
+def _conditions_schema() -> Schema:
+    """As `metav1.Condition`."""
+    condition = {
+        "type": {"type": "string", "maxLength": 316},
+        "status": {"type": "string", "enum": ["True", "False", "Unknown"]},
+        "observedGeneration": {"type": "integer", "format": "int64", "minimum": 0},
+        "lastTransitionTime": {"type": "string", "format": "date-time"},
+        "reason": {
+            "type": "string",
+            "maxLength": 1024,
+            "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$",
+        },
+        "message": {"type": "string", "maxLength": 32768},
+    }
+    return {
+        "type": "array",
+        "maxItems": 32,
+        "x-kubernetes-list-type": "map",
+        "x-kubernetes-list-map-keys": ["type"],
+        "items": {
+            "type": "object",
+            "required": ["type", "status", "lastTransitionTime", "reason", "message"],
+            "properties": condition,
+        },
+    }
+
+
+def _printer_columns() -> list[Schema]:
+    columns = (
+        ("Phase", "string", ".status.phase"),
+        ("Progress", "string", ".status.progress"),
+        ("Loss", "number", ".status.loss"),
+        ("ETA", "string", ".status.eta"),
+        ("Restarts", "integer", ".status.restarts"),
+        ("Age", "date", ".metadata.creationTimestamp"),
+    )
+    return [{"name": name, "type": kind, "jsonPath": path} for name, kind, path in columns]
+
+
+def main(argv: list[str] | None = None, *, root: Path = REPOSITORY) -> None:
+    """Write the files, or with --check end with an error if they differ from the models."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail on a difference")
+    check, text = parser.parse_args(argv).check, render()
+    stale = [target for target in TARGETS if not _holds(root / target, text)]
+    if check and stale:
+        names = ", ".join(stale)
+        raise SystemExit(f"{names} differ from the models: run `python -m nexa_train.config.crd` and commit")
+    for target in stale:
+        (root / target).parent.mkdir(parents=True, exist_ok=True)
+        (root / target).write_text(text)
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text() == text
+
+
+if __name__ == "__main__":
+    main()
