@@ -1,0 +1,170 @@
+"""Proving that artifacts are what their manifests say, byte by byte.
+
+Before: `nexa verify URI`. After: nothing; it only reads. A URI may name one manifest, the folder of a step, of
+a run, or a whole store of artifacts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from nexa_train.artifact.manifest import CHECKPOINTS, MANIFEST_NAME
+from nexa_train.artifact.publish import Committed, check_files, committed_folders, read_manifest
+from nexa_train.errors import ConfigError, DamagedError, NotFoundError
+from nexa_train.store import open_store
+from nexa_train.store.base import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """One manifest that could be read."""
+
+    uri: str
+    digest: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What `verify` saw.
+
+    Attributes:
+        manifests: those that could be read, by URI.
+        num_files: files that were named by them and read.
+        num_bytes: their size together.
+        problems: what is wrong, one line each, sorted; empty if all is well.
+    """
+
+    manifests: tuple[Verified, ...]
+    num_files: int
+    num_bytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is as committed."""
+        return not self.problems
+
+
+def verify(uri: str) -> Report:
+    """Check every checkpoint at or below `uri`: manifest, place, parent, and each file's size and sha256.
+
+    A parent that retention has deleted is no problem: its absence counts only where an older step is there.
+
+    Raises:
+        NotFoundError: there is no manifest at or below `uri`.
+        RefusedError: the store could not be read.
+        ConfigError: the URI is of no supported kind.
+    """
+    store_uri, key = split_artifact_uri(uri)
+    store = open_store(store_uri)
+    folders = _folders(store, key)
+    if not folders:
+        raise NotFoundError(f"no {MANIFEST_NAME} at or below {uri}")
+    committed, problems = _read_all(store, folders)
+    for one in committed:
+        problems += check_files(store, one)
+    problems += _parent_problems(store, committed)
+    files = [entry for one in committed for entry in one.manifest.files]
+    return Report(
+        manifests=tuple(
+            Verified(uri=f"{store.uri}/{one.key}", digest=one.digest, step=one.manifest.step) for one in committed
+        ),
+        num_files=len(files),
+        num_bytes=sum(entry.size for entry in files),
+        problems=tuple(sorted(problems)),
+    )
+
+
+def split_artifact_uri(uri: str) -> tuple[str, str]:
+    """The store that holds an artifact, and the artifact's key in it.
+
+    The store ends where `checkpoints/` begins: `s3://models/team/checkpoints/run/step-00000050` is
+    `("s3://models/team", "checkpoints/run/step-00000050")`. Without such a folder the URI names a store, or
+    the manifest of a single checkpoint that was copied out of one.
+
+    Raises:
+        ConfigError: nothing is named.
+    """
+    scheme, path = _split_scheme(uri)
+    head, separator, rest = f"{path}/".rpartition(f"/{CHECKPOINTS}/")
+    if separator:
+        return f"{scheme}{head}" or "/", f"{CHECKPOINTS}/{rest}".rstrip("/")
+    if path.endswith(f"/{MANIFEST_NAME}"):
+        return f"{scheme}{path.removesuffix(f'/{MANIFEST_NAME}')}" or "/", MANIFEST_NAME
+    return f"{scheme}{path}" or "/", ""
+
+
+def _split_scheme(uri: str) -> tuple[str, str]:
+    """What opens the store (`s3://BUCKET`, or nothing for this machine), and the path within."""
+    if "://" not in uri or uri.startswith("file://"):
+        path = unquote(urlsplit(uri).path) if "://" in uri else uri
+        if not path:
+            raise ConfigError(f"artifact {uri!r} names nothing; expected a manifest.json, a step, a run or a store")
+        return "", os.path.abspath(Path(path).expanduser()).rstrip("/")
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/")
+
+
+def _folders(store: Store, key: str) -> list[str]:
+    """The folders at or below `key` that hold the manifest of a checkpoint, sorted."""
+    if key == MANIFEST_NAME:
+        return [""] if _holds(store, MANIFEST_NAME) else []
+    below = store.list(key.removesuffix(f"/{MANIFEST_NAME}"))
+    found = [stored.key.rpartition("/") for stored in below]
+    # A checkpoint may hold a file of its own called manifest.json: only the depth tells them apart.
+    return [folder for folder, _, name in found if name == MANIFEST_NAME and (not folder or _is_step_place(folder))]
+
+
+def _is_step_place(folder: str) -> bool:
+    segments = folder.split("/")
+    return len(segments) == 3 and segments[0] == CHECKPOINTS
+
+
+def _holds(store: Store, key: str) -> bool:
+    try:
+        store.open(key).close()
+    except NotFoundError:
+        return False
+    return True
+
+
+def _read_all(store: Store, folders: Iterable[str]) -> tuple[list[Committed], list[str]]:
+    committed, problems = [], []
+    for folder in folders:
+        try:
+            committed.append(read_manifest(store, folder))
+        except (DamagedError, ConfigError) as exc:
+            problems.append(str(exc))
+    return committed, problems
+
+
+def _parent_problems(store: Store, committed: Iterable[Committed]) -> list[str]:
+    by_run: dict[str, list[Committed]] = {}
+    for one in committed:
+        if one.folder:  # a copy taken out of its run has no relatives to look at
+            by_run.setdefault(one.manifest.run_id, []).append(one)
+    problems = []
+    for run_id, checked in by_run.items():
+        retained, _ = _read_all(store, committed_folders(store, run_id))
+        steps = {one.digest: one.manifest.step for one in retained}
+        problems += [problem for one in checked if (problem := _parent_problem(one, steps))]
+    return problems
+
+
+def _parent_problem(one: Committed, steps: Mapping[str, int]) -> str | None:
+    """Retention deletes the oldest first, so a parent may only be missing from the oldest step left."""
+    parent, step = one.manifest.parent, one.manifest.step
+    if parent is None:
+        return None
+    if parent not in steps:
+        if step == min(steps.values(), default=step):
+            return None
+        return f"{one.folder}: its parent {parent} is not in the run, though older checkpoints are"
+    if steps[parent] >= step:
+        return f"{one.folder}: its parent {parent} is step {steps[parent]}, which is not before step {step}"
+    return None
