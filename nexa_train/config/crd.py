@@ -94,8 +94,7 @@ CROSS_FIELD: dict[str, list[Schema]] = {
             "training.microbatchSizePerGpu",
         ),
         _rule(
-            f"type({_MICRO}) != int || type({_ACCUMULATION}) != int"
-            f" || self.training.globalBatchSize == {_PRODUCT}",
+            f"type({_MICRO}) != int || type({_ACCUMULATION}) != int || self.training.globalBatchSize == {_PRODUCT}",
             "microbatchSizePerGpu x gradAccumulationSteps x ranks is not globalBatchSize",
             "training.gradAccumulationSteps",
         ),
@@ -162,8 +161,7 @@ def _root_schema() -> Schema:
         },
         "x-kubernetes-validations": [
             _rule(
-                "size(self.metadata.name) <= 45"
-                " && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+                "size(self.metadata.name) <= 45 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
                 "metadata.name must be a DNS label of at most 45 characters: names of pods are made from it",
             )
         ],
@@ -277,12 +275,9 @@ class _Converter:
     def _flattened(self, node: Schema) -> Schema:
         """One object with the keys of all branches; no default inside, for it would land in every branch."""
         branches = {
-            tag: self._resolved({"$ref": reference})
-            for tag, reference in node["discriminator"]["mapping"].items()
+            tag: self._resolved({"$ref": reference}) for tag, reference in node["discriminator"]["mapping"].items()
         }
-        documents = "; ".join(
-            f"{tag}: {branch['description'].rstrip('.')}" for tag, branch in branches.items()
-        )
+        documents = "; ".join(f"{tag}: {branch['description'].rstrip('.')}" for tag, branch in branches.items())
         return {
             "type": "object",
             "description": f"Tagged by type. {documents}.",
@@ -298,14 +293,10 @@ class _Converter:
             for key, child in _own_keys(branch).items():
                 converted = self.convert({name: value for name, value in child.items() if name != "default"})
                 if keys.setdefault(key, converted) != converted:
-                    raise ConfigError(
-                        f"branches {owners[key]} and {tag} disagree about {key}: rename one of them"
-                    )
+                    raise ConfigError(f"branches {owners[key]} and {tag} disagree about {key}: rename one of them")
                 owners.setdefault(key, []).append(tag)
         for key, schema in keys.items():
-            schema["description"] = (
-                f"Only with {', '.join(owners[key])}. {schema.get('description', '')}".strip()
-            )
+            schema["description"] = f"Only with {', '.join(owners[key])}. {schema.get('description', '')}".strip()
         return keys
 
 
@@ -317,9 +308,7 @@ def _branch_rules(branches: dict[str, Schema]) -> Iterator[Schema]:
     every = list(dict.fromkeys(key for branch in branches.values() for key in _own_keys(branch)))
     for tag, branch in branches.items():
         own, required = list(_own_keys(branch)), [key for key in branch.get("required", []) if key != "type"]
-        wanted = [f"has(self.{key})" for key in required] + [
-            f"!has(self.{key})" for key in every if key not in own
-        ]
+        wanted = [f"has(self.{key})" for key in required] + [f"!has(self.{key})" for key in every if key not in own]
         takes = f"takes only {', '.join(own)}" if own else "takes no other key"
         needs = f", and needs {', '.join(required)}" if required else ""
         yield _rule(f"self.type != '{tag}' || ({' && '.join(wanted)})", f"type {tag} {takes}{needs}")
@@ -327,11 +316,7 @@ def _branch_rules(branches: dict[str, Schema]) -> Iterator[Schema]:
 
 def _key_length_rules(node: Schema) -> list[Schema]:
     longest = node.get("propertyNames", {}).get("maxLength")
-    return (
-        [_rule(f"self.all(key, size(key) <= {longest})", f"a key is longer than {longest}")]
-        if longest
-        else []
-    )
+    return [_rule(f"self.all(key, size(key) <= {longest})", f"a key is longer than {longest}")] if longest else []
 
 
 def _fix_after_creation(spec: Schema) -> None:

@@ -65,9 +65,7 @@ def load_job(
     try:
         return Job.model_validate(document)
     except ValidationError as exc:
-        raise ConfigError(
-            "\n".join(_explain(error, source, prefix, given) for error in exc.errors())
-        ) from exc
+        raise ConfigError("\n".join(_explain(error, source, prefix, given) for error in exc.errors())) from exc
 
 
 def job_from_object(body: Mapping[str, Any]) -> Job:
@@ -82,9 +80,7 @@ def job_from_object(body: Mapping[str, Any]) -> Job:
     try:
         return Job.model_validate({"metadata": kept, "spec": body.get("spec") or {}})
     except ValidationError as exc:
-        raise ConfigError(
-            "; ".join(_explain(error, source, ("spec",), {}) for error in exc.errors())
-        ) from exc
+        raise ConfigError("; ".join(_explain(error, source, ("spec",), {}) for error in exc.errors())) from exc
 
 
 def _open(path: Path | None, recipe: str | None) -> Source:
@@ -105,17 +101,11 @@ def _as_manifest(source: Source) -> dict[str, Any]:
         return {"metadata": {"name": values.get("name") or _label(Path(source.name).stem)}, "spec": spec}
     for key, expected in (("apiVersion", API_VERSION), ("kind", KIND)):
         if values.get(key) != expected:
-            raise ConfigError(
-                f"{source.where((key,))}: {key}: got {values.get(key)!r}, expected {expected!r}"
-            )
+            raise ConfigError(f"{source.where((key,))}: {key}: got {values.get(key)!r}, expected {expected!r}")
     if unknown := sorted(set(values) - {"apiVersion", "kind", "metadata", "spec", "status"}):
-        raise ConfigError(
-            f"{source.where((unknown[0],))}: {unknown[0]}: unknown key beside metadata and spec"
-        )
+        raise ConfigError(f"{source.where((unknown[0],))}: {unknown[0]}: unknown key beside metadata and spec")
     if not isinstance(values.get("spec"), dict):
-        raise ConfigError(
-            f"{source.where(('spec',))}: spec: expected a mapping, found {values.get('spec')!r}"
-        )
+        raise ConfigError(f"{source.where(('spec',))}: spec: expected a mapping, found {values.get('spec')!r}")
     return {"metadata": values.get("metadata") or {}, "spec": dict(values["spec"])}
 
 

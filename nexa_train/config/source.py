@@ -83,9 +83,7 @@ def _note_lines(node: yaml.Node, path: Path_, lines: dict[Path_, int], name: str
             line = key.start_mark.line + 1
             if key.value in seen:
                 dotted = ".".join(map(str, (*path, key.value)))
-                raise ConfigError(
-                    f"{name}:{line}: {dotted}: given twice, first on line {seen[key.value]}; keep one"
-                )
+                raise ConfigError(f"{name}:{line}: {dotted}: given twice, first on line {seen[key.value]}; keep one")
             seen[key.value] = line
             lines[(*path, key.value)] = line
             _note_lines(value, (*path, key.value), lines, name)

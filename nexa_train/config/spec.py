@@ -20,17 +20,11 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 class ModelSpec(Strict):
     """What is trained: a registry name, a hub id, a folder, a GGUF file, or sizes to build from scratch."""
 
-    name: Text = Field(
-        "tiny", min_length=1, description="Registry key, hub id, folder or URI of the base model."
-    )
+    name: Text = Field("tiny", min_length=1, description="Registry key, hub id, folder or URI of the base model.")
     revision: Text | None = Field(None, description="Commit or tag of a hub id; pins the weights.")
     d_model: int | None = Field(None, ge=8, le=65_536, description="Hidden size; given: built from scratch.")
-    n_layers: int | None = Field(
-        None, ge=1, le=1024, description="Decoder layers; given: built from scratch."
-    )
-    n_heads: int | None = Field(
-        None, ge=1, le=1024, description="Attention heads; given: built from scratch."
-    )
+    n_layers: int | None = Field(None, ge=1, le=1024, description="Decoder layers; given: built from scratch.")
+    n_heads: int | None = Field(None, ge=1, le=1024, description="Attention heads; given: built from scratch.")
     max_seq_len: int = Field(512, ge=8, le=1_048_576, description="Longest sequence in tokens.")
     attn: Literal["auto", "eager", "sdpa", "flash"] = Field("auto", description="Attention implementation.")
 
@@ -83,13 +77,9 @@ class DataSpec(Strict):
     format: Literal["messages", "prompt_completion", "question_answer", "text", "preference"] = Field(
         "messages", description="What a row looks like."
     )
-    columns: LabelMap = Field(
-        default_factory=dict, description="Field the format expects -> column in the file."
-    )
+    columns: LabelMap = Field(default_factory=dict, description="Field the format expects -> column in the file.")
     validation: ValidationSpec = Field(default_factory=ValidationSpec, description="Rows held out.")
-    packing: bool = Field(
-        False, description="Fill sequences with several samples that do not see each other."
-    )
+    packing: bool = Field(False, description="Fill sequences with several samples that do not see each other.")
 
 
 class SftMethod(Strict):
@@ -175,9 +165,7 @@ class TrainingSpec(Strict):
         "auto", description="Microbatches a step; refused where the product does not match."
     )
     max_steps: int | None = Field(None, ge=1, le=100_000_000, description="Optimiser steps; or give epochs.")
-    epochs: float | None = Field(
-        None, gt=0, le=10_000, description="Passes over the data; or give max_steps."
-    )
+    epochs: float | None = Field(None, gt=0, le=10_000, description="Passes over the data; or give max_steps.")
     save_every_steps: int = Field(100, ge=1, le=100_000_000, description="A checkpoint every so many steps.")
     eval_every_steps: int = Field(
         0, ge=0, le=100_000_000, description="Validation every so many steps; 0: before and after."
@@ -185,9 +173,7 @@ class TrainingSpec(Strict):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seeds weights, adapters and data order.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Number format of the forward pass.")
     deterministic: bool = Field(True, description="Refuse kernels that do not give the same bits twice.")
-    activation_checkpointing: bool = Field(
-        False, description="Recompute activations instead of keeping them."
-    )
+    activation_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSpec:
@@ -201,9 +187,7 @@ class OptimizerSpec(Strict):
 
     name: Literal["adamw"] = Field("adamw", description="AdamW (Loshchilov & Hutter 2019).")
     lr: float = Field(2e-5, gt=0, le=10, description="Peak learning rate.")
-    weight_decay: float = Field(
-        0.0, ge=0, le=10, description="Decoupled weight decay; not on norms and biases."
-    )
+    weight_decay: float = Field(0.0, ge=0, le=10, description="Decoupled weight decay; not on norms and biases.")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2, description="Decay of both moments."
     )
@@ -228,9 +212,7 @@ class Toleration(Strict):
     key: Name | None = Field(None, description="Key of the taint; none: all.")
     operator: Literal["Exists", "Equal"] = Field("Equal", description="How the value is compared.")
     value: Text | None = Field(None, description="Value of the taint.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        None, description="None: all."
-    )
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="None: all.")
 
 
 class EnvVar(Strict):
@@ -318,18 +300,14 @@ class RecoverySpec(Strict):
 class ScheduleSpec(Strict):
     """When and under whom the job runs."""
 
-    runtime: Literal["job", "pytorchjob", "jobset"] = Field(
-        "job", description="Objects that carry the ranks."
-    )
+    runtime: Literal["job", "pytorchjob", "jobset"] = Field("job", description="Objects that carry the ranks.")
     queue_name: Name | None = Field(None, description="Kueue's local queue.")
     priority: Name | None = Field(None, description="PriorityClass of the pods.")
     suspend: bool = Field(False, description="Hold the job, or stop it with a checkpoint.")
     active_deadline_seconds: int | None = Field(None, ge=1, le=31_536_000)
     ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31_536_000)
     managed_by: Name | None = Field(None, description="Another controller's name: this one keeps off.")
-    deletion_policy: Literal["Retain", "Delete"] = Field(
-        "Retain", description="Delete: artifacts go with the job."
-    )
+    deletion_policy: Literal["Retain", "Delete"] = Field("Retain", description="Delete: artifacts go with the job.")
 
 
 class JobSpec(Strict):
@@ -339,9 +317,7 @@ class JobSpec(Strict):
     data: DataSpec
     method: Method = Field(default_factory=SftMethod)
     tuning: Tuning = Field(default_factory=FullTuning)
-    backend: Literal["hf", "fsdp", "deepspeed", "axolotl"] = Field(
-        "fsdp", description="What carries the training."
-    )
+    backend: Literal["hf", "fsdp", "deepspeed", "axolotl"] = Field("fsdp", description="What carries the training.")
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     cluster: ClusterSpec = Field(default_factory=ClusterSpec)

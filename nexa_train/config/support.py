@@ -27,20 +27,14 @@ def check_supported(spec: JobSpec) -> None:
 def _backend(spec: JobSpec) -> list[str]:
     backend = spec.backend
     if backend not in METHODS:
-        return [
-            f"backend: {backend} is not built into this version; available are {', '.join(sorted(METHODS))}"
-        ]
+        return [f"backend: {backend} is not built into this version; available are {', '.join(sorted(METHODS))}"]
     problems = []
     if spec.method.type not in METHODS[backend]:
         takes = ", ".join(METHODS[backend])
-        problems.append(
-            f"method.type: {spec.method.type} is not available on backend {backend}, which takes {takes}"
-        )
+        problems.append(f"method.type: {spec.method.type} is not available on backend {backend}, which takes {takes}")
     if spec.tuning.type not in TUNINGS[backend]:
         takes = ", ".join(TUNINGS[backend])
-        problems.append(
-            f"tuning.type: {spec.tuning.type} is not available on backend {backend}, which takes {takes}"
-        )
+        problems.append(f"tuning.type: {spec.tuning.type} is not available on backend {backend}, which takes {takes}")
     return problems
 
 
@@ -49,9 +43,7 @@ def _training(spec: JobSpec) -> list[str]:
     if spec.backend == "hf" and spec.cluster.world_size > 1:
         problems.append("backend: hf runs one rank in this version; use backend fsdp for more")
     if spec.backend == "hf" and spec.data.packing:
-        problems.append(
-            "data.packing: not available on backend hf in this version; use backend fsdp or false"
-        )
+        problems.append("data.packing: not available on backend hf in this version; use backend fsdp or false")
     if spec.training.precision == "bf16" and spec.cluster.gpus_per_node == 0:
         problems.append(
             "training.precision: bf16 on CPU (cluster.gpus_per_node 0) is hundreds of times slower: use fp32"
@@ -62,9 +54,7 @@ def _training(spec: JobSpec) -> list[str]:
 def _rest(spec: JobSpec) -> list[str]:
     problems = []
     if spec.trackers:
-        problems.append(
-            f"trackers: {', '.join(spec.trackers)} are not built into this version; leave it empty"
-        )
+        problems.append(f"trackers: {', '.join(spec.trackers)} are not built into this version; leave it empty")
     if spec.data.remote_uri.startswith("gs://") or spec.artifacts.uri.startswith("gs://"):
         problems.append("gs:// is not built into this version; use s3:// or a folder")
     if spec.cluster.min_nodes is not None:

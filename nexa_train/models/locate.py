@@ -1,0 +1,122 @@
+"""The name of a model -> a local folder with config, tokenizer and weights. No torch in this process.
+
+Comes after planning and before data preparation, which needs the tokenizer. Looks, in this order, at: a
+folder or GGUF file of that path, the shipped tokenizer (models built from scratch), a Python package that
+carries the weights, the hub's local cache, the hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nexa_train.cache import cache_folder, made_whole
+from nexa_train.config.spec import ModelSpec
+from nexa_train.errors import ConfigError, NexaError, NotFoundError
+from nexa_train.registry import MODELS, TINY_VOCAB_SIZE, Architecture, scratch
+
+TINY_TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny_tokenizer"
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model on this machine.
+
+    Attributes:
+        folder: holds tokenizer.json, and config.json with weights unless built from scratch.
+        scratch: the architecture to build with fresh weights; None: weights are in `folder`.
+        origin: where it came from, for the manifest.
+    """
+
+    folder: Path
+    scratch: Architecture | None
+    origin: str
+
+
+def locate(model: ModelSpec) -> Located:
+    """Find or fetch a model.
+
+    Raises:
+        ConfigError: the path is there, but is not a model.
+        NotFoundError: nowhere to be had; says where it was looked for and how to give a folder.
+    """
+    if model.from_scratch or model.name == "tiny":
+        return Located(TINY_TOKENIZER, architecture(model), "scratch")
+    path = Path(model.name).expanduser()
+    if path.is_dir():
+        return _checked_folder(path, origin=f"folder {model.name}")
+    if path.is_file() and path.suffix == ".gguf":
+        return _from_gguf(path, origin=f"gguf {path.name}")
+    if path.exists():
+        raise ConfigError(f"model.name: {model.name} is a file, but not a .gguf; give a folder or a GGUF file")
+    if (entry := MODELS.get(model.name)) and entry.package and (gguf := _packaged_gguf(entry.package)):
+        return _from_gguf(gguf, origin=f"package {entry.package}")
+    hub_id = entry.hub_id if entry else model.name
+    if hub_id is None or hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
+        known = ", ".join(sorted(MODELS))
+        raise NotFoundError(
+            f"model.name: {model.name} is neither a folder on this machine nor a known model ({known}) nor a hub id"
+        )
+    return _from_hub(hub_id, model)
+
+
+def architecture(model: ModelSpec) -> Architecture | None:
+    """Sizes of a model as far as they are known without its weights; None: unknown."""
+    if model.d_model and model.n_layers and model.n_heads:
+        return scratch(model.d_model, model.n_layers, model.n_heads, TINY_VOCAB_SIZE)
+    entry = MODELS.get(model.name)
+    return entry.architecture if entry else None
+
+
+def _checked_folder(folder: Path, *, origin: str) -> Located:
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(f"model.name: {folder} is not a model folder: it lacks {' and '.join(missing)}")
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.name: {folder} has no *.safetensors; pickled weights are not loaded, convert them first"
+        )
+    return Located(folder.resolve(), None, origin)
+
+
+def _packaged_gguf(package: str) -> Path | None:
+    """The GGUF file in an installed package, found without importing the package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
+
+
+def _from_gguf(path: Path, *, origin: str) -> Located:
+    """De-quantise once into the cache, in a process of its own so that this one stays without torch."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder("models") / f"{path.stem}-{digest[:16]}"
+    if not folder.is_dir():
+        with made_whole(folder) as draft:
+            command = [sys.executable, "-m", "nexa_train.models.gguf", str(path), str(draft)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise NexaError(f"{path}: cannot be converted from GGUF: {done.stderr.strip()[-800:]}")
+    return _checked_folder(folder, origin=f"{origin} sha256:{digest[:16]}")
+
+
+def _from_hub(hub_id: str, model: ModelSpec) -> Located:
+    # The hub's client reads these when it is first imported, and its progress bars would garble ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - costly to import, and rarely needed
+
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        folder = snapshot_download(hub_id, revision=model.revision, allow_patterns=patterns, etag_timeout=5)
+    except Exception as exc:  # noqa: BLE001 - the client raises a dozen unrelated types when offline
+        raise NotFoundError(
+            f"model.name: weights of {hub_id} are not on this machine and the hub gave none "
+            f"({type(exc).__name__}); give a local folder with --set model.name=FOLDER"
+        ) from exc
+    return _checked_folder(Path(folder), origin=f"hub {hub_id}@{Path(folder).name}")
