@@ -24,9 +24,7 @@ class Cluster:
     token: str
     audit_log: Path | None = None
 
-    def kubectl(
-        self, *args: str, input: str | None = None, check: bool = True
-    ) -> subprocess.CompletedProcess[str]:
+    def kubectl(self, *args: str, input: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
         return run([binary("kubectl"), f"--kubeconfig={self.kubeconfig}", *args], input=input, check=check)
 
     def fake_nodes(self, num_nodes: int, *, tainted: bool = True) -> list[str]:

@@ -218,9 +218,7 @@ def _start_controllers(plane: ControlPlane) -> None:
 def _start_client(plane: ControlPlane, program: str, port: int, *flags: str) -> Process:
     kubeconfig = plane.kubeconfig_of(f"system:{program}")
     where = (f"--kubeconfig={kubeconfig}", f"--bind-address={_LOOPBACK}", f"--secure-port={port}")
-    return start(
-        plane.ledger, program, [binary(program), *where, "--leader-elect=false", *_CLIENT_LIMITS, *flags]
-    )
+    return start(plane.ledger, program, [binary(program), *where, "--leader-elect=false", *_CLIENT_LIMITS, *flags])
 
 
 def _fake_node(name: str, *, tainted: bool) -> dict[str, object]:

@@ -10,11 +10,13 @@ from typing import TypeVar
 
 import pytest
 
-from tests.cluster import host
+from tests.cluster import host, images
 from tests.cluster.cluster import Cluster, ExternalCluster
 from tests.cluster.control_plane import start_control_plane
 from tests.cluster.errors import Unavailable
+from tests.cluster.images import Image
 from tests.cluster.minio import MinioServer, start_minio
+from tests.cluster.node import RealCluster, start_real_cluster
 from tests.cluster.run import first_line
 
 T = TypeVar("T")
@@ -45,3 +47,42 @@ def _or_skip(make: Callable[[], T]) -> T:
         return make()
     except Unavailable as reason:
         pytest.skip(first_line(reason))
+
+
+@pytest.fixture(scope="session")
+def real_cluster() -> Iterator[RealCluster | ExternalCluster]:
+    """A control plane with a node that runs pods."""
+    if external := ExternalCluster.from_environment():
+        yield external
+        return
+    _or_skip(host.require_node)
+    cluster = _or_skip(lambda: start_real_cluster(audit=True))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster_minio(real_cluster: RealCluster | ExternalCluster) -> Iterator[MinioServer]:
+    """On an address of this machine that pods of `real_cluster` reach, and tests too."""
+    address = _or_skip(lambda: real_cluster.host_ip)
+    server = start_minio(address=address)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def trainer_image(real_cluster: RealCluster | ExternalCluster) -> str:
+    """The trainer's image as the cluster knows it; pods use `imagePullPolicy: IfNotPresent`."""
+    return _loaded(real_cluster, images.trainer_image)
+
+
+@pytest.fixture(scope="session")
+def operator_image(real_cluster: RealCluster | ExternalCluster) -> str:
+    """The operator's image as the cluster knows it; pods use `imagePullPolicy: IfNotPresent`."""
+    return _loaded(real_cluster, images.operator_image)
+
+
+def _loaded(cluster: RealCluster | ExternalCluster, build: Callable[[], Image]) -> str:
+    image = _or_skip(build)
+    _or_skip(lambda: cluster.load_image(image.archive))
+    return image.reference

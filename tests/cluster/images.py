@@ -1,8 +1,8 @@
 """Images for the real node, built once and kept in the cache as docker-archives, keyed by all that goes into them.
 
-`base` (a minimal Debian with Python, made by debootstrap, since no registry is assumed) stands in for the CUDA or Python
-image that users pass as BASE_IMAGE; on it the project's own Dockerfiles are built as they are. buildah keeps their layers,
-so a change of the source rebuilds only the last, small one. `node` loads the archives.
+`base` (a minimal Debian with Python, made by debootstrap, since no registry is assumed) stands in for the CUDA or
+Python image that users pass as BASE_IMAGE; on it the project's own Dockerfiles are built as they are. buildah keeps
+their layers, so a change of the source rebuilds only the last, small one. `node` loads the archives.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _BUSYBOX = Path("/bin/busybox")
 _NUM_ARCHIVES_KEPT = 2
 _BASE_SUITE = "bookworm"
 _BASE_PACKAGES = "python3,python3-venv,ca-certificates"
+_LEFT_OUT_OF_BASE = ("dev", "var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale")
 
 # What the Dockerfiles copy; a file is in the key if and only if it can be in the image.
 _PROJECT_FILES = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", ".dockerignore")
@@ -149,8 +150,8 @@ def _debootstrap(tarball: Path) -> None:
     root = Path(tempfile.mkdtemp(prefix="base-", dir=tarball.parent))
     try:
         run(["debootstrap", "--variant=minbase", f"--include={_BASE_PACKAGES}", _BASE_SUITE, root])
-        left_out = ["var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "dev"]
-        run(["tar", "--create", f"--file={tarball}", f"--directory={root}", *(f"--exclude=./{e}/*" for e in left_out), "."])
+        left_out = [f"--exclude=./{folder}/*" for folder in _LEFT_OUT_OF_BASE]
+        run(["tar", "--create", f"--file={tarball}", f"--directory={root}", *left_out, "."])
     finally:
         shutil.rmtree(root)
 

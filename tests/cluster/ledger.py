@@ -1,8 +1,8 @@
 """What a cluster has put on this machine, written down as it happens, so that all of it can be taken away again.
 
-Every cluster has one folder with one ledger in it. `undo` reads the ledger backwards; it is the same whether a cluster is
-stopped, failed half-way, was left by a process that was killed (the `_watch` process below sees the owner go), or
-belongs to an `up` that a later `down` ends. Processes are known by pid and start time, everything else by a name that
+Every cluster has one folder with one ledger in it. `undo` reads the ledger backwards; it is the same whether a cluster
+is stopped, failed half-way, was left by a process that was killed (a watcher sees the owner go), or belongs to an `up`
+that a later `down` ends. Processes are known by pid and start time, everything else by a name that
 only this cluster uses.
 """
 

@@ -1,7 +1,7 @@
 """The cluster's own addresses: a bridge with a private subnet, and ports that nobody listens on.
 
-Loopback will not do for the API server: pods could not reach it. The bridge's name is made from its subnet, so taking the
-name takes the subnet, and any number of clusters live beside each other.
+Loopback will not do for the API server: pods could not reach it. The bridge's name is made from its subnet, so taking
+the name takes the subnet, and any number of clusters live beside each other.
 """
 
 from __future__ import annotations

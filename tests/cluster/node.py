@@ -1,9 +1,9 @@
 """A real node beside a control plane: containerd, kubelet, kube-proxy and CoreDNS, in namespaces of their own.
 
 The node is to this machine what a container is to its host: own processes, mounts, interfaces and iptables rules
-(`holder` is its first process), so several nodes of several clusters do not meet, and ending one process ends it all. A
-pair of virtual interfaces joins it to the control plane's bridge; pods reach this machine at `host_ip`, and this machine
-reaches pods.
+(`holder` is its first process), so nodes of several clusters do not meet, and ending one process ends it all. A pair of
+virtual interfaces joins it to the control plane's bridge; pods reach this machine at `host_ip`, and this machine reaches
+pods.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RealCluster(ControlPlane):
     @property
     def _net(self) -> Network:
         if self.network is None:
-            raise CommandFailed("this control plane has no bridge, so it cannot have a node: it was started without root")
+            raise CommandFailed("this control plane was started without root: it has no bridge to join a node to")
         return self.network
 
 
@@ -140,7 +140,7 @@ def _start_containerd(cluster: RealCluster) -> None:
 
 
 def _write_cni(folder: Path, network: Network) -> None:
-    """Routed, not bridged: with a bridge, answers of a Service's pod on the same node would bypass kube-proxy's rules."""
+    """Routed, not bridged: over a bridge, a Service's answers within the node would bypass kube-proxy's rules."""
     ipam = {"type": "host-local", "ranges": [[{"subnet": str(network.pods)}]], "routes": [{"dst": "0.0.0.0/0"}]}
     plugins = [{"type": "ptp", "ipam": ipam}, {"type": "portmap", "capabilities": {"portMappings": True}}]
     folder.mkdir()
@@ -153,7 +153,7 @@ def _start_kubelet(cluster: RealCluster) -> None:
     (folder / "resolv.conf").write_text(f"nameserver {cluster.node_ip}\n")
     config = folder / "kubelet.json"
     config.write_text(json.dumps(_kubelet_config(cluster)))
-    command = [
+    command: list[str | Path] = [
         binary("kubelet"),
         f"--kubeconfig={cluster.kubeconfig_of(f'system:node:{NODE_NAME}')}",
         f"--config={config}",
@@ -215,9 +215,7 @@ def _start_proxy(cluster: RealCluster) -> None:
 
 def _start_dns(cluster: RealCluster) -> None:
     corefile = _node_folder(cluster) / "Corefile"
-    corefile.write_text(
-        _COREFILE.format(address=cluster.node_ip, port=_DNS_READY_PORT, kubeconfig=cluster.kubeconfig)
-    )
+    corefile.write_text(_COREFILE.format(address=cluster.node_ip, port=_DNS_READY_PORT, kubeconfig=cluster.kubeconfig))
     dns = _start_on_node(cluster, "coredns", [binary("coredns"), "-conf", corefile])
     ready = f"http://{cluster.node_ip}:{_DNS_READY_PORT}/ready"
     dns.wait_until(lambda: answers(ready), timeout_seconds=60, what=ready)
@@ -237,8 +235,8 @@ _COREFILE = """\
 }}
 """
 
-# restrict_oom_score_adj: in many containers and virtual machines lowering oom_score_adj is not permitted, and every sandbox
-# would fail with "can't get final child's PID from pipe: EOF".
+# restrict_oom_score_adj: in many containers and virtual machines lowering oom_score_adj is not permitted, and every
+# sandbox would fail with "can't get final child's PID from pipe: EOF".
 _CONTAINERD_CONFIG = """\
 version = 2
 [plugins."io.containerd.grpc.v1.cri"]

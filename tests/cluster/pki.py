@@ -38,8 +38,8 @@ class Pki:
         extensions = ["-addext", "extendedKeyUsage=serverAuth,clientAuth"]
         if alternatives:
             extensions += ["-addext", f"subjectAltName={','.join(alternatives)}"]
-        signed_by = ["-CA", self.ca, "-CAkey", self.ca_key]
-        out = ["-keyout", self.key(name), "-out", self.certificate(name)]
+        signed_by: list[str | Path] = ["-CA", self.ca, "-CAkey", self.ca_key]
+        out: list[str | Path] = ["-keyout", self.key(name), "-out", self.certificate(name)]
         run(["openssl", "req", "-x509", *_EC_KEY, "-subj", subject, "-days", "30", *extensions, *signed_by, *out])
 
 
@@ -47,7 +47,7 @@ def make_pki(folder: Path, *, server_addresses: Sequence[str]) -> Pki:
     """The authority, the API server's certificates and the pair that signs service accounts."""
     folder.mkdir(mode=0o700)
     pki = Pki(folder)
-    out = ["-keyout", pki.ca_key, "-out", pki.ca]
+    out: list[str | Path] = ["-keyout", pki.ca_key, "-out", pki.ca]
     run(["openssl", "req", "-x509", *_EC_KEY, "-subj", "/CN=nexa-test", "-days", "30", *out])
     _make_service_account_pair(pki)
     inside = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"]
@@ -60,7 +60,7 @@ def make_pki(folder: Path, *, server_addresses: Sequence[str]) -> Pki:
 def write_tokens(file: Path, users: dict[str, str]) -> dict[str, str]:
     """A static token for each user, whose group may be empty; returns user -> token."""
     tokens = {user: secrets.token_hex(16) for user in users}
-    lines = [f'{tokens[user]},{user},{user}{f",{group}" if group else ""}' for user, group in users.items()]
+    lines = [f"{tokens[user]},{user},{user}{f',{group}' if group else ''}" for user, group in users.items()]
     file.write_text("\n".join(lines) + "\n")
     file.chmod(0o600)
     return tokens

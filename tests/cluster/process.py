@@ -48,9 +48,7 @@ class _Ended(Exception):
     """Leaves the polling loop, which takes `CommandFailed` for "not yet"."""
 
 
-def start(
-    ledger: Ledger, name: str, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None
-) -> Process:
+def start(ledger: Ledger, name: str, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> Process:
     """Start in a session of its own, so that Ctrl-C in a terminal does not reach it before it is stopped in order."""
     log = ledger.folder / f"{name}.log"
     with log.open("ab") as out:

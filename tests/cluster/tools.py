@@ -67,6 +67,8 @@ def _kubernetes(*programs: str) -> dict[str, str]:
     return {program: f"k8s.io/kubernetes/cmd/{program}" for program in programs}
 
 
+_KWOK_STAGES = ("node/fast", "node/heartbeat", "pod/fast")
+
 # In the order that unblocks the most the soonest.
 TOOLS = {
     tool.name: tool
@@ -84,7 +86,7 @@ TOOLS = {
             name="kwok",
             module="sigs.k8s.io/kwok",
             programs={"kwok": "sigs.k8s.io/kwok/cmd/kwok"},
-            module_files=tuple(f"kustomize/stage/{stage}/*-*.yaml" for stage in ("node/fast", "node/heartbeat", "pod/fast")),
+            module_files=tuple(f"kustomize/stage/{each}/*-*.yaml" for each in _KWOK_STAGES),
         ),
         Tool(name="minio", module="github.com/minio/minio", programs={"minio": "github.com/minio/minio"}),
         Tool(name="coredns", module="github.com/coredns/coredns", programs={"coredns": "github.com/coredns/coredns"}),
@@ -163,9 +165,9 @@ def _keep_module_files(tool: Tool, target: Path) -> None:
 
 
 def _go_build(tool: Tool, package: str, target: Path) -> None:
-    command = ["nice", _go(), "build", "-mod=readonly", "-trimpath", "-ldflags", _ldflags(tool), "-o", target, package]
+    flags = ["-mod=readonly", "-trimpath", "-ldflags", _ldflags(tool), "-o", str(target)]
     done = subprocess.run(
-        command,
+        ["nice", _go(), "build", *flags, package],
         cwd=tool.go_mod.parent,
         env={**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOWORK": "off"},
         capture_output=True,
@@ -195,7 +197,7 @@ def _go() -> str:
     if not Path(go).exists():
         _install_pypi_go()
     if _go_version(go) < needed:
-        raise ClusterError(f"go {'.'.join(map(str, needed))} or newer is needed and {_GO_FROM_PYPI} is {_go_version(go)}")
+        raise ClusterError(f"go {needed} or newer is needed and {_GO_FROM_PYPI} is {_go_version(go)}: change the pin")
     return go
 
 
