@@ -41,7 +41,7 @@ def test_generating_twice_gives_the_same_bytes():
 
 
 def test_check_names_what_is_stale_and_writes_nothing(tmp_path):
-    with pytest.raises(SystemExit, match="crds/train.nexa.dev_nexatrainingjobs.yaml.*run `python -m"):
+    with pytest.raises(SystemExit, match=r"crds/train.nexa.dev_nexatrainingjobs.yaml.*run `python -m"):
         crd.main(["--check"], root=tmp_path)
     assert list(tmp_path.iterdir()) == []
     crd.main([], root=tmp_path)

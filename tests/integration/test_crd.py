@@ -1,0 +1,240 @@
+"""The CRD before a real API server: it is accepted, and it refuses what the models refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nexa_train.config import KIND, Job, JobSpec
+from nexa_train.config.load import load_job, recipe_names
+from tests.cluster.cluster import Cluster
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted(
+    path
+    for path in (ROOT / "examples").glob("**/*.yaml")
+    if f"kind: {KIND}" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.fixture(scope="module")
+def cluster(control_plane: Cluster) -> Cluster:
+    control_plane.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(ROOT / "crds"))
+    control_plane.kubectl(
+        "wait", "--for=condition=Established", "--timeout=30s", "crd/nexatrainingjobs.train.nexa.dev"
+    )
+    return control_plane
+
+
+def manifest(name: str = "job", **spec: Any) -> dict[str, Any]:
+    """A small valid job; a keyword replaces a group."""
+    return {
+        "apiVersion": "train.nexa.dev/v1alpha1",
+        "kind": "NexaTrainingJob",
+        "metadata": {"name": name},
+        "spec": {"data": {"remoteUri": "rows.jsonl"}, **spec},
+    }
+
+
+def server_side(cluster: Cluster, document: dict[str, Any]) -> dict[str, Any]:
+    """The object as the server would store it."""
+    done = cluster.kubectl(
+        "create",
+        "--dry-run=server",
+        "--validate=strict",
+        "--output=json",
+        "--filename=-",
+        input=json.dumps(document),
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_server_takes_every_example(cluster, path):
+    for document in yaml.safe_load_all(path.read_text()):
+        if document.get("kind") == KIND:
+            server_side(cluster, document)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_server_takes_every_shipped_recipe(cluster, name):
+    server_side(cluster, load_job(recipe=name).as_manifest())
+
+
+def test_a_job_of_one_key_gets_the_defaults_of_the_models(cluster):
+    stored = server_side(cluster, manifest())["spec"]
+    assert JobSpec.model_validate(stored) == JobSpec.model_validate({"data": {"remoteUri": "rows.jsonl"}})
+    assert stored["optimizer"]["betas"] == [0.9, 0.999]
+    assert stored["training"]["microbatchSizePerGpu"] == "auto"
+
+
+METHODS = [
+    {"method": {"type": "sft"}},
+    {"method": {"type": "dpo"}, "data": {"remoteUri": "r", "format": "preference"}},
+    {"method": {"type": "distill", "teacher": "big", "temperature": 2}},
+    {"method": {"type": "pretrain"}, "data": {"remoteUri": "r", "format": "text"}},
+    {"tuning": {"type": "lora", "rank": 16}},
+    {"tuning": {"type": "qlora", "rank": 16, "alpha": 32}},
+    {"training": {"epochs": 2, "globalBatchSize": 64}, "optimizer": {"lr": 1}},
+]
+
+
+@pytest.mark.parametrize("spec", METHODS, ids=json.dumps)
+def test_a_run_keeps_its_identity_through_the_server(cluster, spec):
+    document = manifest(**spec)
+    stored = server_side(cluster, document)
+    assert Job.model_validate({"metadata": {"name": "job"}, "spec": stored["spec"]}).run_id == (
+        Job.model_validate({"metadata": {"name": "job"}, "spec": document["spec"]}).run_id
+    )
+
+
+BAD = [
+    ({"method": {"type": "rlhf"}}, "spec.method.type"),
+    ({"method": {"beta": 0.1}}, "spec.method.type"),
+    ({"method": {"type": "sft", "beta": 0.1}}, "spec.method"),
+    ({"method": {"type": "distill"}}, "teacher"),
+    (
+        {"method": {"type": "dpo", "beta": 0}, "data": {"remoteUri": "r", "format": "preference"}},
+        "spec.method.beta",
+    ),
+    ({"tuning": {"type": "lora"}}, "rank"),
+    ({"tuning": {"type": "full", "rank": 8}}, "spec.tuning"),
+    ({"tuning": {"type": "lora", "rank": 8, "doubleQuant": True}}, "spec.tuning"),
+    ({"tuning": {"type": "lora", "rank": 0}}, "spec.tuning.rank"),
+    ({"tuning": {"type": "lora", "rank": 8, "dropout": 1}}, "spec.tuning.dropout"),
+    ({"backend": "jax"}, "spec.backend"),
+    ({"data": {}}, "spec.data.remoteUri"),
+    ({"data": {"remoteUri": ""}}, "spec.data.remoteUri"),
+    ({"data": {"remoteUri": "r", "format": "preference"}}, "spec.data.format"),
+    ({"data": {"remoteUri": "r", "validation": {"fraction": 0.1, "rows": 3}}}, "spec.data.validation"),
+    ({"data": {"remoteUri": "r", "validation": {"fraction": 1}}}, "spec.data.validation.fraction"),
+    ({"data": {"remoteUri": "r", "columns": {"k" * 400: "v"}}}, "spec.data.columns"),
+    ({"model": {"dModel": 64}}, "spec.model.dModel"),
+    ({"model": {"dModel": 60, "nLayers": 2, "nHeads": 4}}, "spec.model.dModel"),
+    ({"model": {"name": "x" * 1025}}, "spec.model.name"),
+    ({"training": {"maxSteps": 5, "epochs": 1}}, "spec.training.epochs"),
+    ({"training": {"maxSteps": 0}}, "spec.training.maxSteps"),
+    ({"training": {"microbatchSizePerGpu": "many"}}, "spec.training.microbatchSizePerGpu"),
+    ({"training": {"microbatchSizePerGpu": 0}}, "spec.training.microbatchSizePerGpu"),
+    ({"training": {"globalBatchSize": 8, "microbatchSizePerGpu": 3}}, "spec.training.microbatchSizePerGpu"),
+    (
+        {"training": {"globalBatchSize": 8, "microbatchSizePerGpu": 2, "gradAccumulationSteps": 2}},
+        "spec.training.gradAccumulationSteps",
+    ),
+    ({"training": {"globalBatchSize": 8}, "cluster": {"numNodes": 3}}, "spec.training.globalBatchSize"),
+    ({"training": {"globalBatchSize": 8}, "cluster": {"gpusPerNode": 3}}, "spec.training.globalBatchSize"),
+    ({"optimizer": {"lr": 0}}, "spec.optimizer.lr"),
+    ({"optimizer": {"betas": [0.9]}}, "spec.optimizer.betas"),
+    ({"cluster": {"numNodes": 2, "minNodes": 3}}, "spec.cluster.minNodes"),
+    ({"cluster": {"resources": {"cpu": "lots"}}}, "spec.cluster.resources.cpu"),
+    ({"cluster": {"env": [{"name": "not ok"}]}}, "spec.cluster.env[0].name"),
+    ({"cluster": {"volumes": [{"name": "v", "mountPath": "/v"}]}}, "spec.cluster.volumes[0]"),
+    (
+        {"cluster": {"volumes": [{"name": "v", "mountPath": "/v", "claim": "c", "configMap": "m"}]}},
+        "spec.cluster.volumes[0]",
+    ),
+    ({"recovery": {"rules": [{"exitCodes": [], "action": "retry"}]}}, "spec.recovery.rules[0].exitCodes"),
+    ({"trackers": ["a-notebook"]}, "spec.trackers[0]"),
+]
+
+
+@pytest.mark.parametrize(("spec", "field"), BAD, ids=[json.dumps(spec)[:70] for spec, _ in BAD])
+def test_the_server_refuses_what_the_models_refuse_and_names_the_field(cluster, spec, field):
+    document = manifest(**spec)
+    with pytest.raises(ValueError, match="validation error"):
+        Job.model_validate({"metadata": {"name": "job"}, "spec": document["spec"]})
+    refused = cluster.kubectl(
+        "create", "--dry-run=server", "--filename=-", input=json.dumps(document), check=False
+    )
+    assert refused.returncode
+    assert "is invalid" in refused.stderr, "422, not another kind of failure"
+    assert field in refused.stderr
+
+
+def test_a_name_longer_than_45_characters_is_refused_because_pods_are_named_after_it(cluster):
+    server_side(cluster, manifest("n" * 45))
+    with pytest.raises(Exception, match="at most 45 characters"):
+        server_side(cluster, manifest("n" * 46))
+    with pytest.raises(Exception, match="DNS label"):
+        server_side(cluster, manifest("a.b"))
+
+
+def test_an_unknown_key_is_refused_under_strict_validation(cluster):
+    with pytest.raises(Exception, match="unknown field"):
+        server_side(cluster, manifest(training={"globalBatchSizee": 8}))
+
+
+RICH: dict[str, Any] = {
+    "data": {"remoteUri": "rows.jsonl", "columns": {"messages": "chat"}},
+    "cluster": {"numNodes": 2, "nodeSelector": {"disk": "ssd"}, "env": [{"name": "A", "value": "b"}]},
+    "training": {"globalBatchSize": 12, "maxSteps": 10},
+    "artifacts": {"uri": "s3://models", "keepLast": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def created(cluster: Cluster) -> dict[str, Any]:
+    document = manifest("immutable", **copy.deepcopy(RICH))
+    cluster.kubectl("delete", "ntj/immutable", "--ignore-not-found", "--wait")
+    cluster.kubectl("create", "--filename=-", input=json.dumps(document))
+    return document
+
+
+def patch(cluster: Cluster, change: dict[str, Any]) -> str:
+    """What the server says to a merge patch; empty when it agrees."""
+    arguments = (
+        "patch",
+        "ntj/immutable",
+        "--type=merge",
+        "--dry-run=server",
+        f"--patch={json.dumps({'spec': change})}",
+    )
+    return cluster.kubectl(*arguments, check=False).stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": {"name": "other"}}, "spec.model"),
+        ({"data": {"columns": {"messages": "other"}}}, "spec.data"),
+        ({"method": {"trainOn": "all"}}, "spec.method"),
+        ({"tuning": {"type": "lora", "rank": 4}}, "spec.tuning"),
+        ({"backend": "hf"}, "spec.backend"),
+        ({"training": {"maxSteps": 11}}, "spec.training"),
+        ({"training": {"maxSteps": None}}, "spec.training"),
+        ({"optimizer": {"lr": 1e-3}}, "spec.optimizer"),
+        ({"artifacts": {"keepLast": 1}}, "spec.artifacts"),
+        ({"recovery": {"maxRestarts": 9}}, "spec.recovery"),
+        ({"image": "another"}, "spec.image"),
+        ({"cluster": {"env": []}}, "spec.cluster.env"),
+        ({"cluster": {"nodeSelector": {"disk": None}}}, "spec.cluster.nodeSelector"),
+        ({"cluster": {"numNodes": 4}}, "spec.cluster.numNodes"),
+        ({"schedule": {"queueName": "q"}}, "spec.schedule.queueName"),
+        ({"schedule": {"ttlSecondsAfterFinished": 1}}, "spec.schedule.ttlSecondsAfterFinished"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else json.dumps(value),
+)
+def test_what_a_run_is_cannot_be_changed_after_creation(cluster, created, change, field):
+    said = patch(cluster, change)
+    assert "is invalid" in said
+    assert field in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"schedule": {"suspend": True}}, {"schedule": {"suspend": True}, "cluster": {"numNodes": 4}}],
+    ids=json.dumps,
+)
+def test_suspending_and_resizing_while_suspended_is_allowed(cluster, created, change):
+    assert patch(cluster, change) == ""
+
+
+def test_a_resize_is_checked_against_the_batch_as_at_creation(cluster, created):
+    assert "globalBatchSize" in patch(cluster, {"schedule": {"suspend": True}, "cluster": {"numNodes": 5}})
