@@ -1,8 +1,8 @@
 """The first process of the node's namespaces: it gives the node folders of its own and buries orphans.
 
 `node` starts it under `unshare` with a mount, a network and a process namespace. When it dies, the kernel kills every
-process of the node, unmounts everything it mounted and drops its interfaces and iptables rules: nothing is left to clean
-up, even after a crash. It imports nothing of ours, so that it runs from any working directory.
+process of the node, unmounts everything it mounted and drops its interfaces and iptables rules: nothing is left to
+clean up, even after a crash. It imports nothing of ours, so that it runs from any working directory.
 """
 
 from __future__ import annotations

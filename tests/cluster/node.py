@@ -2,8 +2,8 @@
 
 The node is to this machine what a container is to its host: own processes, mounts, interfaces and iptables rules
 (`holder` is its first process), so nodes of several clusters do not meet, and ending one process ends it all. A pair of
-virtual interfaces joins it to the control plane's bridge; pods reach this machine at `host_ip`, and this machine reaches
-pods.
+virtual interfaces joins it to the control plane's bridge; pods reach this machine at `host_ip`, and this machine
+reaches pods.
 """
 
 from __future__ import annotations
