@@ -131,8 +131,8 @@ def _files(folder: Path, *, skip: Path) -> Iterator[Path]:
 
 def _link(temporary: Path, target: Path) -> None:
     for _ in range(_LINK_ATTEMPTS):
-        _make_folder(target.parent)
         try:
+            _make_folder(target.parent)
             os.link(temporary, target)
         except FileNotFoundError:
             continue

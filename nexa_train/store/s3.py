@@ -31,19 +31,20 @@ import obstore.exceptions as refusals
 import obstore.store
 import stamina
 
-from nexa_train.errors import AlreadyExistsError, NexaError, NotFoundError, RefusedError
+from nexa_train.errors import AlreadyExistsError, ConfigError, NexaError, NotFoundError, RefusedError
 from nexa_train.store.base import RESERVED, Opened, Stored, check_key, check_prefix
 
 if TYPE_CHECKING:
     from obstore import BytesStream, GetOptions
+    from obstore.store import ClientConfig, RetryConfig
 
 _MAX_PUT_BYTES = 5 * 1024**3  # AWS' limit for one PUT; obstore sets no condition on a multipart upload
 _CHUNK_BYTES = 4 * 1024**2
 _CREATE_ATTEMPTS = 5
-_NOT_RETRIED = re.compile(r"status code: (?:4\d\d|501)\b")
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([\w.]+)</Code>")
 _DETAIL = re.compile(r"<Message>([^<]{1,200})</Message>")
+_NO_BUCKET = "NoSuchBucket"
 _UNVERSIONED = ("", "null")  # what a bucket without versioning, or with it suspended, answers
 
 _log = logging.getLogger(__name__)
@@ -57,6 +58,18 @@ class _Patience:
     request_seconds: float
     retries: int
     retry_seconds: float
+
+    @property
+    def client_options(self) -> ClientConfig:
+        return {
+            "connect_timeout": timedelta(seconds=self.connect_seconds),
+            "timeout": timedelta(seconds=self.request_seconds),
+            "read_timeout": timedelta(seconds=min(60, self.request_seconds)),
+        }
+
+    @property
+    def retry_config(self) -> RetryConfig:
+        return {"max_retries": self.retries, "retry_timeout": timedelta(seconds=self.retry_seconds)}
 
 
 _READING = _Patience(connect_seconds=5, request_seconds=3600, retries=5, retry_seconds=60)
@@ -108,21 +121,22 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
-        with self._translated("delete", check_key(key)), contextlib.suppress(FileNotFoundError):
-            obstore.delete(self._reader, key)
+        with self._translated("delete", check_key(key)):
+            try:
+                obstore.delete(self._reader, key)
+            except FileNotFoundError as exc:
+                if _found(_CODE, str(exc)) == _NO_BUCKET:
+                    raise
 
     def probe(self) -> None:
         """See `Store.probe`; answers within ten seconds."""
         client = self._client(_PROBING)
         key = f"{RESERVED}/probe/{secrets.token_hex(8)}"
         with self._translated("write", key):
-            obstore.put(client, key, b"first", mode="create", use_multipart=False)
-            try:
-                obstore.put(client, key, b"second", mode="create", use_multipart=False)
-            except refusals.AlreadyExistsError:
-                return
-            finally:
-                obstore.delete(client, key)
+            proven = _refuses_to_overwrite(client, key)
+            obstore.delete(client, key)
+        if proven:
+            return
         raise RefusedError(
             f"bucket {self.bucket} on {self._host} overwrites what exists: it ignores 'If-None-Match: *', so "
             "checkpoints there would not be safe; use a store with conditional writes (AWS S3, MinIO)"
@@ -133,7 +147,7 @@ class S3Store:
         with self._translated("write", key):
             try:
                 return creation.run()
-            except refusals.AlreadyExistsError:
+            except _Taken:
                 raise AlreadyExistsError(f"{key} already exists in {self.uri}; nothing was overwritten") from None
 
     @property
@@ -145,60 +159,51 @@ class S3Store:
         if self._endpoint:
             config["endpoint"] = self._endpoint
             config["virtual_hosted_style_request"] = False
-        return obstore.store.S3Store(
-            self.bucket,
-            prefix=self.prefix or None,
-            config=config,
-            client_options={
-                "allow_http": self._endpoint.startswith("http://"),
-                "connect_timeout": timedelta(seconds=patience.connect_seconds),
-                "timeout": timedelta(seconds=patience.request_seconds),
-                "read_timeout": timedelta(seconds=min(60, patience.request_seconds)),
-            },
-            retry_config={
-                "max_retries": patience.retries,
-                "retry_timeout": timedelta(seconds=patience.retry_seconds),
-            },
-        )
+        try:
+            return obstore.store.S3Store(
+                self.bucket,
+                prefix=self.prefix or None,
+                config=config,
+                client_options={"allow_http": self._endpoint.startswith("http://"), **patience.client_options},
+                retry_config=patience.retry_config,
+            )
+        except refusals.BaseError as exc:
+            message = f"cannot open {self.uri} with the AWS_ variables of the environment: {_summary(str(exc))}"
+            raise ConfigError(message) from None
 
     @contextlib.contextmanager
     def _translated(self, action: str, key: str) -> Iterator[None]:
         """obstore's errors as ours. Without the cause: it holds the server's answer, access key and all."""
         try:
             yield
-        except FileNotFoundError as exc:
-            raise self._not_found(key, str(exc)) from None
-        except (refusals.PermissionDeniedError, refusals.UnauthenticatedError) as exc:
-            raise self._forbidden(action, key, str(exc)) from None
-        except refusals.BaseError as exc:
-            raise self._failed(action, key, str(exc)) from None
+        except (refusals.BaseError, FileNotFoundError) as exc:
+            raise self._translation(action, key, str(exc)) from None
 
-    def _not_found(self, key: str, answer: str) -> NexaError:
-        if "NoSuchBucket" in answer:
-            return NotFoundError(f"bucket {self.bucket} does not exist on {self._host}; make it, with versioning")
-        return NotFoundError(f"{key} is not in {self.uri} on {self._host}")
-
-    def _forbidden(self, action: str, key: str, answer: str) -> NexaError:
-        return RefusedError(
-            f"{self._host} refuses to {action} {key} in bucket {self.bucket} ({_summary(answer)}); check "
-            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that account may do in this bucket"
-        )
-
-    def _failed(self, action: str, key: str, answer: str) -> NexaError:
-        if _STATUS.search(answer):
+    def _translation(self, action: str, key: str, answer: str) -> NexaError:
+        status = _found(_STATUS, answer)
+        if _found(_CODE, answer) == _NO_BUCKET:
+            return NotFoundError(f"bucket {self.bucket} is not on {self._host}; make it, with versioning")
+        if action == "read" and (status == "404" or "Invalid version id" in answer):
+            return NotFoundError(f"{key} is not in {self.uri} on {self._host}")
+        what = f"cannot {action} {key} in bucket {self.bucket} on {self._host}: {_summary(answer)}"
+        if status in ("401", "403"):
             return RefusedError(
-                f"{self._host} could not {action} {key} in bucket {self.bucket} ({_summary(answer)}); "
-                "check the bucket and the state of the server"
+                f"{what}; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that account may do there"
             )
+        if status:
+            return RefusedError(f"{what}; check that AWS_ENDPOINT_URL is an S3 server, and the state of it")
         return RefusedError(
-            f"cannot {action} {key} in bucket {self.bucket}: no answer from {self._host} "
-            f"({_summary(answer)}); check AWS_ENDPOINT_URL and the network; without AWS_ACCESS_KEY_ID in the "
-            "environment, also where credentials are to come from"
+            f"{what}; no answer: check AWS_ENDPOINT_URL and the network, and where credentials come from if "
+            "AWS_ACCESS_KEY_ID is not set"
         )
 
 
 class _Again(Exception):
     """This create may be tried once more."""
+
+
+class _Taken(Exception):
+    """The key holds another writer's bytes."""
 
 
 @dataclass
@@ -228,22 +233,24 @@ class _Creation:
         except refusals.AlreadyExistsError as exc:
             return self._settle(exc)
         except refusals.GenericError as exc:
-            if _NOT_RETRIED.search(str(exc)):
+            if _is_final(str(exc)):
                 raise
             self.reply_lost = True
-            raise _Again from exc
+            raise _Again(_summary(str(exc))) from exc
         return Stored(key=self.key, size=len(self.body), version_id=_version(result["version"]))
 
-    def _settle(self, taken: refusals.AlreadyExistsError) -> Stored:
+    def _settle(self, exc: refusals.AlreadyExistsError) -> Stored:
         """obstore says "exists" for 412, which is final, and for 409, after which nothing may be there."""
         try:
             answer = obstore.get(self.store, self.key)
         except FileNotFoundError:
-            raise _Again from taken
+            raise _Again("the store was busy with another write to the key") from exc
+        except refusals.GenericError as unread:
+            raise _Again(_summary(str(unread))) from unread
         if not self.reply_lost or answer.meta["size"] != len(self.body):
-            raise taken
+            raise _Taken from exc
         if not _same(answer.stream(min_chunk_size=_CHUNK_BYTES), self.body):
-            raise taken
+            raise _Taken from exc
         _log.info("the reply to creating %s was lost; read back, it holds our bytes", self.key)
         return Stored(key=self.key, size=len(self.body), version_id=_version(answer.meta["version"]))
 
@@ -270,6 +277,16 @@ class _Body(io.RawIOBase):
         buffer[:size] = self._rest[:size]
         self._rest = self._rest[size:]
         return size
+
+
+def _refuses_to_overwrite(client: obstore.store.S3Store, key: str) -> bool:
+    try:
+        # An "exists" to the first is proof too: its reply was lost, and obstore asked again.
+        obstore.put(client, key, b"first", mode="create", use_multipart=False)
+        obstore.put(client, key, b"second", mode="create", use_multipart=False)
+    except refusals.AlreadyExistsError:
+        return True
+    return False
 
 
 def _same(chunks: Iterator[bytes], expected: bytes | memoryview) -> bool:
@@ -308,10 +325,22 @@ def _version(version: str | None) -> str | None:
     return None if version is None or version in _UNVERSIONED else version
 
 
+def _is_final(answer: str) -> bool:
+    """Whether asking again could not help: the request itself was judged, not the moment."""
+    status = _found(_STATUS, answer)
+    if status in ("408", "429") or _found(_CODE, answer) == "RequestTimeout":
+        return False
+    return status.startswith("4") or status == "501"
+
+
 def _summary(answer: str) -> str:
-    """Status, code and message of an S3 error, or the first line: the body has the access key."""
-    status, code, detail = (pattern.search(answer) for pattern in (_STATUS, _CODE, _DETAIL))
-    if not status:
+    """Status, code and message of an S3 error, or the first line: the rest of the answer has the access key."""
+    parts = [_found(pattern, answer) for pattern in (_STATUS, _CODE, _DETAIL)]
+    if not parts[0]:
         return answer.splitlines()[0].rpartition(" - ")[2][:200]
-    found = [match.group(1) for match in (status, code, detail) if match]
-    return " ".join(found)
+    return " ".join(part for part in parts if part)
+
+
+def _found(pattern: re.Pattern[str], answer: str) -> str:
+    match = pattern.search(answer)
+    return match.group(1) if match else ""

@@ -1,0 +1,98 @@
+"""The folder store when things go wrong: crashes, permissions, concurrent deletes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from nexa_train.errors import RefusedError
+from nexa_train.store import open_store
+
+WRITE_FOR_EVER = """
+import sys, itertools
+from nexa_train.store import open_store
+store = open_store(sys.argv[1])
+for number in itertools.count():
+    store.create(f"objects/{number}", b"%d " % number * 200_000)
+    print(number, flush=True)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_whole_objects_only(tmp_path: Path) -> None:
+    for delay_seconds in (0.0, 0.013, 0.029):
+        folder = tmp_path / str(delay_seconds)
+        writer = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, folder], stdout=subprocess.PIPE)
+        assert writer.stdout
+        writer.stdout.readline()
+        time.sleep(delay_seconds)
+        writer.send_signal(signal.SIGKILL)
+        confirmed = writer.communicate()[0].split()
+        store = open_store(folder)
+
+        keys = [stored.key for stored in store.list()]
+        assert len(keys) > len(confirmed)
+        for key in keys:
+            number = key.rpartition("/")[2].encode()
+            assert store.open(key).read() == (number + b" ") * 200_000
+
+
+def test_a_folder_is_made_by_the_first_write_and_not_by_a_look(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "artifacts")
+
+    assert store.list() == []
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_deleting_the_last_object_removes_its_folders(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.create("a/b/c", b"")
+    store.delete("a/b/c")
+
+    assert not (tmp_path / "a").exists()
+    assert tmp_path.exists()
+
+
+def test_writes_survive_deletes_that_prune_the_folder_beneath_them(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+
+    def write_and_delete(number: int) -> None:
+        for turn in range(100):
+            store.create(f"shared/folder/{number}-{turn}", b"x")
+            store.delete(f"shared/folder/{number}-{turn}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_and_delete, range(4)))
+
+    assert store.list() == []
+
+
+def test_a_later_change_of_the_source_does_not_reach_the_object(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"before")
+    store = open_store(tmp_path / "artifacts")
+    store.create("k", source)
+    source.write_bytes(b"after!")
+
+    assert store.open("k").read() == b"before"
+
+
+def test_a_path_that_is_a_file_is_refused_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "artifacts").write_text("not a folder")
+
+    with pytest.raises(RefusedError, match="artifacts"):
+        open_store(tmp_path / "artifacts").probe()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused_with_its_name(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+
+    with pytest.raises(RefusedError, match="Permission denied"):
+        open_store(tmp_path).probe()

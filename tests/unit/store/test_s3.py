@@ -1,0 +1,151 @@
+"""A create under answers that leave open what happened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import stamina
+
+from nexa_train.errors import AlreadyExistsError, RefusedError
+from nexa_train.store import Store, open_store
+from tests.unit.store.small_s3 import SmallS3
+
+OBJECT = "/bucket/team/k"
+
+
+@pytest.fixture
+def server() -> Iterator[SmallS3]:
+    server = SmallS3()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def retry_at_once() -> Iterator[None]:
+    with stamina.set_testing(True, attempts=5):
+        yield
+
+
+@pytest.fixture
+def store(server: SmallS3, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    return open_store("s3://bucket/team")
+
+
+def test_a_write_whose_reply_was_lost_is_found_to_be_ours(server: SmallS3, store: Store) -> None:
+    server.faults = ["lost reply"]
+
+    assert store.create("k", b"ours").size == 4
+    assert server.writes == 2
+
+
+def test_a_file_whose_reply_was_lost_is_compared_byte_by_byte(server: SmallS3, store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "shard"
+    source.write_bytes(b"weights" * 2_000_000)
+    server.faults = ["lost reply"]
+
+    assert store.create("k", source).size == 14_000_000
+
+
+def test_after_a_lost_reply_other_bytes_are_not_taken_for_ours(server: SmallS3, store: Store) -> None:
+    server.faults = ["not ours"]
+
+    with pytest.raises(AlreadyExistsError):
+        store.create("k", b"fifteen bytes!!")
+
+    assert server.objects[OBJECT] == b"somebody else's"
+
+
+def test_equal_bytes_of_another_writer_are_no_success_while_every_reply_came(server: SmallS3, store: Store) -> None:
+    server.objects[OBJECT] = b"equal"
+
+    with pytest.raises(AlreadyExistsError):
+        store.create("k", b"equal")
+
+
+def test_a_conflict_after_which_nothing_is_there_is_tried_again(server: SmallS3, store: Store) -> None:
+    server.faults = ["conflict", "conflict"]
+
+    store.create("k", b"ours")
+
+    assert server.objects[OBJECT] == b"ours"
+
+
+def test_a_conflict_after_which_something_is_there_was_lost(server: SmallS3, store: Store) -> None:
+    server.objects[OBJECT] = b"theirs"
+    server.faults = ["conflict"]
+
+    with pytest.raises(AlreadyExistsError):
+        store.create("k", b"ours!!")
+
+
+def test_a_busy_server_is_asked_five_times(server: SmallS3, store: Store) -> None:
+    server.faults = ["busy"] * 4
+    store.create("k", b"ours")
+    server.faults = ["busy"] * 5
+
+    with pytest.raises(RefusedError, match="503 SlowDown"):
+        store.create("other", b"ours")
+
+    assert server.writes == 10
+
+
+def test_a_conflict_without_end_is_reported_as_such(server: SmallS3, store: Store) -> None:
+    server.faults = ["conflict"] * 5
+
+    with pytest.raises(RefusedError, match="409 ConditionalRequestConflict"):
+        store.create("k", b"ours")
+
+
+def test_a_request_that_was_judged_wrong_is_not_repeated(server: SmallS3, store: Store) -> None:
+    server.faults = ["invalid"]
+
+    with pytest.raises(RefusedError, match="400 InvalidRequest"):
+        store.create("k", b"x")
+
+    assert server.writes == 1
+
+
+def test_a_store_that_overwrites_is_refused_by_name(server: SmallS3, store: Store) -> None:
+    server.conditional = False
+
+    with pytest.raises(RefusedError, match=r"bucket bucket on 127.0.0.1.* overwrites what exists"):
+        store.probe()
+
+    assert not server.objects
+
+
+def test_a_store_with_conditional_writes_passes_and_is_left_clean(server: SmallS3, store: Store) -> None:
+    store.probe()
+
+    assert not server.objects
+
+
+def test_a_server_that_never_answers_is_reported_within_ten_seconds(server: SmallS3, store: Store) -> None:
+    server.faults = ["hang"] * 10
+    started = time.monotonic()
+
+    with pytest.raises(RefusedError, match="no answer"):
+        store.probe()
+
+    assert time.monotonic() - started < 10
+
+
+def test_more_than_one_conditional_write_can_hold_is_refused_before_a_byte_is_sent(
+    server: SmallS3, store: Store, tmp_path: Path
+) -> None:
+    source = tmp_path / "huge"
+    with source.open("wb") as file:
+        file.truncate(5 * 1024**3 + 1)
+
+    with pytest.raises(RefusedError, match="save smaller shards"):
+        store.create("k", source)
+
+    assert server.writes == 0
