@@ -155,7 +155,7 @@ def test_fetching_what_is_gone_says_so(store: Store, tmp_path: Path) -> None:
     [committed] = publish_chain(store, tmp_path / "source", 50)
     store.delete(f"{committed.folder}/{committed.manifest.files[0].object}")
 
-    with pytest.raises(NotFoundError, match="model.safetensors"):
+    with pytest.raises(NotFoundError, match=r"model.safetensors"):
         fetch(store, committed, tmp_path / "into")
 
 
