@@ -1,0 +1,161 @@
+"""`python -m nexa_operator.main`: settings, the real adapters, and kopf around them. Ends on SIGTERM and SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import httpx
+import kopf
+import structlog
+
+from nexa_operator.cluster import TRAINING_JOBS, Cluster, KubernetesCluster, connected
+from nexa_operator.errors import ApiError
+from nexa_operator.handlers import CHILDREN, registry_of
+from nexa_operator.leadership import lead_forever
+from nexa_operator.metrics import Metrics, serving
+from nexa_operator.naming import LABEL_JOB_UID
+from nexa_operator.plan import Defaults
+from nexa_operator.progress import ProgressReader
+from nexa_operator.reconcile import Key, Reconciler
+from nexa_operator.settings import Settings
+from nexa_operator.workqueue import WorkQueue
+from nexa_train.errors import NexaError
+
+log = structlog.get_logger(__name__)
+
+_CRD_WAIT_SECONDS = 2.0
+_END_SECONDS = 20
+
+
+class _Forever:
+    """Delays between retries that never end: an API server that is down is waited for, not given up."""
+
+    def __iter__(self) -> Iterator[float]:
+        yield from (0.5, 1, 2, 4)
+        while True:
+            yield 8
+
+
+def main() -> None:
+    """Run until told to stop."""
+    try:
+        settings = Settings.from_environment(os.environ)
+    except NexaError as exc:
+        print(exc, file=sys.stderr)
+        raise SystemExit(exc.exit_code) from exc
+    configure_logging(settings.log_level)
+    asyncio.run(run(settings))
+
+
+async def run(settings: Settings) -> None:
+    """Everything that runs, in one event loop."""
+    queue: WorkQueue[Key] = WorkQueue()
+    metrics = Metrics()
+    async with (
+        connected() as api,
+        httpx.AsyncClient(trust_env=False) as http,
+        serving(metrics, port=settings.metrics_port) as port,
+    ):
+        log.info("started", metrics_port=port, namespace=settings.watch_namespace or "all")
+        cluster = KubernetesCluster(api)
+        reader = ProgressReader(on_news=queue.add, client=http)
+        defaults = Defaults(image=settings.trainer_image, storage=settings.default_storage)
+        reconciler = Reconciler(cluster=cluster, queue=queue, progress=reader, metrics=metrics, defaults=defaults)
+        gate = asyncio.Event()
+        namespace = settings.watch_namespace
+        beside = [
+            lead_forever(api, namespace=settings.lease_namespace, gate=gate),
+            reconciler.resync_forever(namespace=namespace, interval_seconds=settings.resync_interval_seconds),
+            reader.read_forever(interval_seconds=settings.progress_interval_seconds),
+            *(reconciler.work_forever(may_act=gate) for _ in range(settings.num_workers)),
+        ]
+        await _until_first_ends([*beside, _watch(settings, cluster, queue)])
+
+
+async def _until_first_ends(coroutines: list[Coroutine[Any, Any, None]]) -> None:
+    """kopf ends on a signal; anything else that ends is a fault, and ends the operator too."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+async def _watch(settings: Settings, cluster: Cluster, queue: WorkQueue[Key]) -> None:
+    """kopf: watches, and nothing of its own on any object."""
+    await _wait_for_crd(cluster, settings.watch_namespace)
+    await kopf.operator(
+        registry=registry_of(queue.add),
+        settings=kopf_settings(),
+        standalone=True,
+        clusterwide=not settings.watch_namespace,
+        namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
+    )
+
+
+async def _wait_for_crd(cluster: Cluster, namespace: str) -> None:
+    """kopf looks for resources once: without rights on CRDs it does not hear of later ones."""
+    while True:
+        try:
+            await cluster.list(TRAINING_JOBS, namespace)
+            return
+        except ApiError as exc:
+            log.warning("waiting for NexaTrainingJobs to be served", error=str(exc))
+            await asyncio.sleep(_CRD_WAIT_SECONDS)
+
+
+def kopf_settings() -> kopf.OperatorSettings:
+    """What differs from kopf's defaults, each for a reason."""
+    settings = kopf.OperatorSettings()
+    # No rights on namespaces and CRDs are needed when neither is watched.
+    settings.scanning.disabled = True
+    # Events about jobs are ours to write, from status.
+    settings.posting.enabled = False
+    settings.networking.error_backoffs = _Forever()
+    settings.networking.connect_timeout = 10
+    settings.process.ultimate_exiting_timeout = _END_SECONDS
+    for child in CHILDREN:
+        # By the server: the other pods of a big cluster never cross the wire.
+        settings.watching.label_selectors[child] = LABEL_JOB_UID
+    return settings
+
+
+def configure_logging(level: int) -> None:
+    """One JSON object a line, for our records and those of libraries alike."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.JSONRenderer(sort_keys=True),
+        ],
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    # One line a request says nothing that a metric does not.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

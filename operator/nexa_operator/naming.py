@@ -1,0 +1,40 @@
+"""Names and labels of everything that belongs to a job. Deterministic, so that creating twice is creating once.
+
+A job's name has at most 45 characters; the longest name made from it, `NAME-a99999-4095` for the host name of a
+pod, stays within the 63 of a DNS label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from nexa_train.config import GROUP
+from nexa_train.config.protocol import RDZV_PORT
+
+FIELD_MANAGER = "nexa-operator"
+LABEL_JOB_UID = f"{GROUP}/job-uid"
+LABEL_JOB_NAME = f"{GROUP}/job-name"
+LABEL_ATTEMPT = f"{GROUP}/attempt"
+STORAGE_PREFIX = "nexa-storage-"
+"""A storage profile NAME is the ConfigMap and the Secret `nexa-storage-NAME` of the job's namespace."""
+
+
+def gang_name(job_name: str, attempt: int) -> str:
+    """The Job that carries the ranks of one attempt."""
+    return f"{job_name}-a{attempt}"
+
+
+def service_name(job_name: str) -> str:
+    """The headless Service of all attempts: host names differ by attempt already, so one is enough."""
+    return f"{job_name}-ranks"
+
+
+def rendezvous_endpoint(job_name: str, attempt: int, namespace: str) -> str:
+    """host:port of pod 0, as DNS gives it inside the cluster."""
+    return f"{gang_name(job_name, attempt)}-0.{service_name(job_name)}.{namespace}:{RDZV_PORT}"
+
+
+def event_name(job_name: str, *parts: str) -> str:
+    """The same happening always has the same name, so that it is told once."""
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return f"{job_name}.{digest[:16]}"

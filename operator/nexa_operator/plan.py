@@ -1,0 +1,88 @@
+"""Job + attempt -> RunPlan: everything a runtime needs to know, decided. Comes after `spec.py`; pure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from nexa_operator import naming
+from nexa_train.config import Job
+from nexa_train.config.protocol import (
+    ENV_ATTEMPT,
+    ENV_IMAGE,
+    ENV_JOB,
+    ENV_NUM_NODES,
+    ENV_RDZV_ENDPOINT,
+)
+from nexa_train.config.spec import ClusterSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What the administrator chose for jobs that do not say."""
+
+    image: str
+    storage: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """One attempt of one job: a gang of pods."""
+
+    job_name: str
+    namespace: str
+    owner_uid: str
+    run_id: str
+    attempt: int
+    name: str
+    service: str
+    image: str
+    cluster: ClusterSpec
+    environment: tuple[tuple[str, str], ...]
+    storage: str | None
+    priority_class: str | None
+    active_deadline_seconds: int | None
+
+
+def make_plan(job: Job, *, owner_uid: str, attempt: int, defaults: Defaults) -> RunPlan:
+    """The same job and attempt always give the same plan."""
+    name, namespace = job.metadata.name, job.metadata.namespace
+    image = job.spec.image or defaults.image
+    return RunPlan(
+        job_name=name,
+        namespace=namespace,
+        owner_uid=owner_uid,
+        run_id=job.run_id,
+        attempt=attempt,
+        name=naming.gang_name(name, attempt),
+        service=naming.service_name(name),
+        image=image,
+        cluster=job.spec.cluster,
+        environment=(
+            (ENV_JOB, _as_json(job)),
+            (ENV_ATTEMPT, str(attempt)),
+            (ENV_NUM_NODES, str(job.spec.cluster.num_nodes)),
+            (ENV_RDZV_ENDPOINT, naming.rendezvous_endpoint(name, attempt, namespace)),
+            (ENV_IMAGE, image),
+        ),
+        storage=_storage(job, defaults),
+        priority_class=job.spec.schedule.priority,
+        active_deadline_seconds=job.spec.schedule.active_deadline_seconds,
+    )
+
+
+def _as_json(job: Job) -> str:
+    """With every default resolved: the trainer's image may be of another version than the operator."""
+    document = {
+        "metadata": {"name": job.metadata.name, "namespace": job.metadata.namespace},
+        "spec": job.spec.model_dump(mode="json", by_alias=True, exclude_none=True),
+    }
+    return json.dumps(document, sort_keys=True, separators=(",", ":"))
+
+
+def _storage(job: Job, defaults: Defaults) -> str | None:
+    named = job.spec.artifacts.storage or job.spec.data.storage
+    if named or not defaults.storage:
+        return named
+    uris = (job.spec.artifacts.uri, job.spec.data.remote_uri, job.spec.data.validation.uri or "")
+    return defaults.storage if any(uri.startswith("s3://") for uri in uris) else None

@@ -1,0 +1,256 @@
+"""Observe -> decide -> write status -> apply -> tell: one look at one job. After the queue, before the cluster.
+
+A look starts from the world as it is now and takes nothing from the event that caused it. Status is written
+before the decision is carried out: facts that a deleted child showed are then on record, and a look that was cut
+short is simply taken again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from nexa_operator import naming
+from nexa_operator.cluster import EVENTS, JOBS, PODS, SERVICES, TRAINING_JOBS, Cluster, Object
+from nexa_operator.decide import (
+    Create,
+    Decision,
+    Expire,
+    Fail,
+    Rest,
+    Restart,
+    Resume,
+    Suspend,
+    Watch,
+    decide,
+    rest,
+)
+from nexa_operator.errors import ApiError, ConflictError, RuntimeUnavailableError
+from nexa_operator.metrics import Metrics
+from nexa_operator.observe import Body, Observed, observe
+from nexa_operator.plan import Defaults, RunPlan, make_plan
+from nexa_operator.progress import ProgressReader, Target
+from nexa_operator.runtimes import job as job_runtime
+from nexa_operator.spec import is_ours, parse
+from nexa_operator.status import Context, Happening, happenings, next_status, timestamp
+from nexa_operator.workqueue import WorkQueue
+from nexa_train.config import API_VERSION, KIND, Job
+from nexa_train.errors import ConfigError
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """One NexaTrainingJob, for as long as it exists."""
+
+    namespace: str
+    name: str
+    uid: str
+
+
+def now_utc() -> datetime.datetime:
+    """The operator's clock."""
+    return datetime.datetime.now(datetime.UTC)
+
+
+@dataclass(kw_only=True)
+class Reconciler:
+    """One look after the other; never two at the same job at once."""
+
+    cluster: Cluster
+    queue: WorkQueue[Key]
+    progress: ProgressReader[Key]
+    metrics: Metrics
+    defaults: Defaults
+    clock: Callable[[], datetime.datetime] = now_utc
+    _trouble: dict[Key, str] = field(default_factory=dict)
+
+    async def work_forever(self, *, may_act: asyncio.Event) -> None:
+        """Take jobs from the queue while this operator is the one that acts."""
+        while True:
+            await may_act.wait()
+            key = await self.queue.take()
+            self.metrics.queue_depth.set(len(self.queue))
+            try:
+                await self._look(key)
+            finally:
+                self.queue.done(key)
+
+    async def resync_forever(self, *, namespace: str, interval_seconds: float) -> None:
+        """Look at every job now and then, whether or not anything was heard of it."""
+        while True:
+            try:
+                for body in await self.cluster.list(TRAINING_JOBS, namespace):
+                    self.queue.add(key_of(body))
+            except ApiError as exc:
+                log.warning("resync failed", error=str(exc))
+            await asyncio.sleep(interval_seconds)
+
+    async def _look(self, key: Key) -> None:
+        try:
+            with self.metrics.reconcile_seconds.time():
+                await self.reconcile(key)
+        except ConflictError:
+            self.queue.add(key)
+        except Exception as exc:
+            self.metrics.reconcile_errors.labels(type(exc).__name__).inc()
+            delay = self.queue.add_again(key)
+            known = isinstance(exc, ApiError)
+            log.warning("look failed", job=key.name, namespace=key.namespace, error=str(exc), retry_seconds=delay,
+                        exc_info=not known)  # fmt: skip
+        else:
+            self.queue.forget_failures(key)
+
+    async def reconcile(self, key: Key) -> None:
+        """One look. Raises ApiError; the look is then taken again."""
+        body = await self.cluster.read(TRAINING_JOBS, key.namespace, key.name)
+        if body is None or body["metadata"]["uid"] != key.uid or "deletionTimestamp" in body["metadata"]:
+            # Its children go with it by garbage collection.
+            self._forget(key)
+            return
+        if is_ours(body):
+            await self._reconcile(key, body)
+
+    async def _reconcile(self, key: Key, body: Body) -> None:
+        seen = await self._observe(key, body)
+        job, decision = self._decide(body, seen)
+        if isinstance(decision, Rest | Expire):
+            self._forget(key)
+            await self._end(key, decision)
+            return
+        self._follow(key, job, seen, decision)
+        context = self._context(key, body, job)
+        status = next_status(body.get("status") or {}, seen=seen, decision=decision, context=context)
+        await self._write_status(body, status)
+        if isinstance(decision, Restart):
+            self.metrics.restarts.labels(decision.loss.cause).inc()
+        for happening in happenings(body.get("status") or {}, status, decision):
+            await self._tell(key, body, happening)
+        await self._carry_out(key, body, job, seen, decision)
+
+    async def _observe(self, key: Key, body: Body) -> Observed:
+        labels = f"{naming.LABEL_JOB_UID}={key.uid}"
+        jobs, pods = await asyncio.gather(
+            self.cluster.list(JOBS, key.namespace, labels), self.cluster.list(PODS, key.namespace, labels)
+        )
+        return observe(body, jobs=jobs, pods=pods, progress=self.progress.latest(key))
+
+    def _decide(self, body: Body, seen: Observed) -> tuple[Job | None, Decision]:
+        try:
+            job = parse(body)
+        except (ConfigError, RuntimeUnavailableError) as exc:
+            if seen.record.finished:
+                return None, rest(seen, ttl_seconds=None, now=self.clock())
+            reason = "ConfigRejected" if isinstance(exc, ConfigError) else "RuntimeUnavailable"
+            return None, Fail(reason=reason, message=str(exc))
+        spec = job.spec
+        return job, decide(seen, recovery=spec.recovery, schedule=spec.schedule, now=self.clock())
+
+    def _context(self, key: Key, body: Body, job: Job | None) -> Context:
+        return Context(
+            generation=body["metadata"].get("generation", 0),
+            run_id=job.run_id if job else "",
+            num_nodes=job.spec.cluster.num_nodes if job else 0,
+            now=self.clock(),
+            trouble=self._trouble.get(key, ""),
+            progress_known=self.progress.is_known(key),
+        )
+
+    def _follow(self, key: Key, job: Job | None, seen: Observed, decision: Decision) -> None:
+        """Tell the progress reader whom to ask, if there is anyone."""
+        rank = seen.gang.rank_zero if seen.gang and isinstance(decision, Watch) else None
+        if job is not None and rank is not None and rank.ip and rank.phase == "Running":
+            target = Target(ip=rank.ip, run_id=job.run_id, attempt=seen.record.attempt)
+            self.progress.watch(key, target)
+        else:
+            self.progress.forget(key)
+
+    async def _write_status(self, body: Body, status: Object) -> None:
+        if status == (body.get("status") or {}):
+            return
+        metadata = {name: body["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
+        document = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status}
+        await self.cluster.patch(TRAINING_JOBS, document, subresource="status")
+
+    async def _carry_out(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
+        try:
+            for name in _to_remove(seen, decision):
+                await self.cluster.delete(JOBS, key.namespace, name)
+            if isinstance(decision, Suspend):
+                await self.cluster.patch(JOBS, _suspension(key, decision.gang))
+            if job is not None and isinstance(decision, Create | Restart | Resume):
+                plan = make_plan(job, owner_uid=key.uid, attempt=decision.attempt, defaults=self.defaults)
+                await self._create(key, body, plan)
+        except ApiError as exc:
+            self._trouble[key] = str(exc)
+            raise
+        self._trouble.pop(key, None)
+
+    async def _create(self, key: Key, body: Body, plan: RunPlan) -> None:
+        await self.cluster.create(SERVICES, job_runtime.service(plan))
+        if await self.cluster.create(JOBS, job_runtime.gang(plan)):
+            said = f"attempt {plan.attempt} with {plan.cluster.num_nodes} pods"
+            await self._tell(key, body, Happening(type="Normal", reason="Created", message=said))
+
+    async def _end(self, key: Key, decision: Rest | Expire) -> None:
+        if isinstance(decision, Expire):
+            await self.cluster.delete(TRAINING_JOBS, key.namespace, key.name, uid=key.uid)
+        elif decision.remaining_seconds is not None:
+            self.queue.add_after(key, decision.remaining_seconds)
+
+    async def _tell(self, key: Key, body: Body, happening: Happening) -> None:
+        log.info("event", job=key.name, namespace=key.namespace, reason=happening.reason, message=happening.message)
+        try:
+            await self.cluster.create(EVENTS, _event(key, body, happening, now=self.clock()))
+        except ApiError as exc:
+            # An event is for people; what happened is in status.
+            log.warning("event not written", job=key.name, namespace=key.namespace, error=str(exc))
+
+    def _forget(self, key: Key) -> None:
+        self.progress.forget(key)
+        self._trouble.pop(key, None)
+
+
+def key_of(body: Body) -> Key:
+    """The key of a NexaTrainingJob."""
+    metadata = body["metadata"]
+    return Key(namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"])
+
+
+def _to_remove(seen: Observed, decision: Decision) -> tuple[str, ...]:
+    ended = isinstance(decision, Restart | Resume) and seen.gang is not None
+    return (*seen.leftovers, seen.gang.name) if ended and seen.gang else seen.leftovers
+
+
+def _suspension(key: Key, gang: str) -> Object:
+    return {"metadata": {"namespace": key.namespace, "name": gang}, "spec": {"suspend": True}}
+
+
+def _event(key: Key, body: Body, happening: Happening, *, now: datetime.datetime) -> Object:
+    name = naming.event_name(key.name, key.uid, happening.reason, happening.message)
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": name, "namespace": key.namespace},
+        "type": happening.type,
+        "reason": happening.reason,
+        "message": happening.message,
+        "count": 1,
+        "firstTimestamp": timestamp(now),
+        "lastTimestamp": timestamp(now),
+        "source": {"component": naming.FIELD_MANAGER},
+        "reportingComponent": naming.FIELD_MANAGER,
+        "involvedObject": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": key.name,
+            "namespace": key.namespace,
+            "uid": key.uid,
+            "resourceVersion": body["metadata"]["resourceVersion"],
+        },
+    }

@@ -1,0 +1,68 @@
+"""Body of a NexaTrainingJob -> validated `Job`. Comes first in a reconcile; pure.
+
+The CRD has refused most mistakes; what only the models know (what this version can carry out) is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nexa_operator.errors import RuntimeUnavailableError
+from nexa_operator.naming import FIELD_MANAGER
+from nexa_train.config import GROUP, Job
+from nexa_train.config.load import job_from_object
+from nexa_train.config.support import check_supported
+from nexa_train.errors import ConfigError
+
+OUR_NAME = f"{GROUP}/{FIELD_MANAGER}"
+"""What `schedule.managedBy` says when it means this operator."""
+
+
+def parse(body: Mapping[str, Any]) -> Job:
+    """The job that an object describes.
+
+    Raises:
+        ConfigError: the description is wrong, for every operator.
+        RuntimeUnavailableError: it is right, and this operator cannot carry it out.
+    """
+    metadata = body["metadata"]
+    # Labels and annotations of the object are not the job's: tools write what they like there.
+    job = job_from_object(
+        {"metadata": {"name": metadata["name"], "namespace": metadata["namespace"]}, "spec": body.get("spec")}
+    )
+    check_supported(job.spec)
+    _check_storage(job)
+    _check_available(job)
+    return job
+
+
+def is_ours(body: Mapping[str, Any]) -> bool:
+    """Whether no other controller was named; asked before parsing, for another's job need not please us."""
+    managed_by = ((body.get("spec") or {}).get("schedule") or {}).get("managedBy")
+    return managed_by in (None, OUR_NAME)
+
+
+def _check_storage(job: Job) -> None:
+    data, artifacts = job.spec.data.storage, job.spec.artifacts.storage
+    if data and artifacts and data != artifacts:
+        raise ConfigError(
+            f"data.storage {data} and artifacts.storage {artifacts} differ: both profiles would set the same "
+            "AWS_* variables; name one profile that reaches both"
+        )
+
+
+def _check_available(job: Job) -> None:
+    schedule = job.spec.schedule
+    if schedule.runtime != "job":
+        raise RuntimeUnavailableError(
+            f"schedule.runtime {schedule.runtime} is not available in this operator, which has job"
+        )
+    if schedule.queue_name is not None:
+        raise RuntimeUnavailableError(
+            f"schedule.queueName {schedule.queue_name}: queueing by Kueue is not available; leave it out"
+        )
+    if schedule.deletion_policy != "Retain":
+        raise RuntimeUnavailableError(
+            "schedule.deletionPolicy Delete is not available: artifacts outlive the job; use Retain"
+        )

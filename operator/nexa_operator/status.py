@@ -1,0 +1,288 @@
+"""Observed + Decision -> status and events. Comes after `decide.py`; pure, the clock is passed in.
+
+Status is written before the decision is carried out, so whatever happens in between the next look decides the
+same from it. A condition's `lastTransitionTime` moves only when its status flips.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nexa_operator.decide import (
+    Create,
+    Decision,
+    Fail,
+    Hold,
+    Loss,
+    Restart,
+    Resume,
+    Succeed,
+    Suspend,
+)
+from nexa_operator.observe import Body, Observed, condition_of, is_true
+from nexa_train.config.protocol import CheckpointRef, Progress, Termination
+
+TYPES = (
+    "Ready",
+    "Reconciling",
+    "Stalled",
+    "Queued",
+    "Running",
+    "Suspended",
+    "Succeeded",
+    "Failed",
+    "CheckpointReady",
+    "ProgressUnknown",
+)
+_LONGEST_MESSAGE = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a status needs besides what was seen and decided."""
+
+    generation: int
+    run_id: str
+    num_nodes: int
+    now: datetime.datetime
+    trouble: str = ""
+    """What the API server said when the last decision was carried out; empty: it agreed."""
+    progress_known: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Happening:
+    """An event for the people who look at the job."""
+
+    type: str
+    """Normal or Warning."""
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Verdict:
+    """Where a decision leaves the job: its phase, and the conditions that are true with reason and message."""
+
+    phase: str
+    true: Mapping[str, tuple[str, str]]
+
+
+def next_status(previous: Body, *, seen: Observed, decision: Decision, context: Context) -> dict[str, Any]:
+    """The whole status; equal to `previous` when nothing changed."""
+    verdict = _verdict(seen, decision, context)
+    status: dict[str, Any] = {
+        "observedGeneration": context.generation,
+        "phase": verdict.phase,
+        "runId": context.run_id or previous.get("runId"),
+        **_counts(previous, decision),
+        **_times(previous, decision, context),
+        **_facts(previous, seen, decision),
+        "checkpoint": _checkpoint(seen.checkpoint),
+        "lastFailure": _last_failure(previous, seen, decision, context),
+        "conditions": _conditions(previous, verdict, seen, context),
+    }
+    return {key: value for key, value in status.items() if value is not None}
+
+
+def _counts(previous: Body, decision: Decision) -> dict[str, int]:
+    restarts, charged = previous.get("restarts", 0), previous.get("chargedRestarts", 0)
+    if isinstance(decision, Restart):
+        return {"attempt": decision.attempt, "restarts": restarts + 1, "chargedRestarts": decision.charged}
+    attempt = decision.attempt if isinstance(decision, Create | Resume) else previous.get("attempt", 0)
+    return {"attempt": attempt, "restarts": restarts, "chargedRestarts": charged}
+
+
+def _times(previous: Body, decision: Decision, context: Context) -> dict[str, str | None]:
+    start, end = previous.get("startTime"), previous.get("completionTime")
+    if isinstance(decision, Create) and start is None:
+        start = timestamp(context.now)
+    if isinstance(decision, Succeed | Fail) and end is None:
+        end = timestamp(context.now)
+    return {"startTime": start, "completionTime": end}
+
+
+def timestamp(when: datetime.datetime) -> str:
+    """As Kubernetes writes times: UTC, whole seconds."""
+    return when.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _facts(previous: Body, seen: Observed, decision: Decision) -> dict[str, Any]:
+    """From the last words of rank 0, else from its progress, else what is on record."""
+    kept = ("step", "totalSteps", "progress", "loss", "validationLoss")
+    told = _told(seen)
+    if told is None:
+        return {key: previous.get(key) for key in kept}
+    total = told.total_steps if told.total_steps is not None else previous.get("totalSteps")
+    validation = _number(told.validation_loss)
+    facts = {
+        "step": told.step,
+        "totalSteps": total,
+        "progress": f"{told.step}/{total}" if total is not None else str(told.step),
+        "loss": _number(told.loss),
+        "validationLoss": validation if validation is not None else previous.get("validationLoss"),
+    }
+    if isinstance(told, Progress) and not isinstance(decision, Succeed | Fail):
+        facts["tokensPerSecond"] = _number(told.tokens_per_second)
+        facts["etaSeconds"] = _number(told.eta_seconds)
+        facts["eta"] = duration(told.eta_seconds)
+    return facts
+
+
+def _told(seen: Observed) -> Progress | Termination | None:
+    rank = seen.gang.rank_zero if seen.gang else None
+    return rank.termination if rank and rank.termination else seen.progress
+
+
+def _number(value: float | None) -> float | None:
+    """Six digits are for looking at; the manifest has them all. JSON knows no NaN."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
+
+
+def duration(seconds: float | None) -> str | None:
+    """2h05m, 12m30s, 45s."""
+    if seconds is None or not math.isfinite(seconds):
+        return None
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def _checkpoint(seen: CheckpointRef | None) -> dict[str, Any] | None:
+    if seen is None:
+        return None
+    out = {"step": seen.step, "uri": seen.uri, "digest": seen.digest, "weightsDigest": seen.weights_digest}
+    return {key: value for key, value in out.items() if value != ""}
+
+
+def _last_failure(previous: Body, seen: Observed, decision: Decision, context: Context) -> Any:
+    loss = decision.loss if isinstance(decision, Restart | Fail) else None
+    if loss is None:
+        return previous.get("lastFailure")
+    failure = {
+        "attempt": seen.record.attempt,
+        "cause": loss.cause,
+        "exitCode": loss.exit_code,
+        "message": _shortened(loss.message) or None,
+        "charged": loss.charged,
+        "checkpointStep": seen.checkpoint.step if seen.checkpoint else None,
+        "time": timestamp(context.now),
+    }
+    return {key: value for key, value in failure.items() if value is not None}
+
+
+def _verdict(seen: Observed, decision: Decision, context: Context) -> _Verdict:
+    """One guard clause a decision; what is not named as true is false."""
+    if isinstance(decision, Succeed):
+        reached = seen.checkpoint
+        said = f"finished, checkpoint of step {reached.step}" if reached else "every rank ended well"
+        return _Verdict(phase="Succeeded", true={"Succeeded": ("Finished", said), "Ready": ("Succeeded", said)})
+    if isinstance(decision, Fail):
+        failed = (_reason(decision.reason), _shortened(decision.message))
+        return _Verdict(phase="Failed", true={"Failed": failed, "Stalled": failed})
+    if isinstance(decision, Hold | Suspend):
+        said = "by schedule.suspend"
+        true = {"Suspended": ("Suspended", said), "Ready": ("Suspended", said)}
+        return _Verdict(phase="Suspended", true=true)
+    if context.trouble:
+        refused = ("Refused", _shortened(context.trouble))
+        return _Verdict(phase="Pending", true={"Queued": refused, "Reconciling": refused})
+    if isinstance(decision, Create | Restart | Resume):
+        return _starting(decision)
+    return _watching(seen, context)
+
+
+def _starting(decision: Create | Restart | Resume) -> _Verdict:
+    if isinstance(decision, Restart):
+        phase, reason, said = "Restarting", "Restarting", f"after {_described(decision.loss)}"
+    elif isinstance(decision, Resume):
+        phase, reason, said = "Pending", "Resuming", "no longer suspended"
+    else:
+        phase, reason, said = "Pending", "Creating", ""
+    why = (reason, f"attempt {decision.attempt} {said}".strip())
+    return _Verdict(phase=phase, true={"Queued": why, "Reconciling": why})
+
+
+def _watching(seen: Observed, context: Context) -> _Verdict:
+    ranks = seen.gang.ranks if seen.gang else ()
+    up = sum(rank.phase in ("Running", "Succeeded") and not rank.deleting for rank in ranks)
+    if up >= context.num_nodes:
+        said = ("Running", f"{context.num_nodes} of {context.num_nodes} pods of attempt {seen.record.attempt}")
+        return _Verdict(phase="Running", true={"Running": said, "Ready": said})
+    held_up = next((rank for rank in ranks if rank.phase == "Pending" and (rank.message or rank.reason)), None)
+    why = f": {held_up.reason} {held_up.message}".rstrip() if held_up else ""
+    waiting = ("PodsPending", _shortened(f"{up} of {context.num_nodes} pods run{why}"))
+    return _Verdict(phase="Pending", true={"Queued": waiting, "Reconciling": waiting})
+
+
+def _conditions(previous: Body, verdict: _Verdict, seen: Observed, context: Context) -> list[dict[str, Any]]:
+    true = dict(verdict.true)
+    if seen.checkpoint:
+        true["CheckpointReady"] = ("Committed", f"step {seen.checkpoint.step}")
+    if "Running" in true and not context.progress_known:
+        true["ProgressUnknown"] = ("Unreachable", "pod 0 does not answer; that alone restarts nothing")
+    return [
+        _condition(condition_of(previous, kind), kind, true.get(kind), verdict.phase, context)
+        for kind in TYPES
+        if kind != "ProgressUnknown" or kind in true or condition_of(previous, kind)
+    ]
+
+
+def _condition(old: Body, kind: str, true: tuple[str, str] | None, phase: str, context: Context) -> dict[str, Any]:
+    status = "True" if true else "False"
+    reason, message = true or (phase, "")
+    flipped = old.get("status") != status
+    return {
+        "type": kind,
+        "status": status,
+        "observedGeneration": context.generation,
+        "lastTransitionTime": timestamp(context.now) if flipped else old["lastTransitionTime"],
+        "reason": reason,
+        "message": message,
+    }
+
+
+def _reason(text: str) -> str:
+    """A cause comes from the trainer; a condition's reason must be one word."""
+    return re.sub(r"^[^A-Za-z]+|[^A-Za-z0-9_]", "", text)[:128] or "Failed"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[: _LONGEST_MESSAGE - 1]}…"
+
+
+def _described(loss: Loss) -> str:
+    code = f" (exit code {loss.exit_code})" if loss.exit_code is not None else ""
+    said = f": {loss.message}" if loss.message else ""
+    return _shortened(f"{loss.cause}{code}{said}")
+
+
+def happenings(old: Body, new: Body, decision: Decision) -> Iterator[Happening]:
+    """What changed from one status to the next, in the order in which it happened."""
+    attempt = new.get("attempt", 0)
+    if _step(new) != _step(old):
+        checkpoint = new["checkpoint"]
+        said = f"step {checkpoint['step']}: {checkpoint.get('digest', '')} {checkpoint.get('uri', '')}".rstrip()
+        yield Happening(type="Normal", reason="CheckpointCommitted", message=said)
+    if isinstance(decision, Resume):
+        yield Happening(type="Normal", reason="Resumed", message=f"attempt {attempt}")
+    if isinstance(decision, Restart):
+        said = f"attempt {attempt} after {_described(decision.loss)}"
+        yield Happening(type="Warning", reason="Restarted", message=said)
+    for kind, level in (("Running", "Normal"), ("Suspended", "Normal"), ("Succeeded", "Normal"), ("Failed", "Warning")):
+        if is_true(new, kind) and not is_true(old, kind):
+            condition = condition_of(new, kind)
+            said = f"attempt {attempt}: {condition['reason']}: {condition['message']}"
+            yield Happening(type=level, reason=kind, message=said)
+
+
+def _step(status: Body) -> int | None:
+    step: int | None = (status.get("checkpoint") or {}).get("step")
+    return step
