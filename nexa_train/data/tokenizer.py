@@ -38,7 +38,9 @@ class ChatTokenizer:
     @property
     def eos_id(self) -> int:
         """Id of `eos`."""
-        return int(self.fast.token_to_id(self.eos))
+        found = self.fast.token_to_id(self.eos)
+        assert found is not None  # noqa: S101 - checked when the tokenizer was loaded
+        return found
 
     @property
     def bos_id(self) -> int | None:
@@ -113,14 +115,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _token(value: Any) -> str | None:
-    return value["content"] if isinstance(value, dict) else value
+    found: str | None = value["content"] if isinstance(value, dict) else value
+    return found
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+    template: Any = config.get("chat_template")
     if isinstance(template, list):  # Several named templates; the one for chat is called default.
         template = next((each["template"] for each in template if each.get("name") == "default"), None)
-    return template
+    return None if template is None else str(template)

@@ -114,7 +114,7 @@ def _from_hub(hub_id: str, model: ModelSpec) -> Located:
     patterns = ["*.json", "*.safetensors", "*.jinja"]
     try:
         folder = snapshot_download(hub_id, revision=model.revision, allow_patterns=patterns, etag_timeout=5)
-    except Exception as exc:  # noqa: BLE001 - the client raises a dozen unrelated types when offline
+    except Exception as exc:  # the client raises a dozen unrelated types when offline
         raise NotFoundError(
             f"model.name: weights of {hub_id} are not on this machine and the hub gave none "
             f"({type(exc).__name__}); give a local folder with --set model.name=FOLDER"

@@ -1,0 +1,24 @@
+"""What carries the training. One file a backend; `base.py` says what each must do."""
+
+from __future__ import annotations
+
+from nexa_train.backends.base import Backend, RankContext
+from nexa_train.errors import ConfigError
+
+
+def make_backend(context: RankContext) -> Backend:
+    """The backend that the job names; imported only now, for each brings its own libraries.
+
+    Raises:
+        ConfigError: not built into this version.
+    """
+    name = context.spec.backend
+    if name == "fsdp":
+        from nexa_train.backends.fsdp import FsdpBackend  # noqa: PLC0415
+
+        return FsdpBackend(context)
+    if name == "hf":
+        from nexa_train.backends.hf import HfBackend  # noqa: PLC0415
+
+        return HfBackend(context)
+    raise ConfigError(f"backend: {name} is not built into this version")

@@ -1,0 +1,107 @@
+"""Native PyTorch: the loop of `loop.py` over FSDP2 (`fully_shard`, Zhao et al. 2023); full tuning and LoRA.
+
+With one rank nothing is sharded and no process group is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from nexa_train.backends.base import RankContext, StepMetrics, TrainState
+from nexa_train.checkpoint import TorchState, adapter_files, model_files
+from nexa_train.config.spec import LoraTuning
+from nexa_train.loop import Engine
+from nexa_train.losses import CausalLoss
+from nexa_train.models.build import build_model, inject_adapters, lora_config
+from nexa_train.optim import make_optimizer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+class FsdpBackend:
+    """See `base.Backend`."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.context = context
+        self.lora: LoraConfig | None = None
+        self.done = 0
+
+    def setup(self) -> None:
+        """Build on every rank from the same seed, then keep only this rank's shards."""
+        spec = self.context.spec
+        self.causal = build_model(spec, self.context.located, self.context.tokenizer)
+        if isinstance(spec.tuning, LoraTuning):
+            self.lora = lora_config(spec.tuning, self.causal)
+            inject_adapters(self.lora, self.causal)
+        if spec.training.activation_checkpointing:
+            self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        module = CausalLoss(self.causal).to(self._device())
+        if self.context.world > 1:
+            self._shard(module)
+        self.optimizer = make_optimizer(spec.optimizer, module.named_parameters())
+        self.torch_state = TorchState(self.causal, self.optimizer, adapter=self.lora is not None)
+        self.engine = Engine(self.context, module, self.optimizer, no_sync=partial(_without_sync, module))
+
+    def restore(self, state: TrainState) -> None:
+        """Each rank takes its shards out of the whole tensors."""
+        self.done = state.step
+        self.torch_state.load(state)
+
+    def validate(self) -> float | None:
+        """See `Engine.validate`."""
+        return self.engine.validate()
+
+    def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
+        """See `Engine.train`."""
+
+        def counted(metrics: StepMetrics) -> bool:
+            self.done = metrics.step
+            return after_step(metrics)
+
+        self.engine.train(self.done, counted)
+
+    def state(self) -> TrainState:
+        """See `checkpoint.TorchState.gather`."""
+        return self.torch_state.gather(self.done, keep=self.context.rank == 0)
+
+    def describe(self, weights: dict[str, Tensor]) -> dict[str, bytes]:
+        """See `base.Backend.describe`."""
+        return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
+
+    def _device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def _shard(self, module: CausalLoss) -> None:
+        bf16 = self.context.spec.training.precision == "bf16"
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None
+        )
+        for layer in self.causal.base_model.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(module, mp_policy=policy)
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                # The loss is divided by the step's target tokens already: gradients are summed, not averaged.
+                part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)  # gloo has no other; without it torch asks for one
+
+
+@contextmanager
+def _without_sync(module: nn.Module) -> Iterator[None]:
+    """Gradients stay on this rank meanwhile."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)

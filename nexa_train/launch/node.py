@@ -1,0 +1,241 @@
+"""Runs this node's part of a job: make ready, start the ranks, watch them, say how it ended.
+
+`nexa run` and the entrypoint of a pod are the same thing with another face: both call `run_node`. All that
+can be found wrong is found in `make_ready`, before a rank starts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from nexa_train.artifact.manifest import step_folder
+from nexa_train.artifact.publish import claim_run, newest_valid
+from nexa_train.config.job import Job
+from nexa_train.config.protocol import EXIT_STALLED, CheckpointRef, Progress, Termination
+from nexa_train.config.support import check_supported
+from nexa_train.data.prepare import Prepared, prepare
+from nexa_train.data.tokenizer import load_tokenizer
+from nexa_train.errors import NexaError, StoppedError
+from nexa_train.launch.work import RankWork, dataset_facts
+from nexa_train.models.locate import architecture, locate
+from nexa_train.plan import make_plan
+from nexa_train.provenance import code_facts
+from nexa_train.rundir import RunDir
+from nexa_train.store import Store, open_store
+
+POLL_SECONDS = 0.2
+STACKS_GRACE_SECONDS = 2.0
+"""Time that stalled ranks get to write their stacks."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """This node's place in the gang. One node: the launcher needs no rendezvous address."""
+
+    index: int = 0
+    count: int = 1
+    ranks: int = 1
+    endpoint: str | None = None
+    attempt: int = 0
+
+
+def make_ready(job: Job, *, attempt: int) -> RankWork | Termination:
+    """Check everything, prepare the data, claim the run's name.
+
+    Returns:
+        The ranks' work; or how the run ended, if it had already.
+
+    Raises:
+        NexaError: anything that would make the run fail, before it starts.
+    """
+    check_supported(job.spec)
+    store = open_store(job.spec.artifacts.uri)
+    store.probe()
+    located = locate(job.spec.model)
+    tokenizer = load_tokenizer(located.folder)
+    prepared = prepare(job.spec, tokenizer)
+    sizes, processors = architecture(job.spec.model), os.cpu_count() or 1
+    plan = make_plan(job.spec, num_sequences=prepared.num_sequences, architecture=sizes, processors=processors)
+    frozen = claim_run(store, job.run_id, _identity(job, prepared), frozen={"microbatch": plan.microbatch})
+    plan = make_plan(
+        job.spec,
+        num_sequences=prepared.num_sequences,
+        architecture=sizes,
+        processors=processors,
+        microbatch=frozen["microbatch"],
+    )
+    work = RankWork(
+        job, plan, located, prepared.folder, dataset_facts(job, prepared, located), code_facts(), store.uri, attempt
+    )
+    return _finished(work, store) or work
+
+
+def run_node(
+    job: Job,
+    node: Node,
+    rundir: RunDir,
+    *,
+    output: IO[bytes] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Termination:
+    """Take this node's ranks to their end.
+
+    Args:
+        output: where the ranks' own output goes; None: where ours goes.
+        on_progress: called a few times a second while ranks run.
+
+    Raises:
+        NexaError: see `make_ready`; StoppedError: a stop was asked for before a rank ran.
+    """
+    ready = make_ready(job, attempt=node.attempt)
+    if isinstance(ready, Termination):
+        return ready
+    if rundir.stop_asked():
+        raise StoppedError(f"{job.run_id} was stopped before the first step; run again to go on")
+    rundir.write_run(ready.to_dict())
+    ranks = subprocess.Popen(
+        rank_command(rundir.path, node),
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+        env=_environment(ready),
+        start_new_session=True,  # Ctrl-C reaches the launcher alone, which asks for a checkpoint.
+    )
+    try:
+        return _watch(ranks, job, rundir, on_progress)
+    finally:
+        if ranks.poll() is None:
+            os.killpg(ranks.pid, signal.SIGKILL)
+            ranks.wait()
+
+
+def rank_command(folder: Path, node: Node) -> list[str]:
+    """How the ranks of one node are started: torchrun, or the one rank itself. Pure."""
+    if node.count * node.ranks == 1:
+        return [sys.executable, "-m", "nexa_train.rank", str(folder)]
+    rendezvous = (
+        ["--standalone"]
+        if node.endpoint is None
+        else ["--rdzv-backend=c10d", f"--rdzv-endpoint={node.endpoint}", f"--rdzv-id=nexa-{node.attempt}"]
+    )
+    shape = [f"--nnodes={node.count}", f"--nproc-per-node={node.ranks}", "--max-restarts=0"]
+    module = ["-m", "nexa_train.rank", str(folder)]
+    return [sys.executable, "-m", "nexa_train.launch.torchrun", *shape, *rendezvous, *module]
+
+
+def _identity(job: Job, prepared: Prepared) -> dict[str, object]:
+    return {"config": job.identity, "dataset_digest": prepared.digest}
+
+
+def _environment(work: RankWork) -> dict[str, str]:
+    threads = str(work.plan.threads)
+    fixed = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    # MKL may round differently from run to run by the alignment of memory unless told (its "Conditional
+    # Numerical Reproducibility"); PYTHONHASHSEED is for third parties' sets.
+    fixed |= {"MKL_CBWR": "AUTO", "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
+    if work.job.spec.cluster.gpus_per_node == 0:
+        fixed["CUDA_VISIBLE_DEVICES"] = ""
+    # cuBLAS needs this for equal bits (its documentation, "Results reproducibility").
+    return {**os.environ, **fixed, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+def _finished(work: RankWork, store: Store) -> Termination | None:
+    """How the run ended, if its last step is committed and whole."""
+    newest = newest_valid(store, work.job.run_id).committed
+    if newest is None or newest.manifest.step != work.plan.total_steps:
+        return None
+    manifest = newest.manifest
+    uri = f"{store.uri.rstrip('/')}/{step_folder(manifest.run_id, manifest.step)}/manifest.json"
+    return Termination(
+        run_id=manifest.run_id,
+        attempt=work.attempt,
+        exit_code=0,
+        cause="Succeeded",
+        message="finished before; nothing was left to train",
+        step=manifest.step,
+        total_steps=work.plan.total_steps,
+        loss=manifest.metrics.get("loss"),
+        validation_loss=manifest.metrics.get("validation_loss"),
+        checkpoint=CheckpointRef(
+            step=manifest.step, uri=uri, digest=newest.digest, weights_digest=manifest.weights_digest or ""
+        ),
+    )
+
+
+def _watch(
+    ranks: subprocess.Popen[bytes], job: Job, rundir: RunDir, on_progress: Callable[[Progress], None] | None
+) -> Termination:
+    deadline = job.spec.recovery.progress_deadline_seconds
+    while (code := ranks.poll()) is None:
+        progress = rundir.read_progress()
+        if progress and on_progress:
+            on_progress(progress)
+        if progress and progress.phase == "training" and (progress.seconds_since_last_step or 0) > deadline:
+            return _end_stalled(ranks, progress, deadline)
+        time.sleep(POLL_SECONDS)
+    progress = rundir.read_progress()
+    if progress and on_progress:
+        on_progress(progress)
+    if code == 0 and progress:
+        return _ended(job.run_id, progress, 0, "Succeeded", "")
+    outcomes = rundir.read_outcomes()
+    return outcomes[0] if outcomes else _killed(job, progress, code)
+
+
+def _end_stalled(ranks: subprocess.Popen[bytes], progress: Progress, deadline: int) -> Termination:
+    """Have every rank write its stacks (`rank.py` registers SIGUSR1), then end them."""
+    for pid in _descendants(ranks.pid):
+        if "nexa_train.rank" in _command_line(pid):
+            os.kill(pid, signal.SIGUSR1)
+    time.sleep(STACKS_GRACE_SECONDS)
+    os.killpg(ranks.pid, signal.SIGKILL)
+    ranks.wait()
+    message = f"no step for {deadline} s after step {progress.step}; the ranks' stacks are in their log"
+    return _ended(progress.run_id, progress, EXIT_STALLED, "Stalled", message)
+
+
+def _killed(job: Job, progress: Progress | None, code: int) -> Termination:
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    message = f"the ranks ended without a word ({how}): killed from outside, perhaps out of memory"
+    return _ended(job.run_id, progress, 1, "Killed", message)
+
+
+def _ended(run_id: str, progress: Progress | None, exit_code: int, cause: str, message: str) -> Termination:
+    facts = progress.model_dump(include=set(Termination.model_fields)) if progress else {}
+    facts |= {"run_id": run_id, "exit_code": exit_code, "cause": cause, "message": message}
+    return Termination.model_validate(facts)
+
+
+def _descendants(pid: int) -> list[int]:
+    """A process and all below it, from /proc."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += [each for child in task.read_text().split() for each in _descendants(int(child))]
+    return found
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def failed_outcome(job: Job, node: Node, exc: NexaError) -> Termination:
+    """The last words of a node that failed before its ranks ran."""
+    cause = "Stopped" if isinstance(exc, StoppedError) else type(exc).__name__
+    return Termination(
+        run_id=job.run_id,
+        attempt=node.attempt,
+        exit_code=exc.exit_code,
+        cause=cause,
+        message=str(exc),
+        retryable=exc.retryable,
+    )

@@ -1,0 +1,125 @@
+"""The training loop of the native backends: one step is accumulate, check, clip, move. Nothing is hidden.
+
+Loss is summed over target tokens and divided by the target tokens of the whole step, over all ranks and
+microbatches: accumulation, packing and the number of ranks do not change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nexa_train.backends.base import RankContext, StepMetrics
+from nexa_train.data.batches import Batch, Split
+from nexa_train.errors import NonFiniteLossError
+from nexa_train.optim import learning_rate
+
+
+class Engine:
+    """A loss module and its optimiser, and how gradients cross ranks.
+
+    Args:
+        loss_module: `CausalLoss`, perhaps sharded.
+        no_sync: entered for every microbatch but the last, where gradients need not cross ranks yet.
+    """
+
+    def __init__(
+        self,
+        context: RankContext,
+        loss_module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.context, self.module, self.optimizer, self.no_sync = context, loss_module, optimizer, no_sync
+        self.parameters = [parameter for parameter in loss_module.parameters() if parameter.requires_grad]
+
+    def train(self, start: int, after_step: Callable[[StepMetrics], bool]) -> None:
+        """Steps `start` (from 0) to the end of the plan; see `Backend.train`."""
+        self.module.train()
+        for step in range(start, self.context.total_steps):
+            if after_step(self._step(step)):
+                return
+
+    def validate(self) -> float | None:
+        """See `mean_loss`."""
+        return mean_loss(self.module, self.context.validation, self.context)
+
+    def _step(self, step: int) -> StepMetrics:
+        # Dropout's randomness depends on step and rank alone, so that a resumed run draws the same.
+        torch.manual_seed(derived_seed(self.context.spec.training.seed, step, self.context.rank))
+        rate = learning_rate(self.context.spec.optimizer, step, self.context.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        micros = self.context.microbatches(step)
+        batches = [self.context.train.batch(micro) for micro in micros]
+        denominator = self.context.step_targets(step)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for index, batch in enumerate(batches):
+            with nullcontext() if index == len(batches) - 1 else self.no_sync():
+                loss = batch_loss(self.module, batch)
+                torch.autograd.backward(loss / denominator)
+            sums += torch.tensor([loss.item(), batch.tokens], dtype=torch.float64)
+        sums = summed(sums, self.context.world)
+        norm = self._clip()
+        self._check_finite(step, float(sums[0]), norm, batches)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepMetrics(step + 1, float(sums[0]) / denominator, norm, rate, int(sums[1]))
+
+    def _clip(self) -> float:
+        limit = self.context.spec.optimizer.max_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _check_finite(self, step: int, loss: float, norm: float, batches: list[Batch]) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        sequences = [sequence for batch in batches for sequence in batch.sequences]
+        raise NonFiniteLossError(
+            f"step {step + 1}, rank {self.context.rank}: loss {loss}, gradient norm {norm}; the optimiser did not "
+            f"move. This rank's sequences were {sequences}; look at them, or lower optimizer.lr "
+            f"({self.optimizer.param_groups[0]['lr']:.3g})"
+        )
+
+
+def mean_loss(module: nn.Module, split: Split, context: RankContext) -> float | None:
+    """Mean loss over the split's target tokens, shared out over the ranks; None where it is empty."""
+    if not split.num_sequences:
+        return None
+    module.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    share = range(context.rank, split.num_sequences, context.world)
+    # Every rank runs as many passes as rank 0, which has most: under FSDP each is a collective.
+    passes = range(0, -(-split.num_sequences // context.world), context.plan.microbatch)
+    with torch.no_grad():
+        for first in passes:
+            total += batch_loss(module, split.batch(share[first : first + context.plan.microbatch])).double().cpu()
+    module.train()
+    return float(summed(total, context.world)) / split.num_targets(range(split.num_sequences))
+
+
+def batch_loss(module: nn.Module, batch: Batch) -> Tensor:
+    """The summed loss of one microbatch, on the device where the weights are."""
+    device = next(module.parameters()).device
+    loss: Tensor = module(*(part.to(device) for part in (batch.input_ids, batch.position_ids, batch.targets)))
+    return loss
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed of 63 bits that depends on all parts and nothing else."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def summed(tensor: Tensor, world: int) -> Tensor:
+    """The sum over all ranks."""
+    if world > 1:
+        dist.all_reduce(tensor)
+    return tensor

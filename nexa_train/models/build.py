@@ -1,0 +1,128 @@
+"""Model folder or sizes -> a transformers module in float32, with adapters if asked. The only builder.
+
+Comes after `locate.py`; the backends call it. The same seed gives the same fresh weights on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
+
+from nexa_train.config.spec import FullTuning, JobSpec, LoraTuning, QloraTuning
+from nexa_train.data.tokenizer import ChatTokenizer
+from nexa_train.errors import ConfigError
+from nexa_train.models.locate import Located
+from nexa_train.registry import Architecture
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ATTENTION = {"auto": "sdpa", "eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
+
+
+def build_model(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> PreTrainedModel:
+    """The base model, without adapters.
+
+    Raises:
+        ConfigError: it takes shorter sequences than the job's, or does not know all of the tokenizer's ids.
+    """
+    torch.manual_seed(spec.training.seed)
+    attention = ATTENTION[spec.model.attn]
+    if located.scratch is not None:
+        config = _llama_config(located.scratch, spec.model.max_seq_len, tokenizer)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    else:
+        check_fits(located.folder, spec, tokenizer)
+        model = AutoModelForCausalLM.from_pretrained(
+            located.folder,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            quantization_config=_quantization(spec.tuning),
+        )
+    model.config.use_cache = False
+    return model
+
+
+def check_fits(folder: Path, spec: JobSpec, tokenizer: ChatTokenizer) -> None:
+    """Refuse a model that cannot take the job's sequences; needs its config.json only."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    longest = config.get("max_position_embeddings")
+    if longest is not None and spec.model.max_seq_len > longest:
+        raise ConfigError(
+            f"model.max_seq_len: {spec.model.max_seq_len} is more than the {longest} tokens that {folder} takes"
+        )
+    known, needed = config.get("vocab_size"), max(tokenizer.fast.get_vocab().values()) + 1
+    if known is not None and needed > known:
+        raise ConfigError(f"model: {folder} embeds {known} ids, but its tokenizer makes {needed}")
+
+
+def lora_config(tuning: LoraTuning | QloraTuning, model: nn.Module) -> LoraConfig:
+    """PEFT's configuration of the adapters.
+
+    Raises:
+        ConfigError: a target matches no linear layer.
+    """
+    names = sorted(name for name in _linear_layers(model) if not name.endswith("lm_head"))
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    if missing := [target for target in tuning.target_modules if target not in leaves]:
+        raise ConfigError(
+            f"tuning.target_modules: {', '.join(missing)} match no linear layer; this model has {', '.join(leaves)}"
+        )
+    from peft import LoraConfig  # noqa: PLC0415 - seconds to import, and full tuning does without
+
+    return LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.scale * tuning.rank,
+        lora_dropout=tuning.dropout,
+        target_modules=list(tuning.target_modules) or leaves,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def inject_adapters(config: LoraConfig, model: PreTrainedModel) -> None:
+    """Put the adapters into the model in place, fresh from the current random state; all else is frozen."""
+    from peft import inject_adapter_in_model  # noqa: PLC0415 - see lora_config
+
+    inject_adapter_in_model(config, model)
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    # bitsandbytes' 4-bit layer is a subclass of Linear, so this finds both.
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _llama_config(sizes: Architecture, max_seq_len: int, tokenizer: ChatTokenizer) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.d_model,
+        intermediate_size=sizes.d_ff,
+        num_hidden_layers=sizes.n_layers,
+        num_attention_heads=sizes.n_heads,
+        num_key_value_heads=sizes.n_kv_heads,
+        head_dim=sizes.head_dim,
+        max_position_embeddings=max_seq_len,
+        tie_word_embeddings=sizes.tied_head,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=None,
+    )
+
+
+def _quantization(tuning: FullTuning | LoraTuning | QloraTuning) -> Any:
+    if not isinstance(tuning, QloraTuning):
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=tuning.double_quant,
+        bnb_4bit_compute_dtype=torch.float32,
+    )

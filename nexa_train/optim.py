@@ -1,0 +1,47 @@
+"""The optimiser and its learning rate, the same objects for every backend that runs in torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from nexa_train.config.spec import OptimizerSpec
+
+WSD_DECAY_SHARE = 0.1
+"""Part of the steps over which `wsd` decays (Hu et al. 2024, MiniCPM)."""
+
+
+def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:
+    """The learning rate of one step; steps count from 0. Pure.
+
+    Warm-up is linear over `warmup_steps` for every scheduler; afterwards `constant` stays, `linear` and
+    `cosine` (= `cosine_warmup`) fall to 0 at the end, `wsd` stays and falls linearly over its last tenth.
+    """
+    if step < spec.warmup_steps:
+        return spec.lr * (step + 1) / spec.warmup_steps
+    remaining = max(1, total_steps - spec.warmup_steps)
+    done = min(1.0, (step - spec.warmup_steps) / remaining)
+    if spec.scheduler == "constant":
+        factor = 1.0
+    elif spec.scheduler == "linear":
+        factor = 1.0 - done
+    elif spec.scheduler == "wsd":
+        factor = min(1.0, (1.0 - done) / WSD_DECAY_SHARE)
+    else:
+        factor = 0.5 * (1.0 + math.cos(math.pi * done))
+    return spec.lr * factor
+
+
+def make_optimizer(spec: OptimizerSpec, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
+    """torch's AdamW over the trainable parameters; no decay on vectors (norms, biases)."""
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    groups = [
+        {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    beta1, beta2 = spec.betas
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, lr=spec.lr, betas=(beta1, beta2), eps=spec.eps)

@@ -1,0 +1,249 @@
+"""The life of a run in its ranks: prepare, validate, train, checkpoint, finish.
+
+Every rank runs this; rank 0 writes artifacts, the first rank of each node tells the launcher how it goes.
+Backends do the arithmetic (`backends/`), `artifact/` commits; here is only the order of things.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nexa_train.artifact.manifest import ManifestDraft, step_folder
+from nexa_train.artifact.publish import Committed, Publisher, apply_retention, fetch, newest_valid, read_manifest
+from nexa_train.backends import make_backend
+from nexa_train.backends.base import RankContext, StepMetrics
+from nexa_train.checkpoint import read_checkpoint, weights_digest, write_checkpoint
+from nexa_train.config.job import Job
+from nexa_train.config.protocol import CheckpointRef, Progress
+from nexa_train.errors import DamagedError, StoppedError
+from nexa_train.rundir import RunDir
+from nexa_train.store import Store
+
+RATE_WINDOW_STEPS = 20
+"""Steps over which tokens per second and time left are averaged."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the launcher found out and the manifest will say."""
+
+    job: Job
+    attempt: int
+    dataset: dict[str, Any]
+    code: dict[str, Any]
+    world: dict[str, Any]
+
+
+@dataclass
+class _Record:
+    """What this process has seen of the run."""
+
+    loss: float | None = None
+    validation_loss: float | None = None
+    initial_validation_loss: float | None = None
+    logs: list[dict[str, Any]] = field(default_factory=list)
+    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RATE_WINDOW_STEPS + 1))
+
+
+class TrainingPipeline:
+    """One attempt at a run, as one rank sees it."""
+
+    def __init__(self, context: RankContext, facts: RunFacts, store: Store, rundir: RunDir, *, local_rank: int) -> None:
+        self.context, self.facts, self.store, self.rundir = context, facts, store, rundir
+        self.speaks = local_rank == 0
+        self.run_id = facts.job.run_id
+        self.backend = make_backend(context)
+        self.publisher = Publisher(store, self.run_id, f"a{facts.attempt}")
+        self.record = _Record()
+        self.checkpoint: CheckpointRef | None = None
+        self.step = 0
+        self.stopping = False
+
+    def run(self) -> None:
+        """Take the run to its end; where it stands is told on the way, through the run folder.
+
+        Raises:
+            StoppedError: a stop was asked for; a checkpoint is committed.
+            NexaError: anything else that ended it.
+        """
+        self._tell("preparing")
+        self._prepare()
+        if self.step == 0 and self.context.validation.num_sequences:
+            self._tell("validating")
+            self.record.validation_loss = self.record.initial_validation_loss = self.backend.validate()
+        self._tell("training")
+        self.record.recent.append((time.monotonic(), 0))
+        if not self.stop_agreed():
+            self.backend.train(self._after_step)
+        self._finish()
+
+    def stop_agreed(self) -> bool:
+        """Whether any rank's node was asked to stop; the same answer on every rank."""
+        asked = torch.tensor(int(self.rundir.stop_asked()))
+        if self.context.world > 1:
+            dist.all_reduce(asked)
+        self.stopping = bool(asked.item())
+        return self.stopping
+
+    def _prepare(self) -> None:
+        self.backend.setup()
+        newest = self._newest()
+        if newest is None:
+            return
+        folder = self.rundir.path / f"restore-{newest.manifest.step}"
+        if self.speaks:
+            shutil.rmtree(folder, ignore_errors=True)
+            fetch(self.store, newest, folder)
+        self._barrier()
+        self.backend.restore(read_checkpoint(folder))
+        self._barrier()
+        if self.speaks:
+            shutil.rmtree(folder)
+        self._adopt(newest)
+        metrics = newest.manifest.metrics
+        self.record.loss, self.record.validation_loss = metrics.get("loss"), metrics.get("validation_loss")
+        self.record.initial_validation_loss = metrics.get("initial_validation_loss")
+
+    def _newest(self) -> Committed | None:
+        """The checkpoint to go on from. Rank 0 decides: another rank might list a moment later, and see more."""
+        found = None
+        if self.context.rank == 0:
+            looked = newest_valid(self.store, self.run_id, set_aside=True)
+            for problem in looked.damaged:
+                print(f"damaged checkpoint is not used: {problem}", flush=True)
+            found = looked.committed
+        if self.context.world == 1:
+            return found
+        message = torch.zeros(40, dtype=torch.uint8)
+        if found is not None:
+            message = _encode(found.manifest.step.to_bytes(8, "big") + bytes.fromhex(found.digest))
+        dist.broadcast(message, src=0)
+        step, digest = int.from_bytes(_decode(message)[:8], "big"), _decode(message)[8:].hex()
+        if not step:
+            return None
+        mine = read_manifest(self.store, step_folder(self.run_id, step))
+        if mine.digest != digest:
+            raise DamagedError(f"step {step} of {self.run_id}: manifest {mine.digest} here, {digest} on rank 0")
+        return mine
+
+    def _after_step(self, metrics: StepMetrics) -> bool:
+        self.step, self.record.loss = metrics.step, metrics.loss
+        self.record.logs.append(asdict(metrics))
+        self.record.recent.append((time.monotonic(), metrics.tokens))
+        last = metrics.step == self.context.total_steps
+        stop = self.stop_agreed()
+        every = self.facts.job.spec.training.eval_every_steps
+        if last or (every and metrics.step % every == 0):
+            self._tell("validating")
+            self.record.validation_loss = self.backend.validate()
+        if last or stop or metrics.step % self.context.plan.save_every == 0:
+            self._commit()
+        self._tell("training")
+        return stop
+
+    def _commit(self) -> None:
+        """Save, publish, and let every node know; rank 0's failure ends all ranks."""
+        state = self.backend.state()
+        message = torch.zeros(64, dtype=torch.uint8)
+        if self.context.rank == 0:
+            digest = weights_digest(state.weights)
+            folder = self.rundir.path / f"save-{state.step}"
+            shutil.rmtree(folder, ignore_errors=True)
+            extra = self.backend.describe(state.weights)
+            files = write_checkpoint(folder, state, extra=extra, tokenizer=self.context.located.folder)
+            committed = self.publisher.publish(state.step, files, self._draft(digest))
+            shutil.rmtree(folder)
+            message = _encode(bytes.fromhex(committed.digest) + bytes.fromhex(digest))
+            if keep := self.facts.job.spec.artifacts.keep_last:
+                apply_retention(self.store, self.run_id, keep)
+        if self.context.world > 1:
+            dist.broadcast(message, src=0)
+        digests = _decode(message)
+        self.checkpoint = self._ref(digests[:32].hex(), digests[32:].hex())
+        self.record.logs.clear()
+
+    def _draft(self, digest: str) -> ManifestDraft:
+        record = self.record
+        metrics = {
+            "loss": record.loss,
+            "perplexity": None if record.loss is None else math.exp(min(record.loss, 700.0)),
+            "validation_loss": record.validation_loss,
+            "initial_validation_loss": record.initial_validation_loss,
+        }
+        return ManifestDraft(
+            config=json.loads(self.facts.job.spec.model_dump_json()),
+            weights_digest=digest,
+            parent=self.checkpoint.digest if self.checkpoint else None,
+            metrics={name: value for name, value in metrics.items() if value is not None},
+            dataset=self.facts.dataset,
+            code=self.facts.code,
+            world=self.facts.world,
+            cursor={"sequences": min(self.step * self.context.plan.global_batch, self.context.order.total)},
+            logs=record.logs,
+        )
+
+    def _adopt(self, committed: Committed) -> None:
+        self.step = committed.manifest.step
+        self.checkpoint = self._ref(committed.digest, committed.manifest.weights_digest or "")
+
+    def _ref(self, digest: str, weights: str) -> CheckpointRef:
+        uri = f"{self.store.uri.rstrip('/')}/{step_folder(self.run_id, self.step)}/manifest.json"
+        return CheckpointRef(step=self.step, uri=uri, digest=digest, weights_digest=weights)
+
+    def _finish(self) -> None:
+        if self.stopping and self.step < self.context.total_steps:
+            where = self.checkpoint.uri if self.checkpoint else "no step was done yet"
+            raise StoppedError(
+                f"stopped at step {self.step} of {self.context.total_steps}, {where}; run again to go on"
+            )
+        self._tell("finished")
+
+    def _tell(self, phase: str) -> None:
+        if not self.speaks:
+            return
+        rate, eta = self._pace()
+        self.rundir.write_progress(
+            Progress(
+                run_id=self.run_id,
+                attempt=self.facts.attempt,
+                phase=phase,
+                step=self.step,
+                total_steps=self.context.total_steps,
+                loss=self.record.loss,
+                validation_loss=self.record.validation_loss,
+                tokens_per_second=rate,
+                eta_seconds=eta,
+                checkpoint=self.checkpoint,
+            )
+        )
+
+    def _pace(self) -> tuple[float | None, float | None]:
+        """Tokens per second and seconds left, over the last steps."""
+        recent = self.record.recent
+        if len(recent) < 2:
+            return None, None
+        elapsed = max(recent[-1][0] - recent[0][0], 1e-9)
+        tokens = sum(count for _, count in list(recent)[1:])
+        left = (self.context.total_steps - self.step) * elapsed / (len(recent) - 1)
+        return round(tokens / elapsed, 1), round(left, 1)
+
+    def _barrier(self) -> None:
+        if self.context.world > 1:
+            dist.barrier()
+
+
+def _encode(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).clone()
+
+
+def _decode(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.tolist())

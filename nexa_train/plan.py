@@ -1,0 +1,175 @@
+"""Job -> TrainPlan: everything about a run that is decided before a rank starts. Pure.
+
+Comes after the configuration and before launching. `nexa plan` prints it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from nexa_train.config.spec import JobSpec
+from nexa_train.errors import ConfigError
+from nexa_train.registry import Architecture
+
+GIB = 1 << 30
+ASSUMED_BYTES_PER_RANK = {"gpu": 80 * GIB, "cpu": 8 * GIB}
+"""Memory that `microbatch_size_per_gpu: auto` plans for where the job does not say."""
+
+_UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
+    f"{unit}i": 1 << (10 * power) for power, unit in enumerate("KMGT", start=1)
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated peak bytes of one rank, by what holds them."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A run, decided.
+
+    Attributes:
+        world_size: ranks; nodes x ranks_per_node.
+        microbatch x accumulation x world_size = global_batch, in sequences.
+        total_steps: optimiser steps; None until the number of sequences is known (epochs).
+        total_sequences: consumed over the run; the last step may be partial. None like total_steps.
+        threads: CPU threads of a rank.
+        memory, checkpoint_bytes: estimates; None where the model's sizes are not known without its weights.
+    """
+
+    nodes: int
+    ranks_per_node: int
+    world_size: int
+    global_batch: int
+    microbatch: int
+    accumulation: int
+    total_steps: int | None
+    total_sequences: int | None
+    save_every: int
+    threads: int
+    memory: Memory | None
+    checkpoint_bytes: int | None
+
+
+def make_plan(
+    spec: JobSpec,
+    *,
+    num_sequences: int | None = None,
+    architecture: Architecture | None = None,
+    processors: int = 1,
+    microbatch: int | None = None,
+) -> TrainPlan:
+    """Decide a run.
+
+    Args:
+        num_sequences: in the prepared data, an epoch; None: not prepared.
+        architecture: of the model, where known.
+        processors: CPUs of a node, shared by its ranks unless cluster.threads_per_rank says otherwise.
+        microbatch: what `auto` resolved to when this run began; it is frozen from then on.
+
+    Raises:
+        ConfigError: a frozen microbatch does not divide what this world size leaves to each rank.
+    """
+    cluster, training = spec.cluster, spec.training
+    chosen = _microbatch(spec, architecture, microbatch)
+    per_rank = training.global_batch_size // cluster.world_size
+    if per_rank % chosen:
+        raise ConfigError(
+            f"training.microbatch_size_per_gpu: this run began with {chosen}, which does not divide the "
+            f"{per_rank} sequences that each of {cluster.world_size} ranks takes; use another number of ranks"
+        )
+    total = training.max_steps * training.global_batch_size if training.max_steps else None
+    if total is None and num_sequences is not None:
+        total = max(1, round((training.epochs or 1.0) * num_sequences))
+    return TrainPlan(
+        nodes=cluster.num_nodes,
+        ranks_per_node=cluster.ranks_per_node,
+        world_size=cluster.world_size,
+        global_batch=training.global_batch_size,
+        microbatch=chosen,
+        accumulation=per_rank // chosen,
+        total_steps=None if total is None else math.ceil(total / training.global_batch_size),
+        total_sequences=total,
+        save_every=training.save_every_steps,
+        threads=cluster.threads_per_rank or max(1, processors // cluster.ranks_per_node),
+        memory=estimate_memory(spec, architecture, chosen) if architecture else None,
+        checkpoint_bytes=estimate_checkpoint(spec, architecture) if architecture else None,
+    )
+
+
+def estimate_memory(spec: JobSpec, architecture: Architecture, microbatch: int) -> Memory:
+    """Peak bytes of a rank: float32 weights, gradients and two moments, sharded over the ranks by fsdp.
+
+    Activations follow Korthikanti et al. 2022, 34 bytes a token, layer and channel in 16 bit, with linear
+    attention memory; and the logits of one chunk of the loss.
+    """
+    trained = _trained(spec, architecture)
+    stored = 4 * architecture.num_parameters
+    if spec.tuning.type == "qlora":
+        stored -= int(3.45 * architecture.num_linear_parameters)  # 4 bits and the quantisation constants
+    shards = spec.cluster.world_size if spec.backend != "hf" else 1
+    width = 2 if spec.training.precision == "bf16" else 4
+    tokens = microbatch * spec.model.max_seq_len
+    layers = 2 if spec.training.activation_checkpointing else architecture.n_layers
+    activations = 17 * width * tokens * architecture.d_model * layers
+    logits = 3 * 4 * min(tokens, 1024) * architecture.vocab_size
+    return Memory(stored // shards, 4 * trained // shards, 8 * trained // shards, activations + logits)
+
+
+def estimate_checkpoint(spec: JobSpec, architecture: Architecture) -> int:
+    """Bytes of one checkpoint: trained weights and both moments, in float32."""
+    return 12 * _trained(spec, architecture)
+
+
+def parse_quantity(text: str) -> float:
+    """A Kubernetes quantity such as `500m` or `4Gi`, as a number.
+
+    Raises:
+        ConfigError: not a quantity.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-zA-Z]*)", text)
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f"{text!r} is not a quantity; expected a number with a unit such as 500m or 4Gi")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _trained(spec: JobSpec, architecture: Architecture) -> int:
+    if spec.tuning.type == "full":
+        return architecture.num_parameters
+    return architecture.lora_parameters(spec.tuning.rank)
+
+
+def _microbatch(spec: JobSpec, architecture: Architecture | None, frozen: int | None) -> int:
+    training = spec.training
+    per_rank = training.global_batch_size // spec.cluster.world_size
+    if isinstance(training.microbatch_size_per_gpu, int):
+        return training.microbatch_size_per_gpu
+    if isinstance(training.grad_accumulation_steps, int):
+        return per_rank // training.grad_accumulation_steps
+    if frozen is not None:
+        return frozen
+    divisors = [size for size in range(per_rank, 0, -1) if per_rank % size == 0]
+    if architecture is None:
+        return 1
+    budget = _budget(spec)
+    return next((size for size in divisors if estimate_memory(spec, architecture, size).total <= budget), 1)
+
+
+def _budget(spec: JobSpec) -> float:
+    if spec.cluster.gpus_per_node:
+        return ASSUMED_BYTES_PER_RANK["gpu"]
+    given = spec.cluster.resources.memory
+    return 0.8 * parse_quantity(given) if given else ASSUMED_BYTES_PER_RANK["cpu"]

@@ -1,0 +1,117 @@
+"""One rank: `python -m nexa_train.rank RUNDIR`, started by torchrun. Sets the process up, runs the pipeline.
+
+When it fails, what ended it is in the run folder before the process is gone.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from nexa_train.backends.base import RankContext
+from nexa_train.config.protocol import Termination
+from nexa_train.data.batches import Split
+from nexa_train.data.cursor import Order
+from nexa_train.data.tokenizer import load_tokenizer
+from nexa_train.errors import NexaError, StoppedError
+from nexa_train.launch.lifeline import die_with_parent
+from nexa_train.launch.work import RankWork
+from nexa_train.pipeline import RunFacts, TrainingPipeline
+from nexa_train.rundir import RunDir
+from nexa_train.store import open_store
+
+
+def main(folder: str) -> int:
+    """Run this rank; returns the process's exit code."""
+    die_with_parent()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks for stacks when a step hangs
+    rundir = RunDir(Path(folder))
+    rank = int(os.environ.get("RANK", "0"))
+    _obey_signals(rundir)
+    try:
+        _run(rundir, rank)
+    except NexaError as exc:
+        cause = "Stopped" if isinstance(exc, StoppedError) else type(exc).__name__
+        return _last_words(rundir, rank, exc.exit_code, cause, str(exc), retryable=exc.retryable)
+    except Exception as exc:  # noqa: BLE001 - a rank must say what ended it, whatever it was
+        traceback.print_exc()
+        return _last_words(rundir, rank, 1, type(exc).__name__, str(exc), retryable=True)
+    return 0
+
+
+def _run(rundir: RunDir, rank: int) -> None:
+    work = RankWork.from_dict(rundir.read_run())
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    _configure(work, local_rank)
+    if world > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        context = _context(work, rank, world)
+        facts = RunFacts(work.job, work.attempt, work.dataset, work.code, work.world_facts())
+        store = open_store(work.store_uri)
+        TrainingPipeline(context, facts, store, rundir, local_rank=local_rank).run()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _configure(work: RankWork, local_rank: int) -> None:
+    torch.set_num_threads(work.plan.threads)
+    torch.use_deterministic_algorithms(work.job.spec.training.deterministic)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    # Its bars and advice would land in the middle of ours.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _context(work: RankWork, rank: int, world: int) -> RankContext:
+    train = Split(work.data_folder, "train")
+    total = work.plan.total_sequences
+    assert total is not None  # noqa: S101 - the launcher prepared the data
+    return RankContext(
+        spec=work.job.spec,
+        plan=work.plan,
+        located=work.located,
+        tokenizer=load_tokenizer(work.located.folder),
+        train=train,
+        validation=Split(work.data_folder, "validation"),
+        order=Order(train.num_sequences, total, work.job.spec.training.seed),
+        rank=rank,
+        world=world,
+    )
+
+
+def _last_words(rundir: RunDir, rank: int, exit_code: int, cause: str, message: str, *, retryable: bool) -> int:
+    """Say how this rank ended, with the facts as this node last told them; returns the exit code."""
+    work = RankWork.from_dict(rundir.read_run())
+    told = rundir.read_progress()
+    facts = told.model_dump(include=set(Termination.model_fields)) if told else {}
+    facts |= {"run_id": work.job.run_id, "attempt": work.attempt, "exit_code": exit_code}
+    facts |= {"cause": cause, "message": message, "retryable": retryable}
+    rundir.write_outcome(rank, Termination.model_validate(facts))
+    return exit_code
+
+
+def _obey_signals(rundir: RunDir) -> None:
+    """SIGTERM and Ctrl-C ask for a checkpoint, as the launcher does; nothing is torn down in the handler."""
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        rundir.ask_to_stop()
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

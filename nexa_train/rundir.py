@@ -1,0 +1,79 @@
+"""The folder through which the launcher and the ranks of one node talk: small JSON files, nothing else.
+
+    run.json             what the ranks are to do (launcher -> ranks)
+    stop                 exists: commit a checkpoint and end (launcher -> ranks)
+    progress.json        `protocol.Progress` of this node (local rank 0 -> launcher)
+    outcome-RANK.json    `protocol.Termination` of a rank that failed (ranks -> launcher)
+
+Files are replaced in one rename, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nexa_train.config.protocol import Progress, Termination
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """See the module."""
+
+    path: Path
+
+    def write_run(self, document: dict[str, Any]) -> Path:
+        """Hand the ranks their work; outcomes of an earlier attempt go."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for stale in (self.path / "stop", self.path / "progress.json", *self.path.glob("outcome-*.json")):
+            stale.unlink(missing_ok=True)
+        _replace(self.path / "run.json", json.dumps(document))
+        return self.path / "run.json"
+
+    def read_run(self) -> dict[str, Any]:
+        """What `write_run` wrote."""
+        return dict(json.loads((self.path / "run.json").read_text(encoding="utf-8")))
+
+    def ask_to_stop(self) -> None:
+        """Have the ranks commit a checkpoint after the current step and end."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "stop").touch()
+
+    def stop_asked(self) -> bool:
+        """Whether `ask_to_stop` was called."""
+        return (self.path / "stop").exists()
+
+    def write_progress(self, progress: Progress) -> None:
+        """Publish where this node stands."""
+        _replace(self.path / "progress.json", progress.model_dump_json())
+
+    def read_progress(self) -> Progress | None:
+        """Where this node stands, with the seconds since it last said so; None: it said nothing yet."""
+        path = self.path / "progress.json"
+        try:
+            text, written = path.read_text(encoding="utf-8"), path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        silent = round(max(0.0, time.time() - written), 3)
+        return Progress.model_validate_json(text).model_copy(update={"seconds_since_last_step": silent})
+
+    def write_outcome(self, rank: int, outcome: Termination) -> None:
+        """A rank's last words; the first ones stay."""
+        path = self.path / f"outcome-{rank}.json"
+        if not path.exists():
+            _replace(path, outcome.model_dump_json())
+
+    def read_outcomes(self) -> list[Termination]:
+        """Last words of this node's ranks, first spoken first: the one that failed first is the cause."""
+        paths = sorted(self.path.glob("outcome-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        return [Termination.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
