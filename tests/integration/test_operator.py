@@ -1,0 +1,424 @@
+"""The operator as a process of its own before a real control plane. Only the kubelet is played by hand or by kwok."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nexa_train.config.protocol import CheckpointRef, Termination
+from tests.cluster.cluster import Cluster
+from tests.cluster.run import wait_until
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTED_SECONDS = 30
+REACTED_SECONDS = 20
+
+
+class Operator:
+    """`python -m nexa_operator.main`, started, killed and started again."""
+
+    def __init__(self, kubeconfig: Path, log: Path, **environment: str) -> None:
+        self._log = log
+        self._environment = {
+            **os.environ,
+            "KUBECONFIG": str(kubeconfig),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "operator")]),
+            "NEXA_TRAINER_IMAGE": "trainer:test",
+            "NEXA_METRICS_PORT": "0",
+            "NEXA_PROGRESS_INTERVAL_SECONDS": "1",
+            **environment,
+        }
+        self.start()
+
+    def start(self) -> None:
+        with self._log.open("a") as sink:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "nexa_operator.main"], env=self._environment, stderr=sink, cwd=self._log.parent
+            )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=15)
+
+    @property
+    def said(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
+
+
+class Namespace:
+    """One namespace of the cluster, and what a test does in it."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        self.cluster, self.namespace = cluster, namespace
+
+    def kubectl(self, *arguments: str, **options: Any) -> str:
+        return self.cluster.kubectl("--namespace", self.namespace, *arguments, **options).stdout
+
+    def get(self, what: str) -> dict[str, Any] | None:
+        done = self.cluster.kubectl("--namespace", self.namespace, "get", what, "--output=json", check=False)
+        return json.loads(done.stdout) if done.returncode == 0 else None
+
+    def list(self, kind: str) -> list[dict[str, Any]]:
+        return json.loads(self.kubectl("get", kind, "--output=json"))["items"]
+
+    def submit(self, name: str, *, nodes: int = 2, **spec: Any) -> None:
+        document = {
+            "apiVersion": "train.nexa.dev/v1alpha1",
+            "kind": "NexaTrainingJob",
+            "metadata": {"name": name},
+            "spec": {
+                "data": {"remoteUri": "stdlib:docstrings"},
+                "training": {"maxSteps": 10, "globalBatchSize": 8},
+                "artifacts": {"uri": "s3://models"},
+                "cluster": {"numNodes": nodes, **spec.pop("cluster", {})},
+                **spec,
+            },
+        }
+        self.kubectl("create", "--filename=-", input=json.dumps(document))
+
+    def job(self, name: str) -> dict[str, Any]:
+        seen = self.get(f"ntj/{name}")
+        assert seen is not None
+        return seen
+
+    def status(self, name: str) -> dict[str, Any]:
+        return self.job(name).get("status", {})
+
+    def condition(self, name: str, kind: str) -> dict[str, Any]:
+        return next((item for item in self.status(name).get("conditions", []) if item["type"] == kind), {})
+
+    def wait_true(self, name: str, kind: str) -> dict[str, Any]:
+        def is_true() -> dict[str, Any] | None:
+            condition = self.condition(name, kind)
+            return condition if condition.get("status") == "True" else None
+
+        return self.wait(is_true, f"{name} is {kind}", name)
+
+    def wait(self, seen: Callable[[], Any], what: str, name: str = "") -> Any:
+        detail = (lambda: json.dumps(self.status(name), indent=1)) if name else (lambda: "")
+        return wait_until(seen, timeout_seconds=REACTED_SECONDS, what=what, detail=detail)
+
+    def pods(self, gang: str) -> list[dict[str, Any]]:
+        pods = [pod for pod in self.list("pods") if pod["metadata"]["labels"].get("job-name") == gang]
+        return sorted(pods, key=lambda pod: pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"])
+
+    def wait_pods(self, gang: str, count: int) -> list[dict[str, Any]]:
+        return self.wait(lambda: pods if len(pods := self.pods(gang)) == count else None, f"{count} pods of {gang}")
+
+    def play_kubelet(self, pod: dict[str, Any], phase: str, *, words: Termination | None = None, **more: Any) -> None:
+        """Set a pod's status as a kubelet would."""
+        state: dict[str, Any] = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+        if phase in ("Succeeded", "Failed"):
+            code = words.exit_code if words else (0 if phase == "Succeeded" else 1)
+            state = {"terminated": {"exitCode": more.pop("code", code), "reason": "Completed" if not code else "Error"}}
+            if words:
+                state["terminated"]["message"] = words.as_bytes().decode()
+        trainer = {"name": "trainer", "image": "i", "imageID": "", "ready": False, "restartCount": 0, "state": state}
+        status = {"phase": phase, "containerStatuses": [trainer], **more}
+        name = pod["metadata"]["name"]
+        self.kubectl(
+            "patch", f"pod/{name}", "--subresource=status", "--type=merge", f"--patch={json.dumps({'status': status})}"
+        )
+
+
+@pytest.fixture(scope="module")
+def operator(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    control_plane.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(ROOT / "crds"))
+    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd/nexatrainingjobs.train.nexa.dev")
+    running = Operator(control_plane.kubeconfig, tmp_path_factory.mktemp("operator") / "log.jsonl")
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def ns(control_plane: Cluster, operator: Operator) -> Iterator[Namespace]:
+    namespace = f"t-{uuid.uuid4().hex[:8]}"
+    control_plane.kubectl("create", "namespace", namespace)
+    wait_until(
+        lambda: control_plane.kubectl("-n", namespace, "get", "sa/default", check=False).returncode == 0,
+        timeout_seconds=STARTED_SECONDS,
+        what="service account",
+    )
+    yield Namespace(control_plane, namespace)
+    control_plane.kubectl("delete", "namespace", namespace, "--wait=false")
+
+
+def words(**given: Any) -> Termination:
+    return Termination.model_validate({"run_id": "r", "exit_code": 0, "cause": "Succeeded", **given})
+
+
+CHECKPOINT = CheckpointRef(
+    step=10, uri="s3://models/checkpoints/r/step-00000010", digest="d" * 64, weights_digest="w" * 64
+)
+
+
+def test_a_job_becomes_a_service_and_an_indexed_job_that_it_owns(ns):
+    ns.submit("plain")
+    gang = ns.wait(lambda: ns.get("job/plain-a0"), "the gang's Job")
+    service = ns.get("service/plain-ranks")
+    owner = ns.job("plain")
+    for child in (gang, service):
+        (reference,) = child["metadata"]["ownerReferences"]
+        assert (reference["uid"], reference["controller"]) == (owner["metadata"]["uid"], True)
+    assert gang["spec"]["completions"] == gang["spec"]["parallelism"] == 2
+    assert gang["spec"]["podReplacementPolicy"] == "TerminatingOrFailed"
+    assert service["spec"]["clusterIP"] == "None"
+    assert ns.wait_true("plain", "Queued")["reason"] in ("Creating", "PodsPending")
+
+
+def test_the_object_carries_no_finalizer_and_no_annotation_of_the_operator(ns):
+    ns.submit("clean")
+    ns.wait_true("clean", "Queued")
+    metadata = ns.job("clean")["metadata"]
+    assert "finalizers" not in metadata
+    assert "annotations" not in metadata
+
+
+def test_pods_pass_the_restricted_pod_security_standard(ns):
+    ns.cluster.kubectl("label", f"namespace/{ns.namespace}", "pod-security.kubernetes.io/enforce=restricted")
+    ns.submit("restricted")
+    ns.wait_pods("restricted-a0", 2)
+
+
+def test_the_run_id_is_the_one_that_the_same_file_has_on_a_laptop(ns):
+    from nexa_train.config import Job
+
+    ns.submit("identity")
+    run_id = ns.wait(lambda: ns.status("identity").get("runId"), "a run id")
+    spec = {"data": {"remoteUri": "stdlib:docstrings"}, "training": {"max_steps": 10, "global_batch_size": 8}}
+    metadata = {"name": "identity", "namespace": ns.namespace}
+    assert run_id == Job.model_validate({"metadata": metadata, "spec": spec}).run_id
+
+
+def test_running_is_said_once_all_pods_run_and_not_before(ns):
+    ns.submit("running")
+    first, second = ns.wait_pods("running-a0", 2)
+    ns.play_kubelet(first, "Running")
+    time.sleep(1)
+    assert ns.condition("running", "Running")["status"] == "False"
+    ns.play_kubelet(second, "Running")
+    assert ns.wait_true("running", "Running")["message"] == "2 of 2 pods of attempt 0"
+
+
+def test_a_job_of_one_second_reports_its_checkpoint_step_and_loss_from_last_words(ns):
+    ns.submit("quick")
+    said = words(step=10, total_steps=10, loss=1.2345678, checkpoint=CHECKPOINT)
+    for pod in ns.wait_pods("quick-a0", 2):
+        ns.play_kubelet(pod, "Succeeded", words=said)
+    ns.wait_true("quick", "Succeeded")
+    status = ns.status("quick")
+    assert (status["phase"], status["progress"], status["loss"]) == ("Succeeded", "10/10", 1.23457)
+    assert status["checkpoint"] == {
+        "step": 10, "uri": CHECKPOINT.uri, "digest": CHECKPOINT.digest, "weightsDigest": CHECKPOINT.weights_digest,
+    }  # fmt: skip
+    assert ns.condition("quick", "CheckpointReady")["status"] == "True"
+    reasons = {event["reason"] for event in ns.list("events") if event["involvedObject"]["kind"] == "NexaTrainingJob"}
+    assert {"Created", "CheckpointCommitted", "Succeeded"} <= reasons
+
+
+def test_printed_columns_say_what_a_person_wants_to_know(ns):
+    ns.submit("printed")
+    for pod in ns.wait_pods("printed-a0", 2):
+        ns.play_kubelet(pod, "Succeeded", words=words(step=10, total_steps=10, loss=1.5))
+    ns.wait_true("printed", "Succeeded")
+    header, line = ns.kubectl("get", "ntj").splitlines()
+    assert header.split() == ["NAME", "PHASE", "PROGRESS", "LOSS", "ETA", "RESTARTS", "AGE"]
+    assert line.split()[:4] == ["printed", "Succeeded", "10/10", "1.5"]
+
+
+def test_a_lost_rank_ends_the_attempt_and_the_next_one_follows(ns):
+    ns.submit("lost")
+    first, second = ns.wait_pods("lost-a0", 2)
+    ns.play_kubelet(first, "Running")
+    ns.play_kubelet(second, "Failed", words=words(exit_code=1, cause="DamagedError", message="torn file"))
+    ns.wait(lambda: ns.get("job/lost-a1"), "the second attempt", "lost")
+    ns.wait(lambda: ns.get("job/lost-a0") is None, "the first attempt is gone")
+    status = ns.status("lost")
+    assert (status["attempt"], status["restarts"], status["chargedRestarts"]) == (1, 1, 1)
+    assert status["lastFailure"]["cause"] == "DamagedError"
+    assert status["lastFailure"]["message"] == "torn file"
+    environment = ns.get("job/lost-a1")["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert {"name": "NEXA_ATTEMPT", "value": "1"} in environment
+
+
+def test_a_disruption_is_not_charged(ns):
+    ns.submit("evicted", nodes=1, recovery={"maxRestarts": 0})
+    (pod,) = ns.wait_pods("evicted-a0", 1)
+    condition = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
+    ns.play_kubelet(pod, "Failed", code=137, conditions=[condition])
+    ns.wait(lambda: ns.get("job/evicted-a1"), "the second attempt", "evicted")
+    assert ns.status("evicted")["chargedRestarts"] == 0
+
+
+def test_a_pod_that_is_deleted_by_hand_ends_the_attempt_without_a_charge(ns):
+    ns.submit("removed", nodes=2, recovery={"maxRestarts": 0})
+    first, _ = ns.wait_pods("removed-a0", 2)
+    ns.kubectl("delete", f"pod/{first['metadata']['name']}", "--grace-period=0", "--force")
+    ns.wait(lambda: ns.get("job/removed-a1"), "the second attempt", "removed")
+    assert ns.status("removed")["chargedRestarts"] == 0
+
+
+def test_a_wrong_config_in_the_rank_is_never_tried_again(ns):
+    ns.submit("wrong", nodes=1)
+    (pod,) = ns.wait_pods("wrong-a0", 1)
+    ns.play_kubelet(pod, "Failed", code=2)
+    assert ns.wait_true("wrong", "Failed")["reason"] == "ConfigError"
+    assert ns.condition("wrong", "Stalled")["status"] == "True"
+    time.sleep(1)
+    assert ns.get("job/wrong-a1") is None
+
+
+def test_the_budget_runs_out_and_the_job_fails_for_good(ns):
+    ns.submit("spent", nodes=1, recovery={"maxRestarts": 1})
+    for attempt in (0, 1):
+        (pod,) = ns.wait_pods(f"spent-a{attempt}", 1)
+        ns.play_kubelet(pod, "Failed", code=1)
+    assert ns.wait_true("spent", "Failed")["reason"] == "RestartsExhausted"
+
+
+def test_a_new_checkpoint_refills_the_budget(ns):
+    ns.submit("refilled", nodes=1, recovery={"maxRestarts": 1})
+    for attempt, step in ((0, 5), (1, 8)):
+        (pod,) = ns.wait_pods(f"refilled-a{attempt}", 1)
+        reached = CHECKPOINT.model_copy(update={"step": step})
+        ns.play_kubelet(pod, "Failed", words=words(exit_code=1, cause="Oops", checkpoint=reached))
+    ns.wait_pods("refilled-a2", 1)
+    assert ns.status("refilled")["checkpoint"]["step"] == 8
+
+
+def test_a_job_suspended_from_the_start_makes_no_pods_until_it_is_resumed(ns):
+    ns.submit("held", schedule={"suspend": True})
+    ns.wait_true("held", "Suspended")
+    assert ns.list("jobs") == []
+    ns.kubectl("patch", "ntj/held", "--type=merge", '--patch={"spec":{"schedule":{"suspend":false}}}')
+    ns.wait_pods("held-a0", 2)
+
+
+def test_suspending_stops_the_gang_and_resuming_makes_another_even_of_another_size(ns):
+    ns.submit("paused")
+    for pod in ns.wait_pods("paused-a0", 2):
+        ns.play_kubelet(pod, "Running")
+    ns.wait_true("paused", "Running")
+    ns.kubectl("patch", "ntj/paused", "--type=merge", '--patch={"spec":{"schedule":{"suspend":true}}}')
+    ns.wait_true("paused", "Suspended")
+    assert ns.get("job/paused-a0")["spec"]["suspend"] is True
+    change = '{"spec":{"schedule":{"suspend":false},"cluster":{"numNodes":4}}}'
+    ns.kubectl("patch", "ntj/paused", "--type=merge", f"--patch={change}")
+    ns.wait_pods("paused-a1", 4)
+    assert ns.status("paused")["restarts"] == 0
+
+
+def test_deleting_the_job_collects_its_children(ns):
+    ns.submit("gone")
+    ns.wait_pods("gone-a0", 2)
+    ns.kubectl("delete", "ntj/gone")
+    ns.wait(lambda: not ns.list("jobs") and not ns.list("services"), "children are gone")
+
+
+def test_what_passes_the_crd_and_not_the_models_becomes_a_condition_and_no_crash(ns, operator):
+    ns.submit("refused", backend="deepspeed")
+    failed = ns.wait_true("refused", "Failed")
+    assert failed["reason"] == "ConfigRejected"
+    assert "deepspeed is not built into this version" in failed["message"]
+    ns.submit("elsewhere", schedule={"runtime": "jobset"})
+    assert ns.wait_true("elsewhere", "Failed")["reason"] == "RuntimeUnavailable"
+    assert operator.process.poll() is None
+
+
+def test_a_job_of_another_controller_is_left_alone(ns):
+    ns.submit("theirs", schedule={"managedBy": "example.com/other"})
+    ns.submit("ours")
+    ns.wait_pods("ours-a0", 2)
+    assert ns.status("theirs") == {}
+    assert ns.get("job/theirs-a0") is None
+
+
+def test_a_name_that_is_taken_is_said_and_waited_for(ns):
+    ns.kubectl("create", "job", "taken-a0", "--image=i")
+    ns.submit("taken")
+    message = ns.wait(
+        lambda: (c := ns.condition("taken", "Queued")).get("reason") == "Refused" and c["message"],
+        "refusal",
+        "taken",
+    )
+    assert "another owner" in message
+    ns.kubectl("delete", "job/taken-a0")
+    ns.wait(lambda: (ns.get("job/taken-a0") or {}).get("spec", {}).get("completions") == 2, "our Job", "taken")
+
+
+def test_the_time_to_live_ends_a_finished_job(ns):
+    ns.submit("brief", nodes=1, schedule={"ttlSecondsAfterFinished": 1})
+    (pod,) = ns.wait_pods("brief-a0", 1)
+    ns.play_kubelet(pod, "Succeeded")
+    ns.wait(lambda: ns.get("ntj/brief") is None, "the job is deleted")
+
+
+def test_an_idle_job_costs_no_write(ns):
+    ns.submit("idle")
+    for pod in ns.wait_pods("idle-a0", 2):
+        ns.play_kubelet(pod, "Running")
+    ns.wait_true("idle", "Running")
+    time.sleep(5)  # kopf, resync and the progress reader (three misses: ProgressUnknown) have had their say
+    before = ns.job("idle")["metadata"]["resourceVersion"]
+    time.sleep(5)
+    assert ns.job("idle")["metadata"]["resourceVersion"] == before
+
+
+def test_a_killed_operator_goes_on_where_it_was_and_creates_nothing_twice(ns, operator):
+    ns.submit("before")
+    first, second = ns.wait_pods("before-a0", 2)
+    uid = ns.get("job/before-a0")["metadata"]["uid"]
+    operator.kill()
+    ns.submit("during")
+    ns.play_kubelet(first, "Running")
+    ns.play_kubelet(second, "Running")
+    operator.start()
+    ns.wait_pods("during-a0", 2)
+    ns.wait_true("before", "Running")
+    assert ns.get("job/before-a0")["metadata"]["uid"] == uid
+    assert {job["metadata"]["name"] for job in ns.list("jobs")} == {"before-a0", "during-a0"}
+    assert ns.status("before")["restarts"] == 0
+
+
+def test_a_rank_lost_while_the_operator_was_down_is_answered_when_it_is_back(ns, operator):
+    ns.submit("unseen", nodes=1)
+    (pod,) = ns.wait_pods("unseen-a0", 1)
+    operator.kill()
+    ns.play_kubelet(pod, "Failed", code=1)
+    operator.start()
+    ns.wait(lambda: ns.get("job/unseen-a1"), "the second attempt", "unseen")
+    assert ns.status("unseen")["restarts"] == 1
+
+
+def test_jobs_end_by_themselves_on_fake_nodes(ns, control_plane):
+    control_plane.fake_nodes(2)
+    toleration = {"key": "kwok.x-k8s.io/node", "operator": "Exists"}
+    ns.submit("fake", cluster={"tolerations": [toleration]})
+    ns.wait_true("fake", "Succeeded")
+
+
+def test_sigterm_ends_the_operator_cleanly_within_seconds(operator):
+    assert operator.stop() == 0
+    operator.start()
+
+
+def test_every_record_is_json_and_carries_no_token(operator, control_plane):
+    assert operator.said
+    if control_plane.token:
+        assert control_plane.token not in json.dumps(operator.said)
