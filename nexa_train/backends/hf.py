@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from nexa_train.backends.base import RankContext, StepMetrics, TrainState
@@ -64,7 +63,7 @@ class HfBackend:
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """Let TRL take the remaining steps."""
         trainer = _Trainer(self, after_step)
-        transformers.utils.logging.disable_progress_bar()
+        trainer.remove_callback(PrinterCallback)  # prints a dictionary at the end; progress is told elsewhere
         trainer.train()
 
     def state(self) -> TrainState:
@@ -158,7 +157,7 @@ def sft_config(context: RankContext, *, steps: int) -> SFTConfig:
         per_device_train_batch_size=context.plan.microbatch,
         gradient_accumulation_steps=context.plan.accumulation,
         max_grad_norm=spec.optimizer.max_grad_norm or NEVER_CLIP,
-        gradient_checkpointing=spec.training.activation_checkpointing,
+        activation_checkpointing=spec.training.activation_checkpointing,
         bf16=spec.training.precision == "bf16",
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,

@@ -144,7 +144,7 @@ def build() -> Schema:
 
 def render() -> str:
     """The file's bytes: stable order, so that a difference is a difference of the schema."""
-    return HEADER + yaml.dump(build(), Dumper=_NoAliases, sort_keys=False, width=110)
+    return HEADER + yaml.dump(build(), Dumper=_Plain, sort_keys=False, width=110)
 
 
 def _root_schema() -> Schema:
@@ -190,11 +190,18 @@ class _WithFactories(GenerateJsonSchema):
         return super().encode_default(dft)
 
 
-class _NoAliases(yaml.SafeDumper):
-    """YAML anchors are legal and unreadable."""
+class _Plain(yaml.SafeDumper):
+    """YAML that every reader reads alike: no anchors, no exponents (YAML 1.1 takes 1e-05 for a string)."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_float(self, data: float) -> yaml.ScalarNode:
+        text = repr(data) if "e" not in repr(data) else f"{data:.16f}".rstrip("0")
+        return self.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Plain.add_representer(float, _Plain.represent_float)
 
 
 class _Converter:

@@ -11,6 +11,7 @@ The operator puts these variables into each pod (`JOB_COMPLETION_INDEX` comes fr
 | NEXA_NUM_NODES | pods of the gang |
 | NEXA_RDZV_ENDPOINT | host:port of pod 0, where torchrun's c10d rendezvous listens |
 | NEXA_IMAGE | the image as the pod names it, for the manifest |
+| NEXA_PROGRESS_PORT | where to serve progress; default 8080, 0: any free port |
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ENV_ATTEMPT = "NEXA_ATTEMPT"
 ENV_NUM_NODES = "NEXA_NUM_NODES"
 ENV_RDZV_ENDPOINT = "NEXA_RDZV_ENDPOINT"
 ENV_IMAGE = "NEXA_IMAGE"
+ENV_PROGRESS_PORT = "NEXA_PROGRESS_PORT"
 ENV_NODE_INDEX = "JOB_COMPLETION_INDEX"
 
 RDZV_PORT = 29500

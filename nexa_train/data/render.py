@@ -52,6 +52,19 @@ def render_rows(rows: list[Row], *, data: DataSpec, method: Method, tokenizer: C
         yield Rendered(text, spans, row.where)
 
 
+def check_rows(rows: list[Row], data: DataSpec) -> None:
+    """Check every row's columns, without a tokenizer.
+
+    Raises:
+        DataError: see `check_row`; names file and row.
+    """
+    for row in rows:
+        try:
+            check_row(row, data)
+        except DataError as exc:
+            raise DataError(f"{row.where}: {exc}") from exc
+
+
 def check_row(row: Row, data: DataSpec) -> dict[str, Any]:
     """The columns that the format needs, by the names it gives them.
 

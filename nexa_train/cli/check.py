@@ -1,0 +1,114 @@
+"""`nexa validate`, `plan`, `submit`, `verify`, `version`: everything that trains nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from typing import Any
+
+from nexa_train import __version__
+from nexa_train.config import Job
+from nexa_train.config.support import check_supported
+from nexa_train.errors import ConfigError
+from nexa_train.models.locate import architecture
+from nexa_train.plan import GIB, TrainPlan, make_plan
+
+
+def validate_job(job: Job, *, as_json: bool) -> int:
+    """Print that a job is valid; the errors were raised on the way here."""
+    check_supported(job.spec)
+    if as_json:
+        _print_json({"valid": True, "name": job.metadata.name, "run_id": job.run_id})
+    else:
+        print(f"{job.metadata.name} is valid; its run id is {job.run_id}")
+    return 0
+
+
+def plan_job(job: Job, *, as_json: bool) -> int:
+    """Print the plan of a job."""
+    check_supported(job.spec)
+    plan = plan_of(job)
+    if as_json:
+        _print_json({"run_id": job.run_id, **asdict(plan)})
+    else:
+        print("\n".join(f"{name:<18}{value}" for name, value in describe_plan(job, plan)))
+    return 0
+
+
+def plan_of(job: Job) -> TrainPlan:
+    """The plan as far as it is known without data and weights."""
+    return make_plan(job.spec, architecture=architecture(job.spec.model), processors=os.cpu_count() or 1)
+
+
+def describe_plan(job: Job, plan: TrainPlan) -> list[tuple[str, str]]:
+    """The plan, for people: names and values in reading order."""
+    length = f"{plan.total_steps} steps" if plan.total_steps else f"{job.spec.training.epochs or 1:g} epochs"
+    rows = [
+        ("run id", job.run_id),
+        (
+            "model",
+            f"{job.spec.model.name}, {job.spec.tuning.type} tuning, {job.spec.method.type} on {job.spec.backend}",
+        ),
+        ("ranks", f"{plan.world_size} = {plan.nodes} nodes x {plan.ranks_per_node}"),
+        (
+            "global batch",
+            f"{plan.global_batch} sequences = {plan.microbatch} a microbatch x {plan.accumulation} accumulated "
+            f"x {plan.world_size} ranks",
+        ),
+        ("length", f"{length}, a checkpoint every {plan.save_every}"),
+        ("artifacts", job.spec.artifacts.uri),
+    ]
+    if plan.memory is None or plan.checkpoint_bytes is None:
+        return [*rows, ("memory a rank", "unknown: the sizes of this model are in its weights' configuration")]
+    parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in asdict(plan.memory).items())
+    return [
+        *rows,
+        ("memory a rank", f"about {plan.memory.total / GIB:.2f} GiB ({parts})"),
+        ("checkpoint", f"about {plan.checkpoint_bytes / GIB:.2f} GiB"),
+    ]
+
+
+def submit_job(job: Job, *, slurm: bool) -> int:
+    """Submit to Slurm.
+
+    Raises:
+        ConfigError: no scheduler was named.
+    """
+    from nexa_train.launch.slurm import submit_or_print  # noqa: PLC0415 - only where it is asked for
+
+    if not slurm:
+        raise ConfigError("submit: name a scheduler: --slurm; on Kubernetes the same file goes to kubectl apply -f")
+    check_supported(job.spec)
+    print(submit_or_print(job))
+    return 0
+
+
+def verify_uri(uri: str, *, as_json: bool) -> int:
+    """Verify and print; 1 where anything is wrong."""
+    from nexa_train.artifact.verify import verify  # noqa: PLC0415 - stores are only needed here
+
+    report = verify(uri)
+    if as_json:
+        _print_json({"ok": report.ok, **asdict(report)})
+        return 0 if report.ok else 1
+    for one in report.manifests:
+        print(f"{one.uri}  step {one.step}  sha256:{one.digest}")
+    for problem in report.problems:
+        print(f"damaged: {problem}")
+    verdict = "verified" if report.ok else f"{len(report.problems)} problems in"
+    print(f"{verdict}: {len(report.manifests)} manifests, {report.num_files} files, {report.num_bytes} bytes")
+    return 0 if report.ok else 1
+
+
+def print_version(*, as_json: bool) -> int:
+    """Print the version."""
+    if as_json:
+        _print_json({"version": __version__})
+    else:
+        print(f"nexa {__version__}")
+    return 0
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values, sort_keys=True, ensure_ascii=False, default=str))

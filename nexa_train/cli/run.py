@@ -1,0 +1,150 @@
+"""`nexa run`: the launcher of this machine with a face. What it does is in `launch/node.py`."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from nexa_train.artifact.verify import verify
+from nexa_train.cache import cache_folder
+from nexa_train.config import Job
+from nexa_train.config.protocol import Progress, Termination
+from nexa_train.errors import NexaError
+from nexa_train.launch.node import Node, failed_outcome, run_node
+from nexa_train.report.plot import plot_run
+from nexa_train.rundir import RunDir
+
+TAIL_LINES = 20
+"""Of the ranks' log, shown where they ended without saying why."""
+
+
+def run_job(job: Job, *, as_json: bool) -> int:
+    """Train on this machine, all ranks on it; prints how it went.
+
+    Raises:
+        NexaError: what was wrong before a rank ran.
+    """
+    # Progress is for eyes: it goes to stderr, so that -o json leaves one clean document on stdout.
+    console = Console(stderr=True)
+    rundir = RunDir(cache_folder("runs", job.run_id) / secrets.token_hex(4))
+    rundir.path.mkdir()
+    log = rundir.path / "ranks.log"
+    node = Node(ranks=job.spec.cluster.world_size)
+    with _obeying_signals(rundir), log.open("wb") as output, _showing(console, job) as show:
+        try:
+            outcome = run_node(job, node, rundir, output=output, on_progress=show)
+        except NexaError as exc:
+            if not as_json:
+                raise
+            outcome = failed_outcome(job, node, exc)
+    if as_json:
+        print(outcome.model_dump_json())
+    if outcome.exit_code:
+        return _failed(console, outcome, log)
+    shutil.rmtree(rundir.path)
+    return _succeeded(console, job, outcome, as_json=as_json)
+
+
+def _failed(console: Console, outcome: Termination, log: Path) -> int:
+    print(f"nexa: error: {outcome.message}", file=sys.stderr)
+    if outcome.cause not in ("Stopped", "NonFiniteLossError"):
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        console.print("\n".join([f"the last lines of {log}:", *tail]), markup=False, highlight=False)
+    return outcome.exit_code
+
+
+def _succeeded(console: Console, job: Job, outcome: Termination, *, as_json: bool) -> int:
+    checkpoint = outcome.checkpoint
+    if checkpoint is None:
+        raise NexaError(f"{job.run_id} ended without a checkpoint, which should not be possible; please report it")
+    report = verify(checkpoint.uri)
+    plot, initial = plot_run(job)
+    if not as_json:
+        say = console.print if console.is_terminal else print
+        if outcome.message:
+            say(f"{job.run_id}: {outcome.message}")
+        if initial is not None and outcome.validation_loss is not None:
+            say(f"validation loss   {initial:.4f} before, {outcome.validation_loss:.4f} after")
+        say(f"checkpoint        {checkpoint.uri}")
+        say(f"                  sha256:{checkpoint.digest}, weights sha256:{checkpoint.weights_digest}")
+        verdict = "verified" if report.ok else "DAMAGED"
+        say(f"                  {verdict}: {report.num_files} files, {report.num_bytes} bytes")
+        say(f"loss plot         {plot}")
+    return 0 if report.ok else 1
+
+
+@contextmanager
+def _obeying_signals(rundir: RunDir) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks for a checkpoint, the second ends at once."""
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        if rundir.stop_asked():
+            raise KeyboardInterrupt
+        rundir.ask_to_stop()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _showing(console: Console, job: Job) -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal; a line whenever a phase or a tenth of the steps is done anywhere else."""
+    if not console.is_terminal:
+        yield _Lines()
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+    )
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("reading data and model", total=None, facts="")
+
+        def show(progress: Progress) -> None:
+            done, total = progress.step, progress.total_steps
+            bar.update(task, total=total, completed=done, description=progress.phase, facts=_facts(progress))
+
+        yield show
+
+
+class _Lines:
+    """Prints to stderr, seldom."""
+
+    def __init__(self) -> None:
+        self.said: tuple[str, int] | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        tenth = 10 * progress.step // (progress.total_steps or 1)
+        if self.said == (progress.phase, tenth):
+            return
+        self.said = (progress.phase, tenth)
+        total = progress.total_steps or "?"
+        print(f"{progress.phase} {progress.step}/{total} {_facts(progress)}".rstrip(), file=sys.stderr, flush=True)
+
+
+def _facts(progress: Progress) -> str:
+    parts = []
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.4f}")
+    if progress.tokens_per_second is not None:
+        parts.append(f"{progress.tokens_per_second:.0f} tokens/s")
+    if progress.eta_seconds is not None and progress.phase == "training":
+        minutes, seconds = divmod(round(progress.eta_seconds), 60)
+        parts.append(f"ETA {minutes}:{seconds:02d}")
+    return "  ".join(parts)

@@ -1,0 +1,154 @@
+"""The process of a pod, or of a Slurm task: runs this node's ranks, answers for them, outlives them.
+
+`python -m nexa_train.entrypoint`. Reads its environment (`config/protocol.py`), serves
+
+    GET /progress   protocol.Progress as JSON     GET /metrics   the same for Prometheus
+    GET /healthz    200 while this process lives
+
+and writes its last words to the pod's termination message, so that a job of one second reports as much as
+one of a week. SIGTERM has the ranks commit a checkpoint and ends with 75.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import FrameType
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
+from nexa_train.config import Job
+from nexa_train.config.load import job_from_object
+from nexa_train.config.protocol import (
+    ENV_ATTEMPT,
+    ENV_JOB,
+    ENV_NODE_INDEX,
+    ENV_NUM_NODES,
+    ENV_PROGRESS_PORT,
+    ENV_RDZV_ENDPOINT,
+    PROGRESS_PORT,
+    TERMINATION_LOG,
+    Progress,
+    Termination,
+)
+from nexa_train.errors import ConfigError, NexaError
+from nexa_train.launch.node import Node, failed_outcome, run_node
+from nexa_train.rundir import RunDir
+
+GAUGES = ("step", "total_steps", "loss", "validation_loss", "tokens_per_second", "eta_seconds")
+
+
+def main() -> int:
+    """Run this node's part; returns the exit code."""
+    try:
+        job, node = read_environment(os.environ)
+    except NexaError as exc:
+        return _end(
+            Termination(run_id="", exit_code=exc.exit_code, cause=type(exc).__name__, message=str(exc), retryable=False)
+        )
+    rundir = RunDir(Path(tempfile.mkdtemp(prefix="nexa-run-")))
+    _obey_signals(rundir)
+    server = serve(rundir, job, node, port=int(os.environ.get(ENV_PROGRESS_PORT) or PROGRESS_PORT))
+    try:
+        outcome = run_node(job, node, rundir)
+    except NexaError as exc:
+        outcome = failed_outcome(job, node, exc)
+    except Exception as exc:  # noqa: BLE001 - whatever it was, the pod's last words must name it
+        outcome = Termination(
+            run_id=job.run_id, attempt=node.attempt, exit_code=1, cause=type(exc).__name__, message=str(exc)
+        )
+    server.shutdown()
+    return _end(outcome)
+
+
+def read_environment(environment: Mapping[str, str]) -> tuple[Job, Node]:
+    """The job and this node's place in it.
+
+    Raises:
+        ConfigError: a variable is missing or does not fit.
+    """
+    try:
+        body = json.loads(environment[ENV_JOB])
+        node_count, index = int(environment.get(ENV_NUM_NODES, "1")), int(environment.get(ENV_NODE_INDEX, "0"))
+        attempt = int(environment.get(ENV_ATTEMPT, "0"))
+    except KeyError as exc:
+        raise ConfigError(f"environment: {exc.args[0]} is not set; it holds the job as JSON") from exc
+    except ValueError as exc:
+        raise ConfigError(f"environment: {ENV_JOB} or a NEXA_* number cannot be read: {exc}") from exc
+    job = job_from_object(body)
+    endpoint = environment.get(ENV_RDZV_ENDPOINT)
+    if node_count > 1 and not endpoint:
+        raise ConfigError(f"environment: {ENV_RDZV_ENDPOINT} is not set, and {node_count} nodes must meet somewhere")
+    return job, Node(index, node_count, job.spec.cluster.ranks_per_node, endpoint or None, attempt)
+
+
+def serve(rundir: RunDir, job: Job, node: Node, *, port: int) -> ThreadingHTTPServer:
+    """Answer for this node's ranks from now on, in a thread."""
+
+    def progress() -> Progress:
+        return rundir.read_progress() or Progress(run_id=job.run_id, attempt=node.attempt)
+
+    registry = CollectorRegistry()
+    registry.register(_Collector(progress))
+
+    answers: dict[str, Callable[[], bytes]] = {
+        "/progress": lambda: progress().model_dump_json().encode(),
+        "/metrics": lambda: generate_latest(registry),
+        "/healthz": lambda: b"ok",
+    }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # the name that http.server calls
+            answer = answers.get(self.path)
+            body = answer() if answer else b"not found"
+            self.send_response(200 if answer else 404)
+            self.send_header("Content-Type", "application/json" if self.path == "/progress" else "text/plain")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Polls every few seconds are not worth a line each."""
+
+    server = ThreadingHTTPServer(("", port), Handler)
+    threading.Thread(target=server.serve_forever, name="progress", daemon=True).start()
+    return server
+
+
+class _Collector:
+    def __init__(self, progress: Callable[[], Progress]) -> None:
+        self.progress = progress
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        """Gauges of what is known now."""
+        facts = self.progress().model_dump()
+        known = [(name, facts[name]) for name in GAUGES if facts[name] is not None]
+        return [GaugeMetricFamily(f"nexa_{name}", f"{name} of the run on this node", value=v) for name, v in known]
+
+
+def _obey_signals(rundir: RunDir) -> None:
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        rundir.ask_to_stop()
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+
+
+def _end(outcome: Termination) -> int:
+    """Say it to whoever reads the log, and to the kubelet where there is one."""
+    print(outcome.model_dump_json(), flush=True)
+    if os.path.exists(TERMINATION_LOG):
+        Path(TERMINATION_LOG).write_bytes(outcome.as_bytes())
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a run looked like, read back from its manifests."""
