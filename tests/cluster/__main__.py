@@ -1,6 +1,7 @@
 """The way in for people: `python -m tests.cluster up|down|status`, behind `make cluster-up` and `make cluster-down`.
 
-What `up` starts outlives it; the state folder (outside the repository) says where it is, and `down` ends and removes all.
+What `up` starts outlives it; the state folder (outside the repository) says where it is, and `down` ends and removes
+all of it.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ def _up(options: argparse.Namespace) -> int:
     _down(options)
     with_node = options.node or options.images
     host.require_node() if with_node else host.require_control_plane()
-    plane = start_real_cluster(outlives_me=True) if with_node else start_control_plane(outlives_me=True)
+    plane = start_real_cluster() if with_node else start_control_plane()
     with undone_on_error(plane.ledger):
         _write_state(plane, _add_to(plane, options))
+        plane.ledger.outlive_me()
     return _status(options)
 
 

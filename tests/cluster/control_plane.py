@@ -98,9 +98,9 @@ class ControlPlane(Cluster):
         kwok.wait_until(lambda: answers(f"http://{_LOOPBACK}:{port}/healthz"), timeout_seconds=60, what="healthy")
 
 
-def start_control_plane(*, audit: bool = False, outlives_me: bool = False) -> ControlPlane:
+def start_control_plane(*, audit: bool = False) -> ControlPlane:
     """Start one and wait until a pod could be created in it. If anything fails, nothing stays."""
-    ledger = Ledger.open(outlives_me=outlives_me)
+    ledger = Ledger.open()
     with undone_on_error(ledger):
         network = make_network(ledger) if os.geteuid() == 0 else None
         address = network.host_ip if network else _LOOPBACK

@@ -76,7 +76,18 @@ def _project_image(name: str, dockerfile: Path) -> Image:
     base = _base_reference()
     key = _digest([base.encode(), dockerfile.read_bytes(), *_project_bytes(), *_wheel_names()])
     reference = f"localhost/nexa/{name}:{key}"
-    return Image(reference, _cached(name, key, lambda archive: _build(reference, dockerfile, base, archive)))
+
+    def build(archive: Path) -> None:
+        _warn_of_size(name)
+        _build(reference, dockerfile, base, archive)
+
+    return Image(reference, _cached(name, key, build))
+
+
+def _warn_of_size(name: str) -> None:
+    if name == "trainer" and not _wheel_folders():
+        hint = "name a folder with a CPU build of torch in PIP_FIND_LINKS for a third of it"
+        print(f"PyPI's torch is the CUDA build, the image will weigh some 6 GB: {hint}", file=sys.stderr, flush=True)
 
 
 def _build(reference: str, dockerfile: Path, base: str, archive: Path) -> None:

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.errors import CommandFailed
+from tests.cluster.errors import ClusterError, CommandFailed, TimedOut
 from tests.cluster.paths import REPOSITORY
-from tests.cluster.run import run, wait_until
+from tests.cluster.run import run, tail, wait_until
 
 _PREFIX = "nexa-cluster-"
 
@@ -51,7 +51,7 @@ class ProcessId:
         """End the process and the group it leads: TERM if there is grace, then KILL."""
         if grace_seconds and self.alive:
             os.killpg(self.pid, signal.SIGTERM)
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(TimedOut):
                 wait_until(lambda: not self.alive, timeout_seconds=grace_seconds, what="end", interval_seconds=0.02)
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
@@ -76,15 +76,19 @@ class Ledger:
         self._watcher: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def open(cls, *, outlives_me: bool = False) -> Ledger:
-        """A new folder. Unless it is to outlive this process, a watcher undoes it when this process is killed."""
+    def open(cls) -> Ledger:
+        """A new folder, which a watcher undoes when this process is killed."""
         sweep()
         ledger = cls(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_parent())))
-        owner = None if outlives_me else ProcessId.of(os.getpid())
-        ledger.note("owner", **(vars(owner) if owner else {}))
-        if owner:
-            ledger._watch(owner)
+        owner = ProcessId.of(os.getpid())
+        ledger.note("owner", **vars(owner))
+        ledger._watch(owner)
         return ledger
+
+    def outlive_me(self) -> None:
+        """From now on nobody undoes it but who is told to: `up` leaves it to `down`."""
+        self.note("owner")
+        self._stop_watching()
 
     def note(self, kind: str, **facts: int | str) -> None:
         """Written before the thing is made where its name is known by then: undoing what never was does no harm."""
@@ -102,16 +106,22 @@ class Ledger:
             yield ProcessId(int(entry["pid"]), int(entry["start_ticks"]))
 
     def undo(self) -> None:
-        """Take everything away, the newest first; twice does no harm."""
+        """Take everything away, the newest first; twice does no harm. What resists is named once the rest is gone."""
         self._stop_watching()
+        resisted = []
         for entry in reversed(self.entries()):
-            _UNDO[str(entry["kind"])](entry)
+            try:
+                _UNDO[str(entry["kind"])](entry)
+            except ClusterError as error:
+                resisted.append(f"{entry}: {error}")
         _unmount_below(self.folder)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        wait_until(lambda: _deleted(self.folder), timeout_seconds=120, what=f"folder {self.folder} is gone")
+        if resisted:
+            raise ClusterError("could not be taken away, please do it by hand:\n" + "\n".join(resisted))
 
     def abandoned(self) -> bool:
         """Its owner is gone, and so is the watcher, or it would have undone this."""
-        owner = next(iter(self.entries("owner")), None)
+        owner = next(reversed(self.entries("owner")), None)
         if owner is None or "pid" not in owner:
             return False
         return not ProcessId(int(owner["pid"]), int(owner["start_ticks"])).alive
@@ -152,8 +162,10 @@ def _end_process(entry: dict[str, int | str]) -> None:
 
 
 def _delete_interface(entry: dict[str, int | str]) -> None:
-    if Path(f"/sys/class/net/{entry['name']}").exists():
-        run(["ip", "link", "delete", str(entry["name"])])
+    here = Path(f"/sys/class/net/{entry['name']}")
+    done = run(["ip", "link", "delete", str(entry["name"])], check=False)
+    if here.exists():
+        raise CommandFailed(f"`ip link delete {entry['name']}`: {tail(done.stderr)}")
 
 
 def _remove_cgroup(entry: dict[str, int | str]) -> None:
@@ -167,6 +179,12 @@ def _removed(top: Path) -> bool:
         with contextlib.suppress(OSError):
             os.rmdir(folder)
     return not top.exists()
+
+
+def _deleted(folder: Path) -> bool:
+    """Not at once where the kernel still takes down the mounts of a dead node."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 def cgroup_folders(name: str) -> list[Path]:
@@ -199,8 +217,7 @@ def _undo_after(folder: Path, owner_pid: int) -> None:
         select.select([os.pidfd_open(owner_pid)], [], [])
     ledger = Ledger(folder)
     if ledger.abandoned():
-        with contextlib.suppress(CommandFailed):
-            ledger.undo()
+        ledger.undo()
 
 
 if __name__ == "__main__":

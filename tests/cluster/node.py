@@ -61,9 +61,9 @@ class RealCluster(ControlPlane):
         return self.network
 
 
-def start_real_cluster(*, audit: bool = False, outlives_me: bool = False) -> RealCluster:
+def start_real_cluster(*, audit: bool = False) -> RealCluster:
     """A control plane and a node, both ready. If anything fails, nothing stays."""
-    return add_node(start_control_plane(audit=audit, outlives_me=outlives_me))
+    return add_node(start_control_plane(audit=audit))
 
 
 def add_node(plane: ControlPlane) -> RealCluster:

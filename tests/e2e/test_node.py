@@ -12,7 +12,7 @@ from tests.cluster import host
 from tests.cluster.cluster import ExternalCluster
 from tests.cluster.errors import Unavailable
 from tests.cluster.footprint import footprint
-from tests.cluster.images import PAUSE_IMAGE
+from tests.cluster.images import PAUSE_IMAGE, pause_archive
 from tests.cluster.minio import MinioServer
 from tests.cluster.node import RealCluster, start_real_cluster
 from tests.cluster.run import wait_until
@@ -29,8 +29,19 @@ _RESTRICTED_CONTAINER = {
 }
 
 
+@pytest.fixture(scope="session")
+def busybox(real_cluster: AnyCluster) -> str:
+    """The image of the pods here; a cluster that the tests start has it already."""
+    if isinstance(real_cluster, ExternalCluster):
+        try:
+            real_cluster.load_image(pause_archive())
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+    return PAUSE_IMAGE
+
+
 @pytest.fixture
-def namespace(real_cluster: AnyCluster) -> Iterator[str]:
+def namespace(real_cluster: AnyCluster, busybox: str) -> Iterator[str]:
     """One that admits only pods of the restricted kind."""
     name = f"node-{secrets.token_hex(3)}"
     real_cluster.kubectl("create", "namespace", name)
