@@ -1,0 +1,124 @@
+"""A run survives what kills it, and ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.run import wait_until
+from tests.training.harness import Run, Runs
+
+pytestmark = pytest.mark.training
+
+LONG = {"training": {"max_steps": 60, "save_every_steps": 5}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path, rows: Path) -> str:
+    """The weights digest of LONG, two ranks, left alone."""
+    outcome = Runs(cache, rows, tmp_path_factory.mktemp("undisturbed")).make(**LONG, cluster={"num_nodes": 2}).finish()
+    assert outcome["exit_code"] == 0, outcome
+    return outcome["checkpoint"]["weights_digest"]
+
+
+def committed(run: Run) -> int:
+    """Manifests that the run has committed."""
+    return len(list(run.artifacts.glob("checkpoints/*/step-*/manifest.json")))
+
+
+def wait_for_checkpoints(run: Run, count: int) -> None:
+    """Until so many are committed."""
+    wait_until(lambda: committed(run) >= count, timeout_seconds=120, what=f"{count} checkpoints committed")
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The rank processes below a launcher."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in below if "nexa_train.rank" in child.cmdline()[:3]]
+
+
+def test_a_rank_killed_at_random_moments_changes_no_bit(runs: Runs, undisturbed: str) -> None:
+    run, chance = runs.make(**LONG, cluster={"num_nodes": 2}), random.Random(11)
+    for kills in range(1, 4):
+        process = run.start()
+        wait_for_checkpoints(run, kills)
+        victims = ranks_of(process)
+        if not victims:  # the run ended while we looked
+            break
+        chance.choice(victims).send_signal(signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1, out + err
+    outcome = run.finish()
+    assert outcome["exit_code"] == 0
+    assert outcome["checkpoint"]["weights_digest"] == undisturbed
+
+
+def test_a_killed_launcher_takes_its_ranks_with_it_and_the_run_goes_on(runs: Runs, undisturbed: str) -> None:
+    run = runs.make(**LONG, cluster={"num_nodes": 2})
+    process = run.start()
+    wait_for_checkpoints(run, 1)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    process.kill()
+    process.communicate()
+    gone, alive = psutil.wait_procs(ranks, timeout=15)
+    assert not alive, gone
+    assert run.finish()["checkpoint"]["weights_digest"] == undisturbed
+
+
+def test_sigterm_commits_a_checkpoint_and_exits_75(runs: Runs, undisturbed: str) -> None:
+    run = runs.make(**LONG, cluster={"num_nodes": 2})
+    process = run.start()
+    wait_for_checkpoints(run, 1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    stopped_at = run.manifests[-1].step
+    assert 0 < stopped_at < 60
+    outcome = run.finish()
+    assert outcome["checkpoint"]["weights_digest"] == undisturbed
+    assert outcome["step"] == 60
+
+
+def test_a_finished_run_ends_at_once_and_writes_nothing(runs: Runs) -> None:
+    run = runs.make()
+    first = run.finish()
+    before = sorted((path, os.stat(path).st_mtime_ns) for path in run.artifacts.glob("checkpoints/**/*"))
+    again = run.finish()
+    assert again["exit_code"] == 0
+    assert again["checkpoint"] == first["checkpoint"]
+    assert "finished before" in again["message"]
+    assert sorted((path, os.stat(path).st_mtime_ns) for path in run.artifacts.glob("checkpoints/**/*")) == before
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(runs: Runs) -> None:
+    run = runs.make()
+    digest = run.finish()["checkpoint"]["weights_digest"]
+    newest = max(run.artifacts.glob("checkpoints/*/step-*"))
+    weights = next(newest.glob("data/*/model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.chmod(0o644)
+    weights.write_bytes(content)
+    assert run.finish()["checkpoint"]["weights_digest"] == digest
+    assert [manifest.step for manifest in run.manifests] == [4, 8, 12]
+    assert len(list(newest.glob("damaged-*.json"))) == 1
+
+
+def test_a_run_id_with_another_data_set_is_refused_and_nothing_overwritten(runs: Runs) -> None:
+    run = runs.make(data={"remote_uri": "rows.jsonl"})
+    rows = run.job.parent / "rows.jsonl"
+    rows.write_bytes(runs.rows.read_bytes())
+    assert run.finish()["exit_code"] == 0
+    before = {path: path.read_bytes() for path in run.artifacts.glob("checkpoints/**/*") if path.is_file()}
+    rows.write_bytes(runs.rows.read_bytes().replace(b"Count", b"Tell"))
+    refused = run.finish()
+    assert refused["exit_code"] == 2
+    assert "dataset_digest" in refused["message"]
+    assert {path: path.read_bytes() for path in run.artifacts.glob("checkpoints/**/*") if path.is_file()} == before
