@@ -43,6 +43,7 @@ JOBS = Kind("/apis/batch/v1", "jobs")
 PODS = Kind("/api/v1", "pods")
 SERVICES = Kind("/api/v1", "services")
 EVENTS = Kind("/api/v1", "events")
+LEASES = Kind("/apis/coordination.k8s.io/v1", "leases")
 TRAINING_JOBS = Kind(f"/apis/{API_VERSION}", PLURAL)
 
 

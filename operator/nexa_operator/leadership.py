@@ -1,59 +1,105 @@
 """A Lease that only one operator holds. Beside the reconciler: it opens and closes the gate before its workers.
 
-A lost Lease pauses; the process goes on, keeps its watches and acts again once it holds the Lease.
+A lost Lease pauses; the process goes on, keeps its watches and acts again once it holds the Lease. The election of
+`kubernetes.aio` 37.0 is not used: it cannot create a Lease (its own models refuse the request that it makes), and
+it ends when the API server does not answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
-from typing import Any
+import datetime
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import aiohttp
 import structlog
-from kubernetes.aio.leaderelection.electionconfig import Config
-from kubernetes.aio.leaderelection.leaderelection import LeaderElection
-from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 
+from nexa_operator.cluster import LEASES, Cluster, Object
+from nexa_operator.errors import ApiError, ConflictError
 from nexa_operator.naming import FIELD_MANAGER
 
 log = structlog.get_logger(__name__)
 
 LEASE_SECONDS = 15
-_RENEW_SECONDS = 10
-_RETRY_SECONDS = 2
+"""Another operator takes over when the Lease was not renewed for so long."""
+GIVE_UP_SECONDS = 10
+"""This one stops acting before that."""
+RETRY_SECONDS = 2
 
 
-async def lead_forever(api: Any, *, namespace: str, gate: asyncio.Event) -> None:
-    """Keep `gate` set exactly while this operator holds the Lease; without a namespace, always."""
-    if not namespace:
+@dataclass(kw_only=True)
+class Lease:
+    """The Lease as one candidate sees it. Clocks of other machines are not trusted: only change counts."""
+
+    cluster: Cluster
+    namespace: str
+    identity: str
+    clock: Callable[[], float] = time.monotonic
+    _seen: object = None
+    _seen_at: float = 0.0
+
+    async def hold(self) -> bool:
+        """Take or renew it; False if another holds it. Raises ApiError."""
+        lease = await self.cluster.read(LEASES, self.namespace, FIELD_MANAGER)
+        if lease is None:
+            return await self.cluster.create(LEASES, self._document(""))
+        if not self._may_take(lease):
+            return False
+        try:
+            await self.cluster.patch(LEASES, self._document(lease["metadata"]["resourceVersion"]))
+        except ConflictError:
+            return False
+        return True
+
+    def _may_take(self, lease: Object) -> bool:
+        spec = lease.get("spec") or {}
+        if spec.get("holderIdentity") in (None, "", self.identity):
+            return True
+        seen = (spec["holderIdentity"], spec.get("renewTime"))
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, self.clock()
+        return self.clock() - self._seen_at > float(spec.get("leaseDurationSeconds", LEASE_SECONDS))
+
+    def _document(self, version: str) -> Object:
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        # With its version, so that of two candidates only one succeeds.
+        known = {"resourceVersion": version} if version else {}
+        return {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {"name": FIELD_MANAGER, "namespace": self.namespace, **known},
+            "spec": {
+                "holderIdentity": self.identity,
+                "leaseDurationSeconds": LEASE_SECONDS,
+                "renewTime": now,
+            },
+        }
+
+
+async def lead_forever(lease: Lease, *, gate: asyncio.Event) -> None:
+    """Keep `gate` set exactly while the Lease is held; without a namespace for it, always."""
+    if not lease.namespace:
         gate.set()
         await asyncio.Event().wait()
+    renewed_at = -float("inf")
     while True:
-        try:
-            await LeaderElection(_election(api, namespace, gate)).run()
-        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
-            log.warning("lease out of reach", error=repr(exc))
-        gate.clear()
-        await asyncio.sleep(_RETRY_SECONDS)
+        held = await _try_to_hold(lease)
+        renewed_at = lease.clock() if held else renewed_at
+        lost = held is False or lease.clock() - renewed_at > GIVE_UP_SECONDS
+        if gate.is_set() == lost:
+            log.info("lease", held=not lost, identity=lease.identity)
+        if lost:
+            gate.clear()
+        else:
+            gate.set()
+        await asyncio.sleep(RETRY_SECONDS)
 
 
-def _election(api: Any, namespace: str, gate: asyncio.Event) -> Config:
-    async def open_gate() -> None:
-        gate.set()
-        log.info("lease held", namespace=namespace)
-
-    async def close_gate() -> None:
-        gate.clear()
-        log.warning("lease lost", namespace=namespace)
-
-    # The pod's name: a container that was restarted in its pod goes on with the Lease that it had.
-    lock = LeaseLock(FIELD_MANAGER, namespace, socket.gethostname(), api)
-    return Config(
-        lock,
-        lease_duration=LEASE_SECONDS,
-        renew_deadline=_RENEW_SECONDS,
-        retry_period=_RETRY_SECONDS,
-        onstarted_leading=open_gate,
-        onstopped_leading=close_gate,
-    )
+async def _try_to_hold(lease: Lease) -> bool | None:
+    """None: the API server did not say."""
+    try:
+        return await lease.hold()
+    except ApiError as exc:
+        log.warning("lease out of reach", error=str(exc))
+        return None

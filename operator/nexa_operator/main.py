@@ -16,7 +16,7 @@ import structlog
 from nexa_operator.cluster import TRAINING_JOBS, Cluster, KubernetesCluster, connected
 from nexa_operator.errors import ApiError
 from nexa_operator.handlers import CHILDREN, registry_of
-from nexa_operator.leadership import lead_forever
+from nexa_operator.leadership import Lease, lead_forever
 from nexa_operator.metrics import Metrics, serving
 from nexa_operator.naming import LABEL_JOB_UID
 from nexa_operator.plan import Defaults
@@ -66,10 +66,11 @@ async def run(settings: Settings) -> None:
         reader = ProgressReader(on_news=queue.add, client=http)
         defaults = Defaults(image=settings.trainer_image, storage=settings.default_storage)
         reconciler = Reconciler(cluster=cluster, queue=queue, progress=reader, metrics=metrics, defaults=defaults)
+        lease = Lease(cluster=cluster, namespace=settings.lease_namespace, identity=settings.identity)
         gate = asyncio.Event()
         namespace = settings.watch_namespace
         beside = [
-            lead_forever(api, namespace=settings.lease_namespace, gate=gate),
+            lead_forever(lease, gate=gate),
             reconciler.resync_forever(namespace=namespace, interval_seconds=settings.resync_interval_seconds),
             reader.read_forever(interval_seconds=settings.progress_interval_seconds),
             *(reconciler.work_forever(may_act=gate) for _ in range(settings.num_workers)),
@@ -147,8 +148,9 @@ def configure_logging(level: int) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # One line a request says nothing that a metric does not.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # A line for every request and every event of a watch says nothing that a metric does not.
+    for chatty in ("httpx", "kopf.objects"):
+        logging.getLogger(chatty).setLevel(max(level, logging.WARNING))
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

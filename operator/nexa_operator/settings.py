@@ -9,11 +9,13 @@
 | NEXA_METRICS_PORT | of /metrics and /healthz; 0: any free port | 8081 |
 | NEXA_LOG_LEVEL | debug, info, warning, error | info |
 | NEXA_LEASE_NAMESPACE | where the Lease lies that only one operator holds; empty: no Lease | empty |
+| NEXA_IDENTITY | who holds it; the same after a restart of the container in its pod | host name |
 """
 
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,6 +34,7 @@ class Settings:
     metrics_port: int = 8081
     log_level: int = logging.INFO
     lease_namespace: str = ""
+    identity: str = ""
     num_workers: int = 8
 
     @classmethod
@@ -48,6 +51,7 @@ class Settings:
             metrics_port=int(_number(environment, "NEXA_METRICS_PORT", 8081)),
             log_level=_level(environment.get("NEXA_LOG_LEVEL", "info")),
             lease_namespace=environment.get("NEXA_LEASE_NAMESPACE", ""),
+            identity=environment.get("NEXA_IDENTITY") or socket.gethostname(),
         )
 
 

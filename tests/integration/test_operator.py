@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from nexa_train.config.protocol import CheckpointRef, Termination
 from tests.cluster.cluster import Cluster
-from tests.cluster.run import wait_until
+from tests.cluster.errors import ClusterError
+from tests.cluster.run import run, wait_until
+from tests.cluster.tools import binary
 
 pytestmark = pytest.mark.integration
 
@@ -30,7 +33,7 @@ class Operator:
     """`python -m nexa_operator.main`, started, killed and started again."""
 
     def __init__(self, kubeconfig: Path, log: Path, **environment: str) -> None:
-        self._log = log
+        self._log, self.kubeconfig = log, kubeconfig
         self._environment = {
             **os.environ,
             "KUBECONFIG": str(kubeconfig),
@@ -137,11 +140,40 @@ class Namespace:
         )
 
 
+RELEASE_NAMESPACE = "nexa-system"
+
+
+def install_chart(cluster: Cluster, *values: str) -> None:
+    """All of the chart but its Deployment: the operator of these tests is a process on this machine."""
+    try:
+        helm = binary("helm")
+    except ClusterError as exc:
+        pytest.skip(f"no helm: {str(exc).splitlines()[0]}")
+    chosen = [argument for value in values for argument in ("--set", value)]
+    rendered = run([helm, "template", "nexa", ROOT / "helm" / "nexa", "--namespace", RELEASE_NAMESPACE, *chosen]).stdout
+    documents = [item for item in yaml.safe_load_all(rendered) if item and item["kind"] != "Deployment"]
+    everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": documents})
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "--filename=-", input=everything)
+
+
+def kubeconfig_of_operator(cluster: Cluster, folder: Path) -> Path:
+    """With the rights of the chart's ServiceAccount and no others."""
+    token = cluster.kubectl("--namespace", RELEASE_NAMESPACE, "create", "token", "nexa").stdout.strip()
+    config = yaml.safe_load(cluster.kubeconfig.read_text())
+    config["users"] = [{"name": user["name"], "user": {"token": token}} for user in config["users"]]
+    file = folder / "kubeconfig"
+    file.write_text(json.dumps(config))
+    return file
+
+
 @pytest.fixture(scope="module")
 def operator(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    control_plane.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(ROOT / "crds"))
+    control_plane.kubectl("create", "namespace", RELEASE_NAMESPACE, check=False)
+    install_chart(control_plane)
     control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd/nexatrainingjobs.train.nexa.dev")
-    running = Operator(control_plane.kubeconfig, tmp_path_factory.mktemp("operator") / "log.jsonl")
+    folder = tmp_path_factory.mktemp("operator")
+    kubeconfig = kubeconfig_of_operator(control_plane, folder)
+    running = Operator(kubeconfig, folder / "log.jsonl", NEXA_LEASE_NAMESPACE=RELEASE_NAMESPACE)
     yield running
     running.kill()
 
@@ -418,7 +450,47 @@ def test_sigterm_ends_the_operator_cleanly_within_seconds(operator):
     operator.start()
 
 
-def test_every_record_is_json_and_carries_no_token(operator, control_plane):
+def test_a_second_operator_waits_for_the_lease_and_takes_over(ns, operator, tmp_path):
+    second = Operator(
+        operator.kubeconfig, tmp_path / "log.jsonl", NEXA_LEASE_NAMESPACE=RELEASE_NAMESPACE, NEXA_IDENTITY="second"
+    )
+    try:
+        ns.submit("first-acts")
+        ns.wait_pods("first-acts-a0", 2)
+        assert "lease" not in {record["event"] for record in second.said}, "it would say that it holds it"
+        operator.kill()
+        ns.submit("second-acts")
+        wait_until(lambda: ns.get("job/second-acts-a0"), timeout_seconds=40, what="the second operator acts")
+    finally:
+        second.kill()
+        operator.start()
+
+
+def test_in_one_namespace_the_operator_needs_only_a_role_there_and_touches_nothing_else(ns, operator, tmp_path):
+    operator.kill()
+    ns.cluster.kubectl("delete", "clusterrolebinding/nexa")
+    try:
+        install_chart(ns.cluster, f"watchNamespace={ns.namespace}")
+        alone = Operator(operator.kubeconfig, tmp_path / "log.jsonl", NEXA_WATCH_NAMESPACE=ns.namespace)
+        ns.submit("inside")
+        ns.wait_pods("inside-a0", 2)
+        alone.kill()
+        assert not [record for record in alone.said if "cannot" in json.dumps(record)]
+    finally:
+        install_chart(ns.cluster)
+        operator.start()
+
+
+def test_the_operator_asked_for_nothing_that_its_role_does_not_grant(operator):
+    # A namespace that is being deleted forbids too, in other words.
+    assert not [record for record in operator.said if "cannot" in json.dumps(record)]
+
+
+def test_nothing_went_wrong_inside(operator):
+    assert not [record for record in operator.said if "exception" in record]
+
+
+def test_every_record_is_json_and_carries_no_token(operator):
+    token = json.loads(operator.kubeconfig.read_text())["users"][0]["user"]["token"]
     assert operator.said
-    if control_plane.token:
-        assert control_plane.token not in json.dumps(operator.said)
+    assert token not in json.dumps(operator.said)

@@ -1,0 +1,159 @@
+"""The chart, rendered by the real Helm."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nexa_train.config import crd
+from tests.cluster.errors import ClusterError
+from tests.cluster.tools import TOOLS, binary
+
+CHART = Path(__file__).resolve().parents[2] / "helm" / "nexa"
+
+
+@pytest.fixture(scope="module")
+def helm() -> Path:
+    if not TOOLS["helm"].built:
+        pytest.skip("helm is not built: run python -m tests.cluster.tools helm")
+    try:
+        return binary("helm")
+    except ClusterError as exc:
+        pytest.skip(str(exc).splitlines()[0])
+
+
+def run(helm: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([helm, *arguments], capture_output=True, text=True, check=False)
+
+
+def render(helm: Path, *values: str, release: str = "nexa") -> list[dict[str, Any]]:
+    """All objects of a release in namespace nexa-system."""
+    chosen = [argument for value in values for argument in ("--set", value)]
+    done = run(helm, "template", release, str(CHART), "--namespace", "nexa-system", *chosen)
+    assert done.returncode == 0, done.stderr
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+def one(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (found,) = [document for document in documents if document["kind"] == kind]
+    return found
+
+
+def test_the_chart_lints_without_a_complaint(helm):
+    done = run(helm, "lint", "--strict", str(CHART))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["trainerImage=", "logLevel=loud", "watchNamespace=Not_A_Name", "metrics.port=80", "typo=1", "crds.kept=true"],
+)
+def test_a_wrong_value_is_refused_by_the_schema(helm, value):
+    done = run(helm, "template", "nexa", str(CHART), "--set", value)
+    assert done.returncode != 0
+    assert value.split("=")[0].split(".")[-1] in done.stderr
+
+
+def rules(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    roles = [document for document in documents if document["kind"] in ("Role", "ClusterRole")]
+    return [rule for role in roles for rule in role["rules"]]
+
+
+@pytest.mark.parametrize("values", [(), ("watchNamespace=team-a",)])
+def test_the_operator_may_not_read_secrets_and_has_no_wildcard(helm, values):
+    for rule in rules(render(helm, *values)):
+        assert "secrets" not in rule["resources"]
+        assert "*" not in json.dumps(rule)
+
+
+def test_the_rights_are_exactly_those_that_are_used(helm):
+    granted = {
+        (resource, verb) for rule in rules(render(helm)) for resource in rule["resources"] for verb in rule["verbs"]
+    }
+    assert granted == {
+        *(("nexatrainingjobs", verb) for verb in ("get", "list", "watch", "delete")),
+        ("nexatrainingjobs/status", "patch"),
+        *(("jobs", verb) for verb in ("get", "list", "watch", "create", "patch", "delete")),
+        *(("pods", verb) for verb in ("list", "watch")),
+        *(("services", verb) for verb in ("get", "create")),
+        ("events", "create"),
+        *(("leases", verb) for verb in ("get", "create", "patch")),
+    }
+
+
+def test_in_one_namespace_there_is_no_cluster_wide_right(helm):
+    documents = render(helm, "watchNamespace=team-a")
+    kinds = {document["kind"] for document in documents}
+    assert not {"ClusterRole", "ClusterRoleBinding"} & kinds
+    places = {document["metadata"]["namespace"] for document in documents if document["kind"] == "Role"}
+    assert places == {"team-a", "nexa-system"}, "the second is for the Lease alone"
+
+
+def test_the_pod_is_restricted_and_replaced_rather_than_doubled(helm):
+    deployment = one(render(helm), "Deployment")
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+    assert deployment["spec"]["replicas"] == 1
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
+
+
+def test_another_setting_rolls_the_pod(helm):
+    def hash_of(*values: str) -> str:
+        template = one(render(helm, *values), "Deployment")["spec"]["template"]
+        return template["metadata"]["annotations"]["train.nexa.dev/config-hash"]
+
+    assert hash_of() == hash_of()
+    assert hash_of() != hash_of("trainerImage=other:1")
+
+
+def test_settings_reach_the_operator_as_the_variables_it_reads(helm):
+    from nexa_operator.settings import Settings
+
+    values = ("watchNamespace=team-a", "defaultStorage=minio", "logLevel=debug", "progressIntervalSeconds=3")
+    settings = Settings.from_environment(one(render(helm, *values), "ConfigMap")["data"])
+    assert (settings.watch_namespace, settings.default_storage) == ("team-a", "minio")
+    assert (settings.progress_interval_seconds, settings.lease_namespace) == (3.0, "nexa-system")
+    assert settings.trainer_image == "nexa-trainer:0.1.0"
+
+
+def test_the_crd_is_the_generated_one_and_is_kept_on_uninstall(helm):
+    rendered = one(render(helm), "CustomResourceDefinition")
+    assert rendered["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
+    assert rendered == crd.build()
+
+
+def test_the_crd_can_be_left_to_others_or_go_with_the_release(helm):
+    assert "CustomResourceDefinition" not in {document["kind"] for document in render(helm, "crds.enabled=false")}
+    assert "annotations" not in one(render(helm, "crds.keep=false"), "CustomResourceDefinition")["metadata"]
+
+
+@pytest.mark.parametrize("release", ["r", "x" * 53, "nexa"])
+def test_every_name_is_a_dns_label_of_at_most_63_characters(helm, release):
+    for document in render(
+        helm, f"fullnameOverride={'n' * 80}" if release == "r" else "trainerImage=i:1", release=release
+    ):
+        if document["kind"] != "CustomResourceDefinition":
+            name = document["metadata"]["name"]
+            assert len(name) <= 63
+            assert not name.endswith("-")
+
+
+def test_names_that_are_cut_still_tell_their_objects_apart(helm):
+    names = [
+        (document["kind"], document["metadata"]["name"], document["metadata"].get("namespace"))
+        for document in render(helm, f"fullnameOverride={'n' * 80}")
+    ]
+    assert len(names) == len(set(names))
