@@ -1,0 +1,228 @@
+"""What to do about what was seen: a table of sentences."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+from nexa_operator.decide import (
+    Create,
+    Expire,
+    Fail,
+    Hold,
+    Loss,
+    Rest,
+    Restart,
+    Resume,
+    Succeed,
+    Suspend,
+    Watch,
+    classify,
+    decide,
+)
+from nexa_operator.observe import Observed, Record
+
+from nexa_train.config.spec import RecoveryRule, RecoverySpec, ScheduleSpec
+from tests.unit.operator.builders import NOW, checkpoint, failed, gang, rank, seen, words
+
+SUSPENDED = ScheduleSpec(suspend=True)
+
+
+def decision(observed: Observed, *, schedule: ScheduleSpec | None = None, **recovery: Any) -> Any:
+    return decide(observed, recovery=RecoverySpec(**recovery), schedule=schedule or ScheduleSpec(), now=NOW)
+
+
+@pytest.mark.parametrize(
+    ("observed", "expected"),
+    [
+        pytest.param(seen(), Create(attempt=0), id="nothing there: the first attempt"),
+        pytest.param(
+            seen(record=Record(attempt=3)),
+            Create(attempt=3),
+            id="nothing there after a restart on record: that attempt",
+        ),
+        pytest.param(seen(gang()), Watch(), id="no pods yet: watch"),
+        pytest.param(seen(gang(rank(0), rank(1))), Watch(), id="all pods run: watch"),
+        pytest.param(seen(gang(complete=True)), Succeed(), id="the Job is complete, its pods gone: success"),
+        pytest.param(seen(gang(suspended=True)), Resume(attempt=1), id="no longer suspended: another attempt"),
+        pytest.param(
+            seen(gang(failed(), deleting=True)), Watch(), id="someone deletes the gang: wait until it is gone"
+        ),
+    ],
+)
+def test_a_job_that_should_run(observed, expected):
+    assert decision(observed) == expected
+
+
+@pytest.mark.parametrize(
+    ("observed", "expected"),
+    [
+        pytest.param(seen(), Hold(), id="nothing runs: nothing is made"),
+        pytest.param(seen(gang(rank())), Suspend(gang="demo-a0"), id="the gang runs: stop it"),
+        pytest.param(seen(gang(suspended=True)), Hold(), id="the gang is stopped: leave it"),
+        pytest.param(
+            seen(gang(failed(exit_code=75), suspended=True)), Hold(), id="ranks that stop as asked are not lost"
+        ),
+        pytest.param(seen(gang(complete=True)), Succeed(), id="it was done before it could stop: success counts"),
+    ],
+)
+def test_a_job_that_is_suspended(observed, expected):
+    assert decision(observed, schedule=SUSPENDED) == expected
+
+
+@pytest.mark.parametrize("finished", ["Succeeded", "Failed"])
+def test_an_end_is_final_whatever_the_children_say_later(finished):
+    for there in (None, gang(failed()), gang(complete=True), gang(rank())):
+        assert decision(seen(there, record=Record(finished=finished))) == Rest()
+
+
+def test_a_finished_job_is_deleted_when_its_time_to_live_is_over():
+    schedule = ScheduleSpec(ttl_seconds_after_finished=100)
+    for age, expected in ((40, Rest(remaining_seconds=60.0)), (100, Expire()), (500, Expire())):
+        record = Record(finished="Failed", completed_at=NOW - datetime.timedelta(seconds=age))
+        assert decision(seen(record=record), schedule=schedule) == expected
+
+
+def test_one_failed_rank_of_many_ends_the_attempt():
+    got = decision(seen(gang(rank(0), failed(1))))
+    assert isinstance(got, Restart)
+    assert (got.attempt, got.charged) == (1, 1)
+
+
+def test_a_failure_target_without_any_pod_left_ends_the_attempt_without_a_charge():
+    got = decision(seen(gang(failure="BackoffLimitExceeded")))
+    assert got == Restart(attempt=1, loss=Loss(cause="PodDeleted", charged=False), charged=0)
+
+
+def test_a_pod_on_a_dead_node_that_never_ends_is_lost_all_the_same():
+    dead = rank(1, deleting=True, disrupted=True)
+    got = decision(seen(gang(rank(0), dead)))
+    assert isinstance(got, Restart)
+    assert got.loss == Loss(cause="Disrupted", charged=False)
+
+
+@pytest.mark.parametrize(("code", "cause"), [(2, "ConfigError"), (3, "NotFoundError"), (5, "DataError")])
+def test_what_another_attempt_would_only_repeat_fails_for_good(code, cause):
+    got = decision(seen(gang(failed(exit_code=code))))
+    assert isinstance(got, Fail)
+    assert got.reason == cause
+
+
+def test_the_trainer_s_word_on_retrying_counts_more_than_its_exit_code():
+    final = failed(exit_code=1, termination=words(cause="NonFiniteLossError", retryable=False, message="loss is nan"))
+    got = decision(seen(gang(final)))
+    assert (got.reason, got.message) == ("NonFiniteLossError", "loss is nan")
+
+
+def test_an_attempt_that_another_writer_overtook_goes_on_from_what_that_one_committed():
+    overtaken = failed(exit_code=4, termination=words(cause="SupersededError", exit_code=4, retryable=False))
+    assert isinstance(decision(seen(gang(overtaken))), Restart)
+
+
+def test_the_deadline_ends_a_job_that_could_still_be_tried():
+    got = decision(seen(gang(failed(exit_code=143), failure="DeadlineExceeded")))
+    assert isinstance(got, Fail)
+    assert got.reason == "DeadlineExceeded"
+
+
+@pytest.mark.parametrize(
+    ("record", "newest", "outcome"),
+    [
+        (Record(charged=0), None, 1),
+        (Record(charged=2), None, 3),
+        (Record(charged=3), None, "RestartsExhausted"),
+        (Record(charged=3, step_at_last_failure=50), checkpoint(50), "RestartsExhausted"),
+        (Record(charged=3, step_at_last_failure=50), checkpoint(60), 1),
+        (Record(charged=3, step_at_last_failure=-1), checkpoint(10), 1),
+    ],
+    ids=[
+        "the first failure",
+        "the last restart of three",
+        "no restart left",
+        "no restart left and no newer checkpoint",
+        "a newer checkpoint refills the budget",
+        "the first checkpoint refills it too",
+    ],
+)
+def test_the_budget(record, newest, outcome):
+    got = decision(seen(gang(failed(termination=words(checkpoint=newest))), record=record), max_restarts=3)
+    assert (got.charged if isinstance(got, Restart) else got.reason) == outcome
+
+
+def test_disruptions_never_exhaust_the_budget():
+    lost = gang(failed(exit_code=137, disrupted=True))
+    got = decision(seen(lost, record=Record(charged=0)), max_restarts=0)
+    assert isinstance(got, Restart)
+    assert got.charged == 0
+
+
+RETRY_CONFIG = RecoveryRule(exit_codes=[2], action="retry")
+FAIL_STALL = RecoveryRule(exit_codes=[70, 71], action="fail")
+
+
+def test_a_rule_overrules_the_built_in_classification():
+    assert isinstance(decision(seen(gang(failed(exit_code=2))), rules=[RETRY_CONFIG]), Restart)
+    assert isinstance(decision(seen(gang(failed(exit_code=70))), rules=[FAIL_STALL]), Fail)
+    assert isinstance(decision(seen(gang(failed(exit_code=72))), rules=[FAIL_STALL]), Restart)
+
+
+def test_the_first_rule_that_fits_wins():
+    rules = [RETRY_CONFIG, RecoveryRule(exit_codes=[2], action="fail")]
+    assert isinstance(decision(seen(gang(failed(exit_code=2))), rules=rules), Restart)
+
+
+FIRST, SECOND = "2026-11-23T12:00:00Z", "2026-11-23T12:00:05Z"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cause"),
+    [
+        pytest.param(
+            [
+                failed(0, finished_at=SECOND, termination=words(cause="ConnectionError")),
+                failed(1, finished_at=FIRST, reason="OOMKilled", exit_code=137),
+            ],
+            "OOMKilled",
+            id="the first to end explains those that lost its connection",
+        ),
+        pytest.param(
+            [
+                failed(0, finished_at=FIRST, termination=words(cause="ConnectionError")),
+                failed(1, finished_at=SECOND, disrupted=True, exit_code=137),
+            ],
+            "Disrupted",
+            id="a disruption explains failures that were noticed before it",
+        ),
+        pytest.param(
+            [
+                failed(0, finished_at=FIRST, termination=words(cause="ConnectionError")),
+                failed(1, finished_at=SECOND, exit_code=5),
+            ],
+            "DataError",
+            id="what is final explains everything",
+        ),
+        pytest.param(
+            [
+                failed(0, finished_at=FIRST, exit_code=75, termination=words(cause="Stopped", exit_code=75)),
+                failed(1, finished_at=SECOND, exit_code=1, reason="Error"),
+            ],
+            "Killed",
+            id="a rank that stopped as asked explains nothing",
+        ),
+        pytest.param(
+            [failed(0, finished_at=FIRST, termination=words(cause="Boom")), rank(1, deleting=True)],
+            "Boom",
+            id="the Job's controller removes the others: that is no disruption",
+        ),
+        pytest.param([rank(0, deleting=True)], "PodDeleted", id="deleted by hand"),
+        pytest.param([failed(0, exit_code=None, reason="Evicted")], "Evicted", id="evicted before it had started"),
+    ],
+)
+def test_the_rank_that_tells_the_most_is_the_cause(ranks, cause):
+    assert classify(gang(*ranks)).cause == cause
+
+
+def test_a_crash_is_charged_even_when_the_survivors_are_already_being_removed():
+    loss = classify(gang(failed(0), rank(1, deleting=True), rank(2, deleting=True)))
+    assert (loss.cause, loss.charged) == ("Killed", True)

@@ -1,0 +1,134 @@
+"""What a pod says about its progress, read from a real HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+from nexa_operator.progress import MISSES_UNTIL_UNKNOWN, ProgressReader, Target
+
+from nexa_train.config.protocol import PROGRESS_PORT
+
+pytestmark = pytest.mark.asyncio
+
+TARGET = Target(ip="127.0.0.1", run_id="r", attempt=1)
+
+
+class Pod:
+    """Answers with `answer`; None: breaks the connection off."""
+
+    answer: Any = None
+    port: int = 0
+
+
+@pytest.fixture
+def pod() -> Iterator[Pod]:
+    pod = Pod()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if pod.answer is None:
+                self.close_connection = True
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(pod.answer if isinstance(pod.answer, bytes) else json.dumps(pod.answer).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    pod.port = server.server_address[1]
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield pod
+    server.shutdown()
+    server.server_close()
+
+
+@asynccontextmanager
+async def reading(pod: Pod, news: list[str]) -> AsyncIterator[ProgressReader[str]]:
+    """A reader whose requests to the pod's port go to the server of this test."""
+
+    class Redirect(httpx.AsyncHTTPTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            assert (request.url.port, request.url.path) == (PROGRESS_PORT, "/progress")
+            request.url = request.url.copy_with(port=pod.port)
+            return await super().handle_async_request(request)
+
+    async with httpx.AsyncClient(transport=Redirect()) as client:
+        yield ProgressReader(on_news=news.append, client=client)
+
+
+async def test_news_wakes_the_reconciler_and_the_same_again_does_not(pod):
+    news: list[str] = []
+    pod.answer = {"run_id": "r", "attempt": 1, "step": 5}
+    async with reading(pod, news) as reader:
+        reader.watch("job", TARGET)
+        await reader.read_all()
+        await reader.read_all()
+        assert reader.latest("job").step == 5
+        assert news == ["job"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"run_id": "another", "attempt": 1, "step": 5},
+        {"run_id": "r", "attempt": 0, "step": 5},
+        {"step": 5},
+        b"<html>",
+        None,
+    ],
+    ids=["another run on the same address", "an older attempt", "no run id", "no JSON", "no answer"],
+)
+async def test_what_is_not_this_run_s_word_is_no_progress_and_after_some_looks_unknown(pod, answer):
+    news: list[str] = []
+    pod.answer = answer
+    async with reading(pod, news) as reader:
+        reader.watch("job", TARGET)
+        for _ in range(MISSES_UNTIL_UNKNOWN - 1):
+            await reader.read_all()
+        assert reader.is_known("job"), "a pod that starts does not answer at once"
+        await reader.read_all()
+        assert not reader.is_known("job")
+        assert reader.latest("job") is None
+        assert news == ["job"]
+
+
+async def test_a_pod_that_answers_again_is_known_again(pod):
+    news: list[str] = []
+    async with reading(pod, news) as reader:
+        reader.watch("job", TARGET)
+        for _ in range(MISSES_UNTIL_UNKNOWN):
+            await reader.read_all()
+        pod.answer = {"run_id": "r", "attempt": 1}
+        await reader.read_all()
+        assert reader.is_known("job")
+
+
+async def test_a_new_attempt_forgets_what_the_old_one_said(pod):
+    pod.answer = {"run_id": "r", "attempt": 1, "step": 5}
+    async with reading(pod, []) as reader:
+        reader.watch("job", TARGET)
+        await reader.read_all()
+        reader.watch("job", Target(ip="127.0.0.1", run_id="r", attempt=2))
+        assert reader.latest("job") is None
+        reader.forget("job")
+        assert reader.is_known("job")
+
+
+async def test_many_gangs_are_read_side_by_side(pod):
+    pod.answer = {"run_id": "r", "attempt": 1, "step": 5}
+    news: list[str] = []
+    async with reading(pod, news) as reader:
+        for index in range(100):
+            reader.watch(f"job-{index}", TARGET)
+        await asyncio.wait_for(reader.read_all(), 20)
+    assert len(news) == 100

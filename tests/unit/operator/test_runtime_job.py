@@ -1,0 +1,190 @@
+"""RunPlan -> Service and indexed Job."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from nexa_operator.naming import rendezvous_endpoint
+from nexa_operator.plan import Defaults, make_plan
+from nexa_operator.runtimes import job as runtime
+
+from nexa_train.config import Job
+from tests.unit.operator.builders import UID, job
+
+DEFAULTS = Defaults(image="trainer:1", storage="")
+
+
+def made(*, attempt: int = 0, defaults: Defaults = DEFAULTS, **groups: Any) -> dict[str, Any]:
+    return runtime.gang(make_plan(job(**groups), owner_uid=UID, attempt=attempt, defaults=defaults))
+
+
+def pod_of(**groups: Any) -> dict[str, Any]:
+    return made(**groups)["spec"]["template"]["spec"]
+
+
+def container_of(**groups: Any) -> dict[str, Any]:
+    (container,) = pod_of(**groups)["containers"]
+    return container
+
+
+def environment_of(**groups: Any) -> dict[str, str]:
+    return {item["name"]: item["value"] for item in container_of(**groups)["env"]}
+
+
+def test_the_gang_lives_and_dies_as_one():
+    spec = made()["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
+    assert (spec["backoffLimit"], spec["podReplacementPolicy"]) == (0, "TerminatingOrFailed")
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    assert not {"podFailurePolicy", "backoffLimitPerIndex", "activeDeadlineSeconds"} & set(spec)
+
+
+def test_a_plan_is_the_same_every_time():
+    assert json.dumps(made()) == json.dumps(made())
+
+
+def test_both_children_are_owned_by_the_job_and_block_nothing():
+    plan = make_plan(job(), owner_uid=UID, attempt=0, defaults=DEFAULTS)
+    for child in (runtime.gang(plan), runtime.service(plan)):
+        (reference,) = child["metadata"]["ownerReferences"]
+        assert (reference["uid"], reference["controller"], reference["blockOwnerDeletion"]) == (UID, True, False)
+
+
+def test_the_service_finds_the_pods_of_every_attempt_before_they_are_ready():
+    plan = make_plan(job(), owner_uid=UID, attempt=4, defaults=DEFAULTS)
+    service, labels = runtime.service(plan), runtime.gang(plan)["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert "train.nexa.dev/attempt" not in service["spec"]["selector"]
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert runtime.gang(plan)["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+
+
+def test_the_protocol_s_variables_say_what_the_trainer_needs():
+    environment = environment_of()
+    assert environment["NEXA_ATTEMPT"] == "0"
+    assert environment["NEXA_NUM_NODES"] == "2"
+    assert environment["NEXA_IMAGE"] == "trainer:1"
+    assert environment["NEXA_RDZV_ENDPOINT"] == "demo-a0-0.demo-ranks.team:29500"
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [{}, {"tuning": {"type": "lora", "rank": 8}}, {"method": {"type": "pretrain"}, "optimizer": {"lr": 1e-8}}],
+)
+def test_the_trainer_derives_the_same_run_id_from_what_it_is_given(groups):
+    document = json.loads(environment_of(**groups)["NEXA_JOB"])
+    assert Job.model_validate(document).run_id == job(**groups).run_id
+
+
+def test_a_user_s_variable_never_replaces_one_of_the_protocol_s():
+    mine = [{"name": "NEXA_ATTEMPT", "value": "9"}, {"name": "HOME", "value": "/mine"}, {"name": "A", "value": "1"}]
+    environment = environment_of(cluster={"env": mine})
+    assert (environment["NEXA_ATTEMPT"], environment["HOME"], environment["A"]) == ("0", "/mine", "1")
+    names = [item["name"] for item in container_of(cluster={"env": mine})["env"]]
+    assert len(names) == len(set(names))
+
+
+def test_a_dollar_in_a_value_stays_a_dollar():
+    environment = environment_of(cluster={"env": [{"name": "A", "value": "$(HOME) costs $5"}]})
+    assert environment["A"] == "$$(HOME) costs $$5"
+
+
+def test_the_pod_is_restricted_and_knows_no_api_server():
+    pod, container = pod_of(), container_of()
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == 65532
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/tmp", "/dev/shm"}
+
+
+def test_last_words_come_from_the_file_alone_and_stopping_gets_its_time():
+    assert container_of()["terminationMessagePath"] == "/dev/termination-log"
+    assert container_of()["terminationMessagePolicy"] == "File"
+    assert pod_of()["terminationGracePeriodSeconds"] == 120
+
+
+def test_the_command_is_the_image_s():
+    assert not {"command", "args"} & set(container_of())
+
+
+@pytest.mark.parametrize(
+    ("cluster", "resources"),
+    [
+        ({}, {}),
+        ({"gpusPerNode": 4}, {"nvidia.com/gpu": "4"}),
+        ({"resources": {"cpu": "2", "memory": "4Gi"}}, {"cpu": "2", "memory": "4Gi"}),
+    ],
+)
+def test_what_is_asked_for_is_also_the_limit(cluster, resources):
+    got = container_of(cluster={"numNodes": 2, **cluster})["resources"]
+    assert got == ({"requests": resources, "limits": resources} if resources else {})
+
+
+@pytest.mark.parametrize(
+    ("groups", "default", "profile"),
+    [
+        ({}, "", None),
+        ({}, "minio", None),
+        ({"artifacts": {"uri": "s3://m"}}, "", None),
+        ({"artifacts": {"uri": "s3://m"}}, "minio", "minio"),
+        ({"data": {"remoteUri": "s3://rows"}}, "minio", "minio"),
+        ({"data": {"remoteUri": "r", "validation": {"uri": "s3://held-out"}}}, "minio", "minio"),
+        ({"artifacts": {"uri": "s3://m", "storage": "own"}}, "minio", "own"),
+        ({"data": {"remoteUri": "s3://rows", "storage": "own"}}, "", "own"),
+    ],
+)
+def test_a_storage_profile_reaches_the_pod_by_reference(groups, default, profile):
+    plan = make_plan(job(**groups), owner_uid=UID, attempt=0, defaults=Defaults(image="i", storage=default))
+    (container,) = runtime.gang(plan)["spec"]["template"]["spec"]["containers"]
+    name = {"name": f"nexa-storage-{profile}"}
+    assert container.get("envFrom") == ([{"configMapRef": name}, {"secretRef": name}] if profile else None)
+
+
+def test_the_typed_subset_of_the_pod_is_carried_over():
+    cluster = {
+        "nodeSelector": {"disk": "ssd"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        "volumes": [
+            {"name": "rows", "mountPath": "/rows", "claim": "rows"},
+            {"name": "conf", "mountPath": "/conf", "configMap": "conf", "readOnly": False},
+        ],
+        "labels": {"team": "a", "train.nexa.dev/attempt": "99"},
+        "annotations": {"note": "b"},
+    }
+    template = made(cluster=cluster, schedule={"priority": "high", "activeDeadlineSeconds": 60})["spec"]["template"]
+    pod = template["spec"]
+    assert pod["nodeSelector"] == {"disk": "ssd"}
+    assert pod["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
+    assert pod["priorityClassName"] == "high"
+    assert pod["volumes"][2:] == [
+        {"name": "rows", "persistentVolumeClaim": {"claimName": "rows", "readOnly": True}},
+        {"name": "conf", "configMap": {"name": "conf"}},
+    ]
+    assert pod["containers"][0]["volumeMounts"][2:] == [
+        {"name": "rows", "mountPath": "/rows", "readOnly": True},
+        {"name": "conf", "mountPath": "/conf", "readOnly": False},
+    ]
+    assert template["metadata"]["annotations"] == {"note": "b"}
+    assert template["metadata"]["labels"]["team"] == "a"
+    assert template["metadata"]["labels"]["train.nexa.dev/attempt"] == "0", "ours win"
+
+
+def test_the_deadline_is_the_job_s():
+    assert made(schedule={"activeDeadlineSeconds": 60})["spec"]["activeDeadlineSeconds"] == 60
+
+
+def test_a_job_s_own_image_wins():
+    assert container_of(image="mine:2")["image"] == "mine:2"
+
+
+def test_the_longest_names_are_dns_labels():
+    host = rendezvous_endpoint("n" * 45, 99_999, "ns").split(".")
+    assert max(len(part) for part in host[:2]) <= 63
+    assert len("n" * 45 + "-a99999-4095") <= 63

@@ -1,0 +1,63 @@
+"""Body -> job: what is refused, and that the server's defaults change nothing."""
+
+from __future__ import annotations
+
+import pytest
+from nexa_operator.errors import RuntimeUnavailableError
+from nexa_operator.spec import is_ours, parse
+
+from nexa_train.errors import ConfigError
+from tests.unit.operator.builders import body
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ({"nonsense": 1}, "nonsense"),
+        ({"training": {"globalBatchSize": 7}}, "7 is not divisible by the 2 ranks"),
+        ({"backend": "deepspeed"}, "deepspeed is not built into this version"),
+        (
+            {"data": {"remoteUri": "s3://a", "storage": "x"}, "artifacts": {"uri": "s3://b", "storage": "y"}},
+            "data.storage x and artifacts.storage y differ",
+        ),
+    ],
+)
+def test_a_wrong_description_is_refused_with_the_key(groups, said):
+    with pytest.raises(ConfigError, match=said):
+        parse(body(**groups))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ({"runtime": "jobset"}, "schedule.runtime jobset"),
+        ({"runtime": "pytorchjob"}, "schedule.runtime pytorchjob"),
+        ({"queueName": "team"}, "schedule.queueName team"),
+        ({"deletionPolicy": "Delete"}, "schedule.deletionPolicy Delete"),
+    ],
+)
+def test_what_this_operator_has_not_is_refused_and_not_dropped_without_a_word(schedule, said):
+    with pytest.raises(RuntimeUnavailableError, match=said):
+        parse(body(schedule=schedule))
+
+
+def test_a_body_without_a_spec_is_a_wrong_description():
+    bare = body()
+    del bare["spec"]
+    with pytest.raises(ConfigError, match="data"):
+        parse(bare)
+
+
+def test_annotations_that_tools_write_are_not_the_job_s():
+    annotated = body()
+    annotated["metadata"]["annotations"] = {"kubectl.kubernetes.io/last-applied-configuration": "x" * 5000}
+    annotated["metadata"]["labels"] = {"app.kubernetes.io/instance": "argo"}
+    assert parse(annotated).run_id == parse(body()).run_id
+
+
+@pytest.mark.parametrize(
+    ("manager", "ours"),
+    [(None, True), ("train.nexa.dev/nexa-operator", True), ("kueue.x-k8s.io/multikueue", False)],
+)
+def test_another_controller_s_job_is_not_ours_even_if_it_is_wrong(manager, ours):
+    assert is_ours(body(schedule={"managedBy": manager}, nonsense=1)) is ours

@@ -1,0 +1,202 @@
+"""What is written to status and said in events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nexa_operator.decide import Create, Fail, Hold, Loss, Restart, Resume, Succeed, Watch
+from nexa_operator.observe import Observed, Record
+from nexa_operator.status import Context, duration, happenings, next_status
+
+from tests.unit.operator.builders import LATER, NOW, checkpoint, failed, gang, progress, rank, seen, words
+
+
+def write(
+    previous: dict[str, Any], observed: Observed, decision: Any, *, now: Any = NOW, **more: Any
+) -> dict[str, Any]:
+    context = Context(generation=1, run_id="r", num_nodes=2, now=now, **more)
+    return next_status(previous, seen=observed, decision=decision, context=context)
+
+
+def truths(status: dict[str, Any]) -> dict[str, str]:
+    return {item["type"]: item["reason"] for item in status["conditions"] if item["status"] == "True"}
+
+
+LOSS = Loss(cause="Boom", message="it broke", exit_code=1)
+RUNNING = gang(rank(0), rank(1))
+
+
+@pytest.mark.parametrize(
+    ("observed", "decision", "phase", "true"),
+    [
+        (seen(), Create(attempt=0), "Pending", {"Queued": "Creating", "Reconciling": "Creating"}),
+        (seen(gang()), Watch(), "Pending", {"Queued": "PodsPending", "Reconciling": "PodsPending"}),
+        (seen(gang(rank(0))), Watch(), "Pending", {"Queued": "PodsPending", "Reconciling": "PodsPending"}),
+        (seen(RUNNING), Watch(), "Running", {"Running": "Running", "Ready": "Running"}),
+        (
+            seen(gang(rank(0, phase="Succeeded"), rank(1))),
+            Watch(),
+            "Running",
+            {"Running": "Running", "Ready": "Running"},
+        ),
+        (seen(), Hold(), "Suspended", {"Suspended": "Suspended", "Ready": "Suspended"}),
+        (seen(), Succeed(), "Succeeded", {"Succeeded": "Finished", "Ready": "Succeeded"}),
+        (seen(), Fail(reason="Boom", message="m"), "Failed", {"Failed": "Boom", "Stalled": "Boom"}),
+        (
+            seen(),
+            Restart(attempt=1, loss=LOSS, charged=1),
+            "Restarting",
+            {"Queued": "Restarting", "Reconciling": "Restarting"},
+        ),
+        (seen(), Resume(attempt=1), "Pending", {"Queued": "Resuming", "Reconciling": "Resuming"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_each_decision_has_its_phase_and_its_true_conditions(observed, decision, phase, true):
+    status = write({}, observed, decision)
+    assert status["phase"] == phase
+    assert truths(status) == true
+
+
+def test_every_condition_is_always_there_with_generation_reason_and_time():
+    status = write({}, seen(), Create(attempt=0))
+    assert [item["type"] for item in status["conditions"]] == [
+        "Ready", "Reconciling", "Stalled", "Queued", "Running", "Suspended", "Succeeded", "Failed", "CheckpointReady",
+    ]  # fmt: skip
+    for item in status["conditions"]:
+        assert item["observedGeneration"] == 1
+        assert item["reason"]
+        assert item["lastTransitionTime"] == "2026-11-23T12:00:00Z"
+
+
+def test_the_same_world_a_minute_later_gives_the_same_status():
+    observed = seen(RUNNING, progress=progress(step=3, total_steps=10, loss=2.0))
+    status = write({}, observed, Watch())
+    assert write(status, observed, Watch(), now=LATER) == status
+
+
+def test_a_time_moves_only_when_its_condition_flips():
+    waiting = write({}, seen(gang()), Watch())
+    one_up = write(waiting, seen(gang(rank(0))), Watch(), now=LATER)
+    times = {item["type"]: item["lastTransitionTime"] for item in one_up["conditions"]}
+    assert times["Queued"] == "2026-11-23T12:00:00Z", "another message, the same status"
+    up = write(one_up, seen(RUNNING), Watch(), now=LATER)
+    times = {item["type"]: item["lastTransitionTime"] for item in up["conditions"]}
+    assert times["Running"] == times["Queued"] == "2026-11-23T12:01:00Z"
+    assert times["Failed"] == "2026-11-23T12:00:00Z"
+
+
+def test_a_job_never_polled_reports_from_last_words():
+    said = words(exit_code=0, cause="Succeeded", step=9, total_steps=9, loss=0.123456789, checkpoint=checkpoint(9))
+    done = rank(0, phase="Succeeded", termination=said)
+    status = write({}, seen(gang(done, complete=True)), Succeed())
+    assert (status["step"], status["progress"], status["loss"]) == (9, "9/9", 0.123457)
+    assert status["checkpoint"]["step"] == 9
+    assert truths(status)["CheckpointReady"] == "Committed"
+    assert status["completionTime"] == "2026-11-23T12:00:00Z"
+
+
+def test_progress_gives_speed_and_the_time_left_and_an_end_takes_them_away():
+    observed = seen(RUNNING, progress=progress(step=5, total_steps=20, tokens_per_second=1234.5678, eta_seconds=3725))
+    status = write({}, observed, Watch())
+    assert (status["tokensPerSecond"], status["etaSeconds"], status["eta"]) == (1234.57, 3725.0, "1h02m")
+    over = write(status, observed, Succeed())
+    assert "eta" not in over
+    assert over["progress"] == "5/20"
+
+
+def test_facts_stay_on_record_when_nobody_says_anything():
+    status = write({}, seen(RUNNING, progress=progress(step=5, total_steps=20, loss=1.5)), Watch())
+    assert write(status, seen(gang()), Watch())["loss"] == 1.5
+
+
+def test_a_loss_that_is_no_number_is_left_out_for_json_has_none():
+    status = write({}, seen(RUNNING, progress=progress(step=1, loss=float("nan"))), Watch())
+    assert "loss" not in status
+    assert status["progress"] == "1"
+
+
+def test_a_restart_puts_the_loss_on_record_before_the_gang_is_removed():
+    observed = seen(gang(failed(termination=words(checkpoint=checkpoint(40)))), record=Record(attempt=2))
+    status = write({"attempt": 2, "restarts": 4}, observed, Restart(attempt=3, loss=LOSS, charged=2))
+    assert (status["attempt"], status["restarts"], status["chargedRestarts"]) == (3, 5, 2)
+    assert status["lastFailure"] == {
+        "attempt": 2, "cause": "Boom", "exitCode": 1, "message": "it broke", "charged": True, "checkpointStep": 40,
+        "time": "2026-11-23T12:00:00Z",
+    }  # fmt: skip
+
+
+def test_a_resumption_is_no_restart():
+    status = write({"attempt": 0, "restarts": 1}, seen(), Resume(attempt=1))
+    assert (status["attempt"], status["restarts"]) == (1, 1)
+
+
+def test_a_refusal_of_the_api_server_is_said_where_it_can_be_seen():
+    status = write({}, seen(), Create(attempt=0), trouble="POST jobs: 403: exceeded quota")
+    assert truths(status)["Queued"] == "Refused"
+    (queued,) = [item for item in status["conditions"] if item["type"] == "Queued"]
+    assert queued["message"] == "POST jobs: 403: exceeded quota"
+
+
+def test_why_pods_wait_is_said():
+    waiting = rank(1, phase="Pending", reason="ImagePullBackOff", message="no such image")
+    status = write({}, seen(gang(rank(0), waiting)), Watch())
+    (queued,) = [item for item in status["conditions"] if item["type"] == "Queued"]
+    assert queued["message"] == "1 of 2 pods run: ImagePullBackOff no such image"
+
+
+def test_a_pod_out_of_reach_is_a_condition_and_changes_no_other():
+    reached, unreached = (write({}, seen(RUNNING), Watch(), progress_known=known) for known in (True, False))
+    assert truths(unreached) == {**truths(reached), "ProgressUnknown": "Unreachable"}
+    back = write(unreached, seen(RUNNING), Watch())
+    assert "ProgressUnknown" in {item["type"] for item in back["conditions"]}
+    assert truths(back) == truths(reached)
+
+
+@pytest.mark.parametrize("cause", ["", "not a word!", "1st", "ж", "a" * 500])
+def test_a_cause_from_the_trainer_becomes_a_reason_that_the_server_takes(cause):
+    (reason,) = {
+        reason for kind, reason in truths(write({}, seen(), Fail(reason=cause, message=""))).items() if kind == "Failed"
+    }
+    assert reason.isidentifier()
+    assert len(reason) <= 128
+
+
+def test_a_message_is_cut_before_the_server_would_refuse_it():
+    status = write({}, seen(), Fail(reason="A", message="x" * 100_000))
+    assert all(len(item["message"]) <= 1024 for item in status["conditions"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, None), (float("inf"), None), (-3, "0s"), (45.4, "45s"), (61, "1m01s"), (7260, "2h01m")],
+)
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text
+
+
+def told(old: dict[str, Any], new: dict[str, Any], decision: Any) -> list[tuple[str, str]]:
+    return [(happening.type, happening.reason) for happening in happenings(old, new, decision)]
+
+
+def test_a_happening_is_told_when_it_happens_and_not_again():
+    waiting = write({}, seen(gang()), Watch())
+    running = write(waiting, seen(RUNNING), Watch())
+    assert told(waiting, running, Watch()) == [("Normal", "Running")]
+    assert told(running, running, Watch()) == []
+
+
+def test_a_checkpoint_is_told_before_the_end_that_it_belongs_to():
+    running = write({}, seen(RUNNING), Watch())
+    done = rank(0, phase="Succeeded", termination=words(checkpoint=checkpoint(9)))
+    over = write(running, seen(gang(done, complete=True)), Succeed())
+    assert told(running, over, Succeed()) == [("Normal", "CheckpointCommitted"), ("Normal", "Succeeded")]
+
+
+def test_a_restart_is_told_with_its_cause():
+    decision = Restart(attempt=1, loss=LOSS, charged=1)
+    new = write({}, seen(gang(failed())), decision)
+    (happening,) = happenings({}, new, decision)
+    assert happening.message == "attempt 1 after Boom (exit code 1): it broke"
+    assert happening.type == "Warning"
