@@ -5,8 +5,8 @@ Each fixture lives as long as the session, and what this machine cannot give ski
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -19,7 +19,26 @@ from tests.cluster.minio import MinioServer, start_minio
 from tests.cluster.node import RealCluster, start_real_cluster
 from tests.cluster.run import first_line
 
-T = TypeVar("T")
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    with _skipping():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    with _skipping():
+        yield
+
+
+@contextmanager
+def _skipping() -> Iterator[None]:
+    """`Unavailable` says what this machine cannot give, be it raised by a fixture or in a test."""
+    try:
+        yield
+    except Unavailable as reason:
+        pytest.skip(first_line(reason))
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +47,8 @@ def control_plane() -> Iterator[Cluster]:
     if external := ExternalCluster.from_environment():
         yield external
         return
-    _or_skip(host.require_control_plane)
-    plane = _or_skip(lambda: start_control_plane(audit=True))
+    host.require_control_plane()
+    plane = start_control_plane(audit=True)
     yield plane
     plane.stop()
 
@@ -42,21 +61,14 @@ def minio_server() -> Iterator[MinioServer]:
     server.close()
 
 
-def _or_skip(make: Callable[[], T]) -> T:
-    try:
-        return make()
-    except Unavailable as reason:
-        pytest.skip(first_line(reason))
-
-
 @pytest.fixture(scope="session")
 def real_cluster() -> Iterator[RealCluster | ExternalCluster]:
     """A control plane with a node that runs pods."""
     if external := ExternalCluster.from_environment():
         yield external
         return
-    _or_skip(host.require_node)
-    cluster = _or_skip(lambda: start_real_cluster(audit=True))
+    host.require_node()
+    cluster = start_real_cluster(audit=True)
     yield cluster
     cluster.stop()
 
@@ -64,8 +76,7 @@ def real_cluster() -> Iterator[RealCluster | ExternalCluster]:
 @pytest.fixture(scope="session")
 def cluster_minio(real_cluster: RealCluster | ExternalCluster) -> Iterator[MinioServer]:
     """On an address of this machine that pods of `real_cluster` reach, and tests too."""
-    address = _or_skip(lambda: real_cluster.host_ip)
-    server = start_minio(address=address)
+    server = start_minio(address=real_cluster.host_ip)
     yield server
     server.close()
 
@@ -83,6 +94,6 @@ def operator_image(real_cluster: RealCluster | ExternalCluster) -> str:
 
 
 def _loaded(cluster: RealCluster | ExternalCluster, build: Callable[[], Image]) -> str:
-    image = _or_skip(build)
-    _or_skip(lambda: cluster.load_image(image.archive))
+    image = build()
+    cluster.load_image(image.archive)
     return image.reference

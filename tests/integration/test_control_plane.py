@@ -14,7 +14,7 @@ import pytest
 from tests.cluster import host
 from tests.cluster.cluster import Cluster
 from tests.cluster.control_plane import start_control_plane
-from tests.cluster.errors import CommandFailed, Unavailable
+from tests.cluster.errors import CommandFailed
 from tests.cluster.footprint import footprint
 from tests.cluster.paths import REPOSITORY
 from tests.cluster.run import wait_until
@@ -25,10 +25,7 @@ pytestmark = pytest.mark.integration
 @pytest.fixture
 def _own_cluster_possible() -> None:
     """Some tests here start and stop clusters of their own."""
-    try:
-        host.require_control_plane()
-    except Unavailable as reason:
-        pytest.skip(str(reason))
+    host.require_control_plane()
 
 
 def a_job(name: str, *, num_pods: int) -> dict[str, object]:
