@@ -32,7 +32,7 @@ class Metrics:
 
 @asynccontextmanager
 async def serving(metrics: Metrics, *, port: int) -> AsyncIterator[int]:
-    """Serve until the end of the block; gives the port, which is chosen by the system when 0."""
+    """Serve until the end of the block; port 0 takes a free one on loopback. Gives the port."""
 
     async def healthz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -46,7 +46,8 @@ async def serving(metrics: Metrics, *, port: int) -> AsyncIterator[int]:
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, port=port)
+        # On all addresses of both families; a free port is chosen for each family, so then for one only.
+        site = web.TCPSite(runner, host=None if port else "127.0.0.1", port=port)
         await site.start()
         yield runner.addresses[0][1]
     finally:

@@ -6,7 +6,7 @@
 | NEXA_WATCH_NAMESPACE | the only namespace looked at; empty: all | empty |
 | NEXA_DEFAULT_STORAGE | storage profile of jobs with an s3:// URI that name none | none |
 | NEXA_PROGRESS_INTERVAL_SECONDS | between two looks at a job's progress, so at most one status write in it | 10 |
-| NEXA_METRICS_PORT | of /metrics and /healthz; 0: any free port | 8081 |
+| NEXA_METRICS_PORT | of /metrics and /healthz; 0: a free one on loopback | 8081 |
 | NEXA_LOG_LEVEL | debug, info, warning, error | info |
 | NEXA_LEASE_NAMESPACE | where the Lease lies that only one operator holds; empty: no Lease | empty |
 | NEXA_IDENTITY | who holds it; the same after a restart of the container in its pod | host name |

@@ -46,7 +46,7 @@ def pod() -> Iterator[Pod]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     pod.port = server.server_address[1]
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield pod
     server.shutdown()
     server.server_close()
