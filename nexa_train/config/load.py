@@ -11,7 +11,8 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.alias_generators import to_camel, to_snake
 from pydantic_core import ErrorDetails
 
+from nexa_train.config.base import Strict
 from nexa_train.config.job import API_VERSION, KIND, Job
 from nexa_train.config.source import Path_, Source, read_source
+from nexa_train.config.spec import JobSpec
 from nexa_train.errors import ConfigError
 
 RECIPES = Path(__file__).parent.parent / "configs"
@@ -54,18 +57,18 @@ def load_job(
     """
     source = _open(path, recipe)
     document = _as_manifest(source)
-    prefix: Path_ = ("spec",) if "spec" in source.values else ()
     changes = [(key, value, "command line") for key, value in (overrides or {}).items()]
     changes += [(*_split_set(text), f"--set {text}") for text in sets]
     given: dict[Path_, str] = {}
     for key, value, origin in changes:
-        given[_apply(document["spec"], key, value, origin)] = origin
-    if name is not None:
-        document["metadata"] = {**(document.get("metadata") or {}), "name": name}
+        given["spec", *_apply(document["spec"], key, value, origin)] = origin
+    if name is not None and isinstance(document["metadata"], dict):
+        document["metadata"] = {**document["metadata"], "name": name}
+        given["metadata", "name"] = f"--run-name {name}"
     try:
         return Job.model_validate(document)
     except ValidationError as exc:
-        raise ConfigError("\n".join(_explain(error, source, prefix, given) for error in exc.errors())) from exc
+        raise ConfigError("\n".join(dict.fromkeys(_explain(each, source, given) for each in exc.errors()))) from exc
 
 
 def job_from_object(body: Mapping[str, Any]) -> Job:
@@ -75,12 +78,14 @@ def job_from_object(body: Mapping[str, Any]) -> Job:
         ConfigError: the object does not fit the schema.
     """
     metadata = body.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise ConfigError(f"{KIND}: metadata: got {metadata!r}; expected a group of keys")
     kept = {key: metadata[key] for key in ("name", "namespace", "labels", "annotations") if metadata.get(key)}
     source = Source(f"{KIND}/{metadata.get('name', '?')}", dict(body))
     try:
         return Job.model_validate({"metadata": kept, "spec": body.get("spec") or {}})
     except ValidationError as exc:
-        raise ConfigError("; ".join(_explain(error, source, ("spec",), {}) for error in exc.errors())) from exc
+        raise ConfigError("; ".join(dict.fromkeys(_explain(each, source, {}) for each in exc.errors()))) from exc
 
 
 def _open(path: Path | None, recipe: str | None) -> Source:
@@ -115,7 +120,7 @@ def _label(stem: str) -> str:
 
 def _split_set(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
-    if not separator or not key.strip():
+    if not separator or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"--set {text}: expected key=value, such as --set training.max_steps=20")
     try:
         return key.strip(), yaml.safe_load(value)
@@ -146,32 +151,53 @@ def _spelled(mapping: Mapping[str, Any], key: str) -> str:
     return next((known for known in mapping if to_snake(str(known)) == to_snake(key)), key)
 
 
-def _explain(error: ErrorDetails, source: Source, prefix: Path_, given: Mapping[Path_, str]) -> str:
-    """One pydantic error -> `file:line: key: what was seen; what is allowed`."""
-    location = error["loc"][1:] if error["loc"][:1] == ("spec",) else error["loc"]
+def _explain(error: ErrorDetails, source: Source, given: Mapping[Path_, str]) -> str:
+    """One pydantic error -> `file:line: key: what was seen; what is allowed`, keys spelled as the file spells them."""
+    camel = _speaks_camel(source)
     in_spec = error["loc"][:1] == ("spec",)
-    path, model = _written(location if in_spec else error["loc"], source, prefix if in_spec else ())
+    path, model = _written(error["loc"][1:], JobSpec) if in_spec else _written(error["loc"], Job)
+    if error["type"] == "missing":
+        path = (*path[:-1], _spell(str(path[-1]), camel))
+    at: Path_ = ("spec", *path) if in_spec else path
     shown = ".".join(map(str, path)) or "spec"
-    origin = next((text for key, text in given.items() if path[: len(key)] == key), None)
-    where = origin or source.where((*prefix, *path) if in_spec else path)
-    return f"{where}: {shown}: {_reason(error, model)}"
+    if at == ("metadata", "name") and "spec" not in source.values:
+        at, shown = (("name",), "name") if at not in given else (at, shown)
+    reason = _reason(error, model, camel)
+    return f"{_where(at, reason, source, given)}: {shown}: {reason}"
 
 
-def _written(location: Path_, source: Source, prefix: Path_) -> tuple[Path_, type[BaseModel] | None]:
-    """Drop the tags of unions from a pydantic location, find the spelling used and the model it is in."""
-    from_spec = prefix == ("spec",) or "spec" not in source.values
-    model: Any = Job.model_fields["spec"].annotation if from_spec else Job
+def _where(at: Path_, reason: str, source: Source, given: Mapping[Path_, str]) -> str:
+    """The override that gave the wrong value, or the line of the file; both for a check over several keys."""
+    if origin := next((text for key, text in given.items() if at[: len(key)] == key), None):
+        return origin
+    overridden = dict.fromkeys(text for key, text in given.items() if key[: len(at)] == at)
+    # A check across groups names its keys: the first that is written down has the line.
+    named = [tuple(dotted.split(".")) for dotted in re.findall(r"[A-Za-z_]+(?:\.[A-Za-z_]+)+", reason)]
+    places: dict[Path_, Path_] = (
+        {tuple(to_snake(str(step)) for step in path): path for path in source.lines} if at == ("spec",) else {}
+    )
+    found = (places.get(_in_file(("spec", *map(to_snake, path)), source)) for path in named)
+    line = source.where(next(filter(None, found), _in_file(at, source)))
+    return f"{line} with {' and '.join(overridden)}" if overridden else line
+
+
+def _in_file(at: Path_, source: Source) -> Path_:
+    """A path of the whole object -> the path in this file, which may be a bare spec."""
+    return at[1:] if at[:1] == ("spec",) and "spec" not in source.values else at
+
+
+def _written(location: Path_, model: Any) -> tuple[Path_, type[BaseModel] | None]:
+    """Drop the tags of unions from a pydantic location; returns the keys and the model the last one is in."""
     path: list[str | int] = []
     owner: type[BaseModel] | None = model
     for step in location:
-        owner = model if isinstance(model, type) and issubclass(model, BaseModel) else owner
+        owner = model if _is_model(model) else owner
         branches = _branches(model)
         if step in branches:
             model = owner = branches[step]
             continue
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            name = to_snake(str(step))
-            field = model.model_fields.get(name)
+        if _is_model(model):
+            field = model.model_fields.get(to_snake(str(step)))
             path.append(step)
             model = field.annotation if field else None
         elif isinstance(step, int):
@@ -184,6 +210,10 @@ def _written(location: Path_, source: Source, prefix: Path_) -> tuple[Path_, typ
     return tuple(path), owner
 
 
+def _is_model(model: Any) -> bool:
+    return isinstance(model, type) and issubclass(model, BaseModel)
+
+
 def _branches(model: Any) -> dict[str | int, type[BaseModel]]:
     """The members of a tagged union by their tag; empty for anything else."""
     if typing.get_origin(model) not in (typing.Union, types.UnionType):
@@ -192,26 +222,77 @@ def _branches(model: Any) -> dict[str | int, type[BaseModel]]:
     return {member.model_fields["type"].default: member for member in members}
 
 
-def _reason(error: ErrorDetails, model: type[BaseModel] | None) -> str:
+def _reason(error: ErrorDetails, model: type[BaseModel] | None, camel: bool) -> str:
     kind, seen = error["type"], error.get("input")
     if kind == "extra_forbidden":
-        return _unknown_key(str(error["loc"][-1]), model)
+        return _unknown_key(str(error["loc"][-1]), model, camel)
     if kind == "missing":
         return "required, and not given"
-    message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return message
+        message = error["msg"].removeprefix("Value error, ")
+        return re.sub(r"[a-z]+(?:_[a-z]+)+", lambda word: _spell(word[0], camel), message)
     if kind == "union_tag_invalid":
         return f"got {error['ctx']['tag']!r} as type; expected one of {error['ctx']['expected_tags']}"
-    return f"got {seen!r}; expected {re.sub(r'^Input should be |^String should ', '', message)}"
+    if kind == "union_tag_not_found":
+        return f"got {seen!r}; its type is required, and not given"
+    expected = error["msg"]
+    for pattern, plain in _PLAINER:
+        expected = re.sub(pattern, plain, expected)
+    return f"got {seen!r}; expected {expected}"
 
 
-def _unknown_key(key: str, model: type[BaseModel] | None) -> str:
+_PLAINER = (
+    (r"^Input should be ", ""),
+    (r"^String should match pattern ", "a match of "),
+    (r"^(String|List|Dictionary) should have ", ""),
+    (r" after validation, not \d+$", ""),
+    (r"^a valid dictionary.*", "a group of keys"),
+)
+
+
+def _unknown_key(key: str, model: type[BaseModel] | None, camel: bool) -> str:
     names = list(model.model_fields) if model else []
-    camel = "_" not in key and key != key.lower()
-    shown = [to_camel(name) if camel else name for name in names]
+    if to_snake(key) in names and key in (to_snake(key), to_camel(to_snake(key))):
+        return "given in both spellings; keep one"
+    if "_" in key or key != key.lower():  # This key's own spelling says more than the rest of the file.
+        camel = "_" not in key
     close = difflib.get_close_matches(to_snake(key), names, n=1, cutoff=0.6)
     if close:
-        meant = to_camel(close[0]) if camel else close[0]
-        return f"unknown key; did you mean {meant}?"
-    return f"unknown key; allowed here: {', '.join(sorted(shown))}"
+        return f"unknown key; did you mean {_spell(close[0], camel)}?"
+    return f"unknown key; allowed here: {', '.join(sorted(_spell(name, camel) for name in names))}"
+
+
+def _spell(key: str, camel: bool) -> str:
+    """A key of the schema in one spelling; anything else (such as the word prompt_completion) as it is."""
+    name = to_snake(key)
+    if name not in _field_names():
+        return key
+    return to_camel(name) if camel else name
+
+
+def _speaks_camel(source: Source) -> bool:
+    """How a file spells its keys: as most of them say, else as its kind of file does."""
+    keys = [key for key in _keys(source.values) if "_" in to_snake(key) and to_snake(key) in _field_names()]
+    camel = sum("_" not in key for key in keys)
+    return camel > len(keys) - camel if keys else "spec" in source.values
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            yield str(key)
+            yield from _keys(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _keys(child)
+
+
+@lru_cache(maxsize=1)
+def _field_names() -> frozenset[str]:
+    """Every key of the schema, in snake_case."""
+    models, names = [Strict], set[str]()
+    while models:
+        model = models.pop()
+        models += model.__subclasses__()
+        names |= set(model.model_fields)
+    return frozenset(names)

@@ -16,6 +16,8 @@ from nexa_train.errors import ConfigError, NotFoundError
 
 Path_ = tuple[str | int, ...]
 
+_TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -61,7 +63,7 @@ def parse_source(text: str, *, name: str) -> Source:
     if len(documents) != 1 or not isinstance(documents[0], yaml.MappingNode):
         raise ConfigError(f"{name}: expected one mapping (key: value), found {_shape(documents)}")
     lines: dict[Path_, int] = {}
-    _note_lines(documents[0], (), lines, name)
+    _note_lines(documents[0], (), lines, name, inside=())
     loader = yaml.SafeLoader("")
     try:
         values = loader.construct_document(documents[0])
@@ -76,18 +78,29 @@ def _shape(documents: list[yaml.Node]) -> str:
     return "a list" if isinstance(documents[0], yaml.SequenceNode) else "a single value"
 
 
-def _note_lines(node: yaml.Node, path: Path_, lines: dict[Path_, int], name: str) -> None:
+def _note_lines(
+    node: yaml.Node, path: Path_, lines: dict[Path_, int], name: str, inside: tuple[yaml.Node, ...]
+) -> None:
+    if any(node is outer for outer in inside):
+        raise ConfigError(
+            f"{name}:{node.start_mark.line + 1}: {'.'.join(map(str, path))}: an alias inside its own anchor"
+        )
+    inside = (*inside, node)
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{name}:{line}: a key is a list or a mapping; expected plain text")
+            if key.tag not in _TEXT_TAGS:
+                raise ConfigError(f"{name}:{line}: the key {key.value} is not text to YAML; put it in quotes")
             if key.value in seen:
                 dotted = ".".join(map(str, (*path, key.value)))
                 raise ConfigError(f"{name}:{line}: {dotted}: given twice, first on line {seen[key.value]}; keep one")
             seen[key.value] = line
             lines[(*path, key.value)] = line
-            _note_lines(value, (*path, key.value), lines, name)
+            _note_lines(value, (*path, key.value), lines, name, inside)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             lines[(*path, index)] = value.start_mark.line + 1
-            _note_lines(value, (*path, index), lines, name)
+            _note_lines(value, (*path, index), lines, name, inside)

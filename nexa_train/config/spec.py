@@ -343,7 +343,7 @@ class JobSpec(Strict):
         both = isinstance(micro, int) and isinstance(accumulation, int)
         if (both and known * world != batch) or (batch // world) % known:
             raise ValueError(
-                f"microbatch_size_per_gpu {micro} x grad_accumulation_steps {accumulation} x {world} ranks "
+                f"training.microbatch_size_per_gpu {micro} x grad_accumulation_steps {accumulation} x {world} ranks "
                 f"cannot make global_batch_size {batch}; a rank has {batch // world} sequences a step"
             )
         return self
