@@ -16,7 +16,9 @@ The operator puts these variables into each pod (`JOB_COMPLETION_INDEX` comes fr
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 ENV_JOB = "NEXA_JOB"
 ENV_ATTEMPT = "NEXA_ATTEMPT"
@@ -32,6 +34,11 @@ TERMINATION_LOG = "/dev/termination-log"
 TERMINATION_LOG_BYTES = 4096
 EXIT_STALLED = 70
 """The entrypoint's own code: no step came within the deadline, stacks are in the log."""
+
+
+def _sayable(text: str) -> str:
+    """JSON holds no lone surrogates, which Python puts into names of files that are not UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class Message(BaseModel):
@@ -75,7 +82,7 @@ class Termination(Message):
     exit_code: int
     cause: str
     """Succeeded, Stopped, Stalled, Killed, or the name of the error's class."""
-    message: str = ""
+    message: Annotated[str, AfterValidator(_sayable)] = ""
     retryable: bool = True
     step: int = 0
     total_steps: int | None = None
