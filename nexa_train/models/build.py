@@ -48,6 +48,7 @@ def build_model(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> Pr
             quantization_config=_quantization(spec.tuning),
         )
     model.config.use_cache = False
+    _keep_trainable(model)
     return model
 
 
@@ -115,6 +116,17 @@ def _llama_config(sizes: Architecture, max_seq_len: int, tokenizer: ChatTokenize
         eos_token_id=tokenizer.eos_id,
         pad_token_id=None,
     )
+
+
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference the first time the model is validated.
+
+    On processors with AVX512-BF16 it does so, and the packed product has no backward pass: training would go
+    on without gradients to what lies below.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(tuning: FullTuning | LoraTuning | QloraTuning) -> Any:
