@@ -65,6 +65,16 @@ class ValidationSpec(Strict):
         return not (self.fraction is None and self.rows is None and self.uri is None)
 
 
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "question_answer": ("question", "answer"),
+    "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected"),
+}
+"""Fields of a row by `data.format`."""
+
+
 class DataSpec(Strict):
     """Where the rows come from and how a row is read."""
 
@@ -80,6 +90,13 @@ class DataSpec(Strict):
     columns: LabelMap = Field(default_factory=dict, description="Field the format expects -> column in the file.")
     validation: ValidationSpec = Field(default_factory=ValidationSpec, description="Rows held out.")
     packing: bool = Field(False, description="Fill sequences with several samples that do not see each other.")
+
+    @model_validator(mode="after")
+    def _columns_of_the_format(self) -> DataSpec:
+        known = COLUMNS[self.format]
+        if unknown := sorted(set(self.columns) - set(known)):
+            raise ValueError(f"columns: format {self.format} has no {unknown[0]}; it has {', '.join(known)}")
+        return self
 
 
 class SftMethod(Strict):

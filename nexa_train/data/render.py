@@ -6,17 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nexa_train.config.spec import DataSpec, Method
+from nexa_train.config.spec import COLUMNS, DataSpec, Method
 from nexa_train.data.read import Row
 from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.errors import ConfigError, DataError
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "question_answer": ("question", "answer"),
-    "text": ("text",),
-}
 ROLES = ("system", "user", "assistant", "tool")
 
 
