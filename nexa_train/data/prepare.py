@@ -157,8 +157,9 @@ def _write(folder: Path, split: str, rows: list[Row], spec: JobSpec, tokenizer: 
     rendered = list(render_rows(rows, data=spec.data, method=spec.method, tokenizer=tokenizer))
     samples, counts = _tokenise(rendered, tokenizer, spec.model.max_seq_len)
     if rows and not samples:
+        uri = (split == "validation" and spec.data.validation.uri) or spec.data.remote_uri
         raise DataError(
-            f"{spec.data.remote_uri}: all {len(rows)} {split} rows are longer than model.max_seq_len "
+            f"{uri}: all {len(rows)} {split} rows are longer than model.max_seq_len "
             f"{spec.model.max_seq_len} before anything to learn begins; raise it"
         )
     lengths = [len(ids) for ids, _ in samples]

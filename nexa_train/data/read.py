@@ -71,7 +71,7 @@ def _local(path: Path, uri: str) -> Iterator[tuple[str, bytes]]:
         return
     if not path.is_dir():
         raise NotFoundError(f"data.remote_uri: {uri}: no such file or folder; give one with --set data.remote_uri=FILE")
-    files = sorted(path.rglob("*.jsonl"))
+    files = sorted(file for file in path.rglob("*.jsonl") if file.is_file())
     if not files:
         raise NotFoundError(f"data.remote_uri: folder {uri} holds no *.jsonl file")
     for file in files:
@@ -110,6 +110,19 @@ def _parse(name: str, data: bytes) -> Iterator[Row]:
             values = json.loads(line)
         except json.JSONDecodeError as exc:
             raise DataError(f"{where}: not valid JSON: {exc.msg} at column {exc.colno}") from exc
+        except (ValueError, RecursionError) as exc:  # a number of thousands of digits; lists in lists in lists
+            raise DataError(f"{where}: JSON beyond what can be read: {exc}") from exc
         if not isinstance(values, dict):
             raise DataError(f"{where}: expected a JSON object, found {type(values).__name__}")
+        if "\\u" in line and not _is_text(values):
+            raise DataError(f"{where}: holds half a character: a \\ud800 to \\udfff without its other half")
         yield Row(values, where)
+
+
+def _is_text(values: dict[str, Any]) -> bool:
+    """Whether every string has an encoding; JSON's escapes can write lone surrogates, which have none."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,97 @@
+"""URI -> rows: what cannot be read is named by file and row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nexa_train.data.read import read_rows
+from nexa_train.errors import ConfigError, DataError, NotFoundError
+from tests.unit.data.builders import jsonl
+
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "not JSON": (b'{"a": 1}\n{"a": \n', "train.jsonl row 2: not valid JSON: Expecting value at column"),
+    "two objects in a line": (b'{"a": 1} {"a": 2}', "train.jsonl row 1: not valid JSON: Extra data at column 10"),
+    "a list": (b'{"a": 1}\n\n[1]', "train.jsonl row 3: expected a JSON object, found list"),
+    "a word": (b'"a"', "train.jsonl row 1: expected a JSON object, found str"),
+    "null": (b"null", "train.jsonl row 1: expected a JSON object, found NoneType"),
+    "not UTF-8": (b'{"a": 1}\n{"a": "\xff"}', "train.jsonl row 2: not UTF-8 text (byte 16)"),
+    "a lone surrogate": (
+        b'{"a": "\\ud800"}',
+        "train.jsonl row 1: holds half a character: a \\ud800 to",
+    ),
+    "a number without end": (b'{"a": ' + b"1" * 5000 + b"}", "train.jsonl row 1: JSON beyond what can be read"),
+    "lists without end": (b"[" * 100_000, "train.jsonl row 1: JSON beyond what can be read"),
+    "empty": (b"", "train.jsonl: no rows; a data set needs at least one JSON object a line"),
+    "blank lines only": (b"\n  \n\t\n", "train.jsonl: no rows"),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named_with_its_row(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_rows(str(tmp_path / "train.jsonl"))
+    assert expected in str(caught.value)
+
+
+def test_a_file_that_is_not_there_says_how_to_give_one(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"none.jsonl: no such file or folder; give one with --set"):
+        read_rows(str(tmp_path / "none.jsonl"))
+
+
+def test_a_folder_without_rows_says_so(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("nothing")
+    (tmp_path / "odd.jsonl").mkdir()
+    with pytest.raises(NotFoundError, match=r"holds no \*.jsonl file"):
+        read_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/a.jsonl", "https://host/a.jsonl", "gs://bucket/a.jsonl"])
+def test_a_uri_of_another_kind_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=f"data.remote_uri: {uri} is not supported; use a folder, a .jsonl file or"):
+        read_rows(uri)
+
+
+def test_blank_lines_are_skipped_and_still_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\n{"a": 1}\n\n{"a": 2}')
+    rows = read_rows(str(tmp_path / "a.jsonl")).rows
+    assert [(row.values["a"], row.where) for row in rows] == [(1, "a.jsonl row 2"), (2, "a.jsonl row 4")]
+
+
+def test_lines_end_at_newlines_only_not_at_what_unicode_calls_a_line_end(tmp_path: Path) -> None:
+    text = "a\u2028b\x0bc\x85d"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert [row.values for row in read_rows(str(tmp_path / "a.jsonl")).rows] == [{"text": text}]
+
+
+def test_a_pair_of_surrogate_escapes_is_one_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
+    assert read_rows(str(tmp_path / "a.jsonl")).rows[0].values == {"text": "😀"}
+
+
+def test_a_folder_is_read_in_order_of_names_through_all_its_folders(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a/z.jsonl", "c.jsonl"):
+        jsonl(tmp_path / name, {"from": name})
+    rows = read_rows(str(tmp_path)).rows
+    assert [row.values["from"] for row in rows] == ["a/z.jsonl", "b.jsonl", "c.jsonl"]
+    assert rows[0].where == "a/z.jsonl row 1"
+
+
+def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"a": 1})
+    assert read_rows(f"file://{path}").digest == read_rows(str(path)).digest
+
+
+def test_a_copy_elsewhere_has_the_same_digest(tmp_path: Path) -> None:
+    copies = [jsonl(tmp_path / place / "a.jsonl", {"a": 1}) for place in ("here", "there")]
+    assert len({read_rows(str(path.parent)).digest for path in copies}) == 1
+
+
+def test_another_byte_or_another_name_is_another_digest(tmp_path: Path) -> None:
+    rows = {"a": {"a": 1}, "b": {"a": 2}}
+    one, other = (jsonl(tmp_path / folder / "a.jsonl", values) for folder, values in rows.items())
+    renamed = jsonl(tmp_path / "c" / "b.jsonl", {"a": 1})
+    assert len({read_rows(str(path)).digest for path in (one, other, renamed)}) == 3
