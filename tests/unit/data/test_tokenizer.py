@@ -1,0 +1,88 @@
+"""A model folder's tokenizer: what it needs, and the shipped one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
+from nexa_train.errors import ConfigError
+from nexa_train.models.locate import TINY_TOKENIZER
+from nexa_train.registry import TINY_VOCAB_SIZE
+
+
+def folder_with(tmp_path: Path, **config: Any) -> Path:
+    """The shipped tokenizer with another tokenizer_config.json and without a template file."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(TINY_TOKENIZER / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"} | config))
+    return folder
+
+
+def test_the_shipped_tokenizer_never_changes(tiny: ChatTokenizer) -> None:
+    # Every run of `tiny` is keyed by these files: another digest is another data set and other bits.
+    assert tiny.digest == "e7c962af245c432b01dd9d6952ce81e611bf19b80d5c967182c0baa59116b2a1"
+
+
+def test_the_shipped_tokenizer_has_the_size_that_the_registry_says(tiny: ChatTokenizer) -> None:
+    assert tiny.fast.get_vocab_size() == TINY_VOCAB_SIZE
+
+
+@pytest.mark.parametrize("text", ["", "hello  world\n", "ä 漢字 👩‍👩‍👧 \x00", "2 + 2 = 4"])
+def test_any_text_comes_back_from_its_ids(tiny: ChatTokenizer, text: str) -> None:
+    assert tiny.fast.decode(tiny.fast.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model: .*tokenizer.json cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("eos", [None, "<nowhere>"])
+def test_an_end_token_that_the_tokenizer_does_not_know_is_refused(tmp_path: Path, eos: str | None) -> None:
+    with pytest.raises(ConfigError, match="names no eos_token that the tokenizer knows"):
+        load_tokenizer(folder_with(tmp_path, eos_token=eos))
+
+
+def test_a_broken_config_is_named(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path)
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer_config.json is not valid JSON"):
+        load_tokenizer(folder)
+
+
+def test_a_token_may_be_written_as_an_object(tmp_path: Path) -> None:
+    found = load_tokenizer(folder_with(tmp_path, eos_token={"content": "<|im_end|>"}, bos_token="<|endoftext|>"))
+    assert (found.eos, found.eos_id, found.bos_id) == ("<|im_end|>", 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, None),
+        ("one", "one"),
+        ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+        ([{"name": "tool_use", "template": "t"}], None),
+    ],
+    ids=["none", "one", "several", "several without default"],
+)
+def test_the_template_for_chat_is_found_in_the_config(tmp_path: Path, template: Any, expected: str | None) -> None:
+    assert load_tokenizer(folder_with(tmp_path, chat_template=template)).template == expected
+
+
+def test_a_template_file_wins_over_the_config(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, chat_template="config")
+    (folder / "chat_template.jinja").write_text("file")
+    assert load_tokenizer(folder).template == "file"
+
+
+def test_another_template_is_another_digest(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path)
+    before = load_tokenizer(folder).digest
+    (folder / "chat_template.jinja").write_text("file")
+    assert load_tokenizer(folder).digest != before
