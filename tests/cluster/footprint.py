@@ -47,7 +47,7 @@ def _rules_about(cluster: ControlPlane) -> list[str]:
 
 
 def _commands() -> list[str]:
-    """Command lines and environments: a program that was given the folder in either is the cluster's."""
+    """A program that was given the folder in its command line is the cluster's."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -147,9 +147,9 @@ class Ledger:
 def sweep() -> None:
     """Undo what owners left that were killed together with their watchers."""
     for folder in _parent().glob(f"{_PREFIX}*"):
-        ledger = Ledger(folder)
-        if ledger.abandoned():
-            ledger.undo()
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps too
+            if folder.stat().st_uid == os.geteuid() and Ledger(folder).abandoned():
+                Ledger(folder).undo()
 
 
 def _parent() -> Path:
