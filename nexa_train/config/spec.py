@@ -91,13 +91,6 @@ class DataSpec(Strict):
     validation: ValidationSpec = Field(default_factory=ValidationSpec, description="Rows held out.")
     packing: bool = Field(False, description="Fill sequences with several samples that do not see each other.")
 
-    @model_validator(mode="after")
-    def _columns_of_the_format(self) -> DataSpec:
-        known = COLUMNS[self.format]
-        if unknown := sorted(set(self.columns) - set(known)):
-            raise ValueError(f"columns: format {self.format} has no {unknown[0]}; it has {', '.join(known)}")
-        return self
-
 
 class SftMethod(Strict):
     """Supervised fine-tuning."""

@@ -6,7 +6,7 @@ a word. Comes after loading; used by the command line, the trainer and the opera
 
 from __future__ import annotations
 
-from nexa_train.config.spec import JobSpec
+from nexa_train.config.spec import COLUMNS, JobSpec
 from nexa_train.errors import ConfigError
 
 METHODS: dict[str, tuple[str, ...]] = {"fsdp": ("sft", "pretrain"), "hf": ("sft",)}
@@ -57,6 +57,9 @@ def _rest(spec: JobSpec) -> list[str]:
         problems.append(f"trackers: {', '.join(spec.trackers)} are not built into this version; leave it empty")
     if spec.data.remote_uri.startswith("gs://") or spec.artifacts.uri.startswith("gs://"):
         problems.append("gs:// is not built into this version; use s3:// or a folder")
+    fields = COLUMNS[spec.data.format]
+    if unknown := sorted(set(spec.data.columns) - set(fields)):
+        problems.append(f"data.columns: format {spec.data.format} has no {unknown[0]}; it has {', '.join(fields)}")
     if spec.cluster.min_nodes is not None:
         problems.append("cluster.min_nodes: elastic training is not built into this version; leave it out")
     return problems

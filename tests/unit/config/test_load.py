@@ -136,10 +136,6 @@ WRONG_FILES = {
         "data: {remote_uri: x, validation: {rows: 1, fraction: 0.1}}",
         ":1: data.validation: validation takes one of fraction, rows and uri, not several",
     ),
-    "a column that the format has not": (
-        "data: {remote_uri: x, format: prompt_completion, columns: {promt: question}}",
-        ":1: data: columns: format prompt_completion has no promt; it has prompt, completion",
-    ),
     "more min_nodes than nodes": (
         DATA + "cluster: {min_nodes: 2}",
         ":2: cluster: min_nodes 2 is more than num_nodes 1",

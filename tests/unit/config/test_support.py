@@ -33,6 +33,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a tracker": ({"trackers": ["wandb", "mlflow"]}, "trackers: wandb, mlflow are not built into this version"),
     "data in gs": ({"data": {"remote_uri": "gs://a/b"}}, "gs:// is not built into this version; use s3:// or a folder"),
     "artifacts in gs": ({"artifacts": {"uri": "gs://a/b"}}, "gs:// is not built into this version"),
+    "a column that the format has not": (
+        {"data": {"format": "prompt_completion", "columns": {"promt": "question"}}},
+        "data.columns: format prompt_completion has no promt; it has prompt, completion",
+    ),
     "elasticity": ({"cluster": {"min_nodes": 1}}, "cluster.min_nodes: elastic training is not built into this version"),
 }
 
