@@ -6,6 +6,7 @@ When it fails, what ended it is in the run folder before the process is gone.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -70,7 +71,8 @@ def _configure(work: RankWork, local_rank: int) -> None:
     torch.use_deterministic_algorithms(work.job.spec.training.deterministic)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    # Its bars and advice would land in the middle of ours.
+    # Their bars and advice would land in the middle of ours.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

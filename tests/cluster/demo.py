@@ -22,6 +22,7 @@ from tests.cluster.product import (
     make_storage_profile,
     wait_ended,
 )
+from tests.cluster.tools import binary
 
 JOB = "two-ranks"
 
@@ -60,7 +61,7 @@ def main() -> int:
 def _train(cluster: RealCluster, minio: MinioServer, say: Callable[[str], None]) -> int:
     cluster.kubectl("apply", f"--filename={EXAMPLE}")
     watch = subprocess.Popen(
-        ["kubectl", f"--kubeconfig={cluster.kubeconfig}", "get", "ntj", "--watch"], stdout=sys.stdout
+        [str(binary("kubectl")), f"--kubeconfig={cluster.kubeconfig}", "get", "ntj", "--watch"], stdout=sys.stdout
     )
     try:
         status = wait_ended(cluster, JOB)

@@ -45,13 +45,18 @@ def make_storage_profile(cluster: Cluster, minio: MinioServer, *, namespace: str
     cluster.kubectl("apply", "--filename=-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
 
 
-def install_operator(cluster: Cluster, *, operator_image: str, trainer_image: str, **values: str) -> None:
+def install_operator(cluster: Cluster, *, operator_image: str, trainer_image: str, **values: str | int) -> None:
     """`helm upgrade --install`, and wait until the operator says that it is ready."""
     repository, _, tag = operator_image.rpartition(":")
-    chosen = {"image.repository": repository, "image.tag": tag, "trainerImage": trainer_image, **values}
+    chosen: dict[str, str | int] = {
+        "image.repository": repository,
+        "image.tag": tag,
+        "trainerImage": trainer_image,
+        **values,
+    }
     command: list[str | Path] = [binary("helm"), "upgrade", "--install", "nexa", REPOSITORY / "helm" / "nexa"]
     command += [f"--kubeconfig={cluster.kubeconfig}", f"--namespace={OPERATOR_NAMESPACE}", "--create-namespace"]
-    command += [f"--set-string={key}={value}" for key, value in chosen.items()]
+    command += [f"--set-json={key}={json.dumps(value)}" for key, value in chosen.items()]
     run([*command, "--wait", "--timeout=120s"])
 
 

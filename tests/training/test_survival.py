@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -85,6 +86,18 @@ def test_sigterm_commits_a_checkpoint_and_exits_75(runs: Runs, undisturbed: str)
     outcome = run.finish()
     assert outcome["checkpoint"]["weights_digest"] == undisturbed
     assert outcome["step"] == 120
+
+
+def test_a_rank_that_hangs_is_ended_with_stacks_and_the_run_goes_on(runs: Runs, undisturbed: str) -> None:
+    run = runs.make(**LONG, cluster={"num_nodes": 2}, recovery={"progress_deadline_seconds": 5})
+    process = run.start()
+    wait_for_checkpoints(run, 1)
+    ranks_of(process)[1].suspend()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 70
+    assert json.loads(out)["cause"] == "Stalled"
+    assert "most recent call first" in err
+    assert run.finish()["checkpoint"]["weights_digest"] == undisturbed
 
 
 def test_a_finished_run_ends_at_once_and_writes_nothing(runs: Runs) -> None:

@@ -1,0 +1,195 @@
+"""The whole way: Helm installs the operator, kubectl applies a job, pods train it, MinIO holds what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.cluster import ExternalCluster
+from tests.cluster.minio import MinioServer
+from tests.cluster.node import RealCluster
+from tests.cluster.product import (
+    EXAMPLE,
+    condition,
+    fill_buckets,
+    install_operator,
+    job_status,
+    make_storage_profile,
+    wait_ended,
+)
+from tests.cluster.run import wait_until
+
+pytestmark = pytest.mark.e2e
+
+AnyCluster = RealCluster | ExternalCluster
+
+
+class Product:
+    """A cluster with the operator in it, a store beside it, and the ways of a user."""
+
+    def __init__(self, cluster: AnyCluster, minio: MinioServer) -> None:
+        self.cluster, self.minio = cluster, minio
+
+    def apply(self, document: dict[str, Any]) -> str:
+        self.cluster.kubectl("apply", "--filename=-", input=json.dumps(document))
+        return str(document["metadata"]["name"])
+
+    def nexa(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """The command line on this machine, with the store's credentials."""
+        environment = {**os.environ, **self.minio.env()}
+        command = [sys.executable, "-m", "nexa_train", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+    def pods(self, job: str) -> list[dict[str, Any]]:
+        selector = f"--selector=train.nexa.dev/job-name={job}"
+        items: list[dict[str, Any]] = json.loads(self.cluster.kubectl("get", "pods", selector, "--output=json").stdout)[
+            "items"
+        ]
+        return items
+
+    def events(self, job: str) -> list[str]:
+        selector = f"--field-selector=involvedObject.name={job}"
+        found = json.loads(self.cluster.kubectl("get", "events", selector, "--output=json").stdout)["items"]
+        return [event["reason"] for event in found]
+
+
+@pytest.fixture(scope="module")
+def product(
+    real_cluster: AnyCluster, cluster_minio: MinioServer, operator_image: str, trainer_image: str
+) -> Iterator[Product]:
+    """Installed once for this file."""
+    fill_buckets(cluster_minio)
+    make_storage_profile(real_cluster, cluster_minio, namespace="default")
+    install_operator(
+        real_cluster, operator_image=operator_image, trainer_image=trainer_image, progressIntervalSeconds=1
+    )
+    yield Product(real_cluster, cluster_minio)
+    real_cluster.kubectl("delete", "ntj", "--all", "--wait=true", "--timeout=60s", check=False)
+
+
+def example(name: str | None = None, **groups: dict[str, Any]) -> dict[str, Any]:
+    """examples/job.yaml, perhaps under another name and with some keys changed."""
+    document: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
+    document["metadata"]["name"] = name or document["metadata"]["name"]
+    for group, keys in groups.items():
+        document["spec"][group] = {**document["spec"][group], **keys}
+    return document
+
+
+@pytest.fixture(scope="module")
+def trained(product: Product) -> dict[str, Any]:
+    """The status of examples/job.yaml, applied and ended."""
+    seen: list[dict[str, Any]] = []
+    product.cluster.kubectl("apply", f"--filename={EXAMPLE}")
+    status = wait_ended(product.cluster, "two-ranks", each=seen.append)
+    return {**status, "seen": seen}
+
+
+def test_two_pods_train_the_example_and_the_job_succeeds(product: Product, trained: dict[str, Any]) -> None:
+    assert condition(trained, "Succeeded")["status"] == "True", trained
+    assert (trained["step"], trained["totalSteps"], trained["phase"]) == (40, 40, "Succeeded")
+    assert trained["checkpoint"]["step"] == 40
+    assert trained["checkpoint"]["uri"].startswith("s3://nexa-models/checkpoints/default-two-ranks-")
+    assert sorted(pod["metadata"]["name"].rsplit("-", 1)[0] for pod in product.pods("two-ranks")) == [
+        "two-ranks-a0-0",
+        "two-ranks-a0-1",
+    ]
+
+
+def test_status_was_told_while_it_trained(trained: dict[str, Any]) -> None:
+    assert any(condition(status, "Running").get("status") == "True" for status in trained["seen"])
+
+
+def test_the_checkpoints_are_in_the_store_and_verify(product: Product, trained: dict[str, Any]) -> None:
+    done = product.nexa("verify", trained["checkpoint"]["uri"], "-o", "json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert report["ok"]
+    assert report["manifests"][0]["digest"] == trained["checkpoint"]["digest"]
+    whole_run = json.loads(product.nexa("verify", "s3://nexa-models", "-o", "json").stdout)
+    assert {10, 20, 30, 40} <= {each["step"] for each in whole_run["manifests"]}
+
+
+def test_the_same_file_run_on_this_machine_ends_with_the_same_weights(
+    product: Product, trained: dict[str, Any], tmp_path: Path
+) -> None:
+    done = product.nexa("run", str(EXAMPLE), "--set", f"artifacts.uri={tmp_path}", "-o", "json")
+    outcome = json.loads(done.stdout)
+    assert outcome["exit_code"] == 0, done.stderr
+    assert outcome["run_id"] == trained["runId"]
+    assert outcome["checkpoint"]["weights_digest"] == trained["checkpoint"]["weightsDigest"]
+
+
+def test_the_trainers_pods_hold_no_credentials_of_the_cluster(product: Product, trained: dict[str, Any]) -> None:
+    for pod in product.pods("two-ranks"):
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert not [volume for volume in pod["spec"]["volumes"] if "projected" in volume]
+
+
+def test_secrets_of_the_store_appear_in_no_object_status_or_log(product: Product, trained: dict[str, Any]) -> None:
+    objects = product.cluster.kubectl(
+        "get", "ntj,jobs,pods,services,events", "--all-namespaces", "--output=yaml"
+    ).stdout
+    logs = "".join(product.cluster.kubectl("logs", pod["metadata"]["name"]).stdout for pod in product.pods("two-ranks"))
+    logs += product.cluster.kubectl("logs", "--namespace=nexa-system", "deployment/nexa").stdout
+    assert logs
+    assert product.minio.secret_key not in objects + logs
+
+
+def test_a_job_of_one_step_reports_its_step_and_digest(product: Product) -> None:
+    name = product.apply(
+        example("one-step", training={"maxSteps": 1}, cluster={"numNodes": 1}, data={"validation": {"rows": 2}})
+    )
+    status = wait_ended(product.cluster, name)
+    assert condition(status, "Succeeded")["status"] == "True", status
+    assert status["step"] == 1
+    assert len(status["checkpoint"]["digest"]) == 64
+
+
+def test_a_missing_data_file_fails_the_job_at_once_and_says_which(product: Product) -> None:
+    name = product.apply(example("no-data", data={"remoteUri": "s3://nexa-data/absent.jsonl"}))
+    status = wait_ended(product.cluster, name)
+    failed = condition(status, "Failed")
+    assert failed["status"] == "True"
+    assert "absent.jsonl" in failed["message"]
+    assert status.get("attempt", 0) == 0
+    assert not list(product.minio.client.list_objects("nexa-models", "checkpoints/default-no-data"))
+
+
+def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: Path) -> None:
+    document = example("killed", training={"maxSteps": 300, "saveEverySteps": 20})
+    name = product.apply(document)
+
+    def checkpointed() -> bool:
+        return job_status(product.cluster, name).get("checkpoint", {}).get("step", 0) >= 20
+
+    wait_until(checkpointed, timeout_seconds=120, what="a checkpoint in the status")
+    victim = product.pods(name)[1]["metadata"]["name"]
+    product.cluster.kubectl("delete", "pod", victim, "--grace-period=0", "--force")
+    status = wait_ended(product.cluster, name)
+    assert condition(status, "Succeeded")["status"] == "True", status
+    assert status["attempt"] == 1
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(document))
+    outcome = json.loads(
+        product.nexa("run", str(job), "--set", f"artifacts.uri={tmp_path}/artifacts", "-o", "json").stdout
+    )
+    assert outcome["checkpoint"]["weights_digest"] == status["checkpoint"]["weightsDigest"]
+
+
+def test_deleting_the_job_deletes_its_objects(product: Product, trained: dict[str, Any]) -> None:
+    product.cluster.kubectl("delete", "ntj/two-ranks", "--wait=true")
+    selector = "--selector=train.nexa.dev/job-name=two-ranks"
+    wait_until(
+        lambda: "No resources" in product.cluster.kubectl("get", "jobs,services,pods", selector).stderr,
+        timeout_seconds=60,
+        what="nothing of the job is left",
+    )
