@@ -62,7 +62,7 @@ def make_ready(job: Job, *, attempt: int) -> RankWork | Termination:
     located = locate(job.spec.model)
     tokenizer = load_tokenizer(located.folder)
     prepared = prepare(job.spec, tokenizer)
-    sizes, processors = architecture(job.spec.model), os.cpu_count() or 1
+    sizes, processors = architecture(job.spec.model, located), os.cpu_count() or 1
     plan = make_plan(job.spec, num_sequences=prepared.num_sequences, architecture=sizes, processors=processors)
     frozen = claim_run(store, job.run_id, _identity(job, prepared), frozen={"microbatch": plan.microbatch})
     plan = make_plan(

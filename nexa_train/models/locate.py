@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nexa_train.cache import cache_folder, made_whole
 from nexa_train.config.spec import ModelSpec
@@ -65,12 +67,32 @@ def locate(model: ModelSpec) -> Located:
     return _from_hub(hub_id, model)
 
 
-def architecture(model: ModelSpec) -> Architecture | None:
-    """Sizes of a model as far as they are known without its weights; None: unknown."""
+def architecture(model: ModelSpec, located: Located | None = None) -> Architecture | None:
+    """Sizes of a model: from its folder where there is one, else as the registry knows them; None: unknown."""
+    if located is not None and located.scratch is None:
+        return _sizes(json.loads((located.folder / "config.json").read_text(encoding="utf-8")))
     if model.d_model and model.n_layers and model.n_heads:
         return scratch(model.d_model, model.n_layers, model.n_heads, TINY_VOCAB_SIZE)
     entry = MODELS.get(model.name)
     return entry.architecture if entry else None
+
+
+def _sizes(config: dict[str, Any]) -> Architecture | None:
+    """A llama-like config.json as an architecture; None where it names its sizes otherwise."""
+    try:
+        d_model, heads = config["hidden_size"], config["num_attention_heads"]
+        return Architecture(
+            d_model=d_model,
+            n_layers=config["num_hidden_layers"],
+            n_heads=heads,
+            n_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or d_model // heads,
+            d_ff=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            tied_head=bool(config.get("tie_word_embeddings", True)),
+        )
+    except KeyError:
+        return None
 
 
 def _checked_folder(folder: Path, *, origin: str) -> Located:

@@ -16,16 +16,17 @@ import yaml
 from tests.cluster.cluster import ExternalCluster
 from tests.cluster.minio import MinioServer
 from tests.cluster.node import RealCluster
+from tests.cluster.paths import REPOSITORY
 from tests.cluster.product import (
     EXAMPLE,
     condition,
     fill_buckets,
-    install_operator,
     job_status,
-    make_storage_profile,
     wait_ended,
 )
 from tests.cluster.run import wait_until
+from tests.cluster.tools import binary
+from tests.readme import commands
 
 pytestmark = pytest.mark.e2e
 
@@ -35,8 +36,8 @@ AnyCluster = RealCluster | ExternalCluster
 class Product:
     """A cluster with the operator in it, a store beside it, and the ways of a user."""
 
-    def __init__(self, cluster: AnyCluster, minio: MinioServer) -> None:
-        self.cluster, self.minio = cluster, minio
+    def __init__(self, cluster: AnyCluster, minio: MinioServer, images: dict[str, str]) -> None:
+        self.cluster, self.minio, self.images = cluster, minio, images
 
     def apply(self, document: dict[str, Any]) -> str:
         self.cluster.kubectl("apply", "--filename=-", input=json.dumps(document))
@@ -60,18 +61,35 @@ class Product:
         found = json.loads(self.cluster.kubectl("get", "events", selector, "--output=json").stdout)["items"]
         return [event["reason"] for event in found]
 
+    def shell(self, command: str) -> None:
+        """One command of the README."""
+        programs = {binary(program).parent for program in ("helm", "kubectl")}
+        own = {"KUBECONFIG": str(self.cluster.kubeconfig), **self.images, **self.minio.env()}
+        own["PATH"] = ":".join([*map(str, programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+        done = subprocess.run(
+            ["bash", "-c", command],
+            env={**os.environ, **own},
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=400,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
 
 @pytest.fixture(scope="module")
 def product(
     real_cluster: AnyCluster, cluster_minio: MinioServer, operator_image: str, trainer_image: str
 ) -> Iterator[Product]:
-    """Installed once for this file."""
+    """Installed once for this file, as the README says."""
     fill_buckets(cluster_minio)
-    make_storage_profile(real_cluster, cluster_minio, namespace="default")
-    install_operator(
-        real_cluster, operator_image=operator_image, trainer_image=trainer_image, progressIntervalSeconds=1
-    )
-    yield Product(real_cluster, cluster_minio)
+    repository, _, tag = operator_image.rpartition(":")
+    images = {"OPERATOR_REPOSITORY": repository, "OPERATOR_TAG": tag, "TRAINER_IMAGE": trainer_image}
+    product = Product(real_cluster, cluster_minio, images)
+    for command in commands("On a cluster")[:3]:
+        product.shell(command)
+    yield product
     real_cluster.kubectl("delete", "ntj", "--all", "--wait=true", "--timeout=60s", check=False)
 
 
@@ -86,10 +104,13 @@ def example(name: str | None = None, **groups: dict[str, Any]) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def trained(product: Product) -> dict[str, Any]:
-    """The status of examples/job.yaml, applied and ended."""
+    """The status of examples/job.yaml, applied and ended, with every status on the way."""
     seen: list[dict[str, Any]] = []
-    product.cluster.kubectl("apply", f"--filename={EXAMPLE}")
+    apply, *afterwards = commands("On a cluster")[3:]
+    product.shell(apply)
     status = wait_ended(product.cluster, "two-ranks", each=seen.append)
+    for command in afterwards:
+        product.shell(command)
     return {**status, "seen": seen}
 
 
