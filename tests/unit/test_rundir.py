@@ -1,0 +1,111 @@
+"""The folder between launcher and ranks: whole files, first words first."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nexa_train.config.protocol import Progress, Termination
+from nexa_train.rundir import RunDir
+
+
+@pytest.fixture
+def rundir(tmp_path: Path) -> RunDir:
+    found = RunDir(tmp_path / "run")
+    found.write_run({"step": 0})
+    return found
+
+
+def outcome(cause: str) -> Termination:
+    return Termination(run_id="r", exit_code=1, cause=cause)
+
+
+def test_the_ranks_read_what_the_launcher_wrote(rundir: RunDir) -> None:
+    rundir.write_run({"a": [1, {"b": None}]})
+    assert rundir.read_run() == {"a": [1, {"b": None}]}
+
+
+def test_a_new_attempt_finds_nothing_of_the_one_before(rundir: RunDir) -> None:
+    rundir.ask_to_stop()
+    rundir.write_progress(Progress(run_id="r", step=5))
+    rundir.write_outcome(0, outcome("NexaError"))
+    rundir.write_run({"attempt": 1})
+    assert (rundir.stop_asked(), rundir.read_progress(), rundir.read_outcomes()) == (False, None, [])
+
+
+def test_a_stop_is_seen_once_it_was_asked_for(rundir: RunDir) -> None:
+    assert not rundir.stop_asked()
+    rundir.ask_to_stop()
+    rundir.ask_to_stop()
+    assert rundir.stop_asked()
+
+
+def test_a_stop_may_be_asked_for_before_there_is_a_folder(tmp_path: Path) -> None:
+    early = RunDir(tmp_path / "none")
+    early.ask_to_stop()
+    assert early.stop_asked()
+
+
+def test_there_is_no_progress_before_the_first_word(rundir: RunDir) -> None:
+    assert rundir.read_progress() is None
+
+
+def test_progress_tells_how_long_it_is_since_it_was_written(rundir: RunDir) -> None:
+    rundir.write_progress(Progress(run_id="r", step=3))
+    ago = time.time() - 60
+    os.utime(rundir.path / "progress.json", (ago, ago))
+    found = rundir.read_progress()
+    assert found is not None
+    assert (found.step, found.seconds_since_last_step) == (3, pytest.approx(60, abs=5))
+
+
+def test_a_clock_that_was_set_back_gives_no_negative_silence(rundir: RunDir) -> None:
+    rundir.write_progress(Progress(run_id="r"))
+    ahead = time.time() + 3600
+    os.utime(rundir.path / "progress.json", (ahead, ahead))
+    found = rundir.read_progress()
+    assert found is not None
+    assert found.seconds_since_last_step == 0
+
+
+def test_the_first_last_words_of_a_rank_stay(rundir: RunDir) -> None:
+    rundir.write_outcome(0, outcome("NonFiniteLossError"))
+    rundir.write_outcome(0, outcome("Stopped"))
+    assert [each.cause for each in rundir.read_outcomes()] == ["NonFiniteLossError"]
+
+
+def test_the_rank_that_failed_first_is_named_first(rundir: RunDir) -> None:
+    for rank, (cause, age) in enumerate([("Second", 10), ("Third", 5), ("First", 20)]):
+        rundir.write_outcome(rank, outcome(cause))
+        when = time.time() - age
+        os.utime(rundir.path / f"outcome-{rank}.json", (when, when))
+    assert [each.cause for each in rundir.read_outcomes()] == ["First", "Second", "Third"]
+
+
+def test_a_reader_never_sees_half_a_file(rundir: RunDir) -> None:
+    said = [Progress(run_id="r" * length, step=length) for length in (1, 20_000)]
+    rundir.write_progress(said[0])
+    done = threading.Event()
+
+    def write() -> None:
+        for turn in range(200):
+            rundir.write_progress(said[turn % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        found = rundir.read_progress()
+        assert found is not None
+        assert len(found.run_id) == found.step
+    writer.join()
+
+
+def test_no_draft_is_left_behind(rundir: RunDir) -> None:
+    rundir.write_progress(Progress(run_id="r"))
+    rundir.write_outcome(3, outcome("NexaError"))
+    assert sorted(path.name for path in rundir.path.iterdir()) == ["outcome-3.json", "progress.json", "run.json"]
