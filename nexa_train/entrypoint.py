@@ -50,13 +50,14 @@ def main() -> int:
     """Run this node's part; returns the exit code."""
     try:
         job, node = read_environment(os.environ)
+        port = read_port(os.environ)
     except NexaError as exc:
         return _end(
             Termination(run_id="", exit_code=exc.exit_code, cause=type(exc).__name__, message=str(exc), retryable=False)
         )
     rundir = RunDir(Path(tempfile.mkdtemp(prefix="nexa-run-")))
     _obey_signals(rundir)
-    server = serve(rundir, job, node, port=int(os.environ.get(ENV_PROGRESS_PORT) or PROGRESS_PORT))
+    server = serve(rundir, job, node, port=port)
     try:
         outcome = run_node(job, node, rundir)
     except NexaError as exc:
@@ -83,11 +84,27 @@ def read_environment(environment: Mapping[str, str]) -> tuple[Job, Node]:
         raise ConfigError(f"environment: {exc.args[0]} is not set; it holds the job as JSON") from exc
     except ValueError as exc:
         raise ConfigError(f"environment: {ENV_JOB} or a NEXA_* number cannot be read: {exc}") from exc
+    if not isinstance(body, dict):
+        raise ConfigError(f"environment: {ENV_JOB} holds {type(body).__name__}, expected the job as an object")
+    if not 0 <= index < node_count:
+        raise ConfigError(f"environment: {ENV_NODE_INDEX} is {index}, expected 0 to {node_count - 1}")
     job = job_from_object(body)
     endpoint = environment.get(ENV_RDZV_ENDPOINT)
     if node_count > 1 and not endpoint:
         raise ConfigError(f"environment: {ENV_RDZV_ENDPOINT} is not set, and {node_count} nodes must meet somewhere")
     return job, Node(index, node_count, job.spec.cluster.ranks_per_node, endpoint or None, attempt)
+
+
+def read_port(environment: Mapping[str, str]) -> int:
+    """Where to serve progress; 0: any free port.
+
+    Raises:
+        ConfigError: not the number of a port.
+    """
+    given = environment.get(ENV_PROGRESS_PORT) or str(PROGRESS_PORT)
+    if not given.isdecimal() or int(given) > 65_535:
+        raise ConfigError(f"environment: {ENV_PROGRESS_PORT} is {given!r}, expected a port, or 0 for any free one")
+    return int(given)
 
 
 def serve(rundir: RunDir, job: Job, node: Node, *, port: int) -> ThreadingHTTPServer:

@@ -1,0 +1,168 @@
+"""The process of a pod: what it reads, what it answers, and its last words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from nexa_train.config.protocol import CheckpointRef, Progress, Termination
+from nexa_train.entrypoint import read_environment, read_port, serve
+from nexa_train.errors import ConfigError
+from nexa_train.launch.node import Node
+from nexa_train.rundir import RunDir
+from tests.unit.config.builders import job
+
+JOB = json.dumps({"metadata": {"name": "demo"}, "spec": {"data": {"remoteUri": "train.jsonl"}}})
+
+WRONG: dict[str, tuple[dict[str, str], str]] = {
+    "no job": ({}, "environment: NEXA_JOB is not set; it holds the job as JSON"),
+    "a job that is no JSON": ({"NEXA_JOB": "{"}, "environment: NEXA_JOB or a NEXA_* number cannot be read: Expecting"),
+    "a list as job": ({"NEXA_JOB": "[]"}, "environment: NEXA_JOB holds list, expected the job as an object"),
+    "a job with a typo": (
+        {"NEXA_JOB": '{"metadata": {"name": "a"}, "spec": {"dta": {}}}'},
+        "NexaTrainingJob/a: data: required, and not given; NexaTrainingJob/a: dta: unknown key; did you mean data?",
+    ),
+    "a word as number of nodes": ({"NEXA_JOB": JOB, "NEXA_NUM_NODES": "two"}, "environment: NEXA_JOB or a NEXA_* numb"),
+    "an index beyond the gang": (
+        {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "2", "NEXA_RDZV_ENDPOINT": "a:1", "JOB_COMPLETION_INDEX": "2"},
+        "environment: JOB_COMPLETION_INDEX is 2, expected 0 to 1",
+    ),
+    "nowhere to meet": (
+        {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "2"},
+        "environment: NEXA_RDZV_ENDPOINT is not set, and 2 nodes must meet somewhere",
+    ),
+}
+
+
+@pytest.mark.parametrize(("environment", "expected"), WRONG.values(), ids=WRONG)
+def test_a_wrong_environment_is_named_by_variable(environment: dict[str, str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_environment(environment)
+    assert str(caught.value).startswith(expected)
+
+
+def test_the_environment_says_which_node_of_which_attempt_this_is() -> None:
+    environment = {
+        "NEXA_JOB": JOB,
+        "NEXA_ATTEMPT": "3",
+        "NEXA_NUM_NODES": "2",
+        "JOB_COMPLETION_INDEX": "1",
+        "NEXA_RDZV_ENDPOINT": "demo-0:29500",
+    }
+    assert read_environment(environment) == (job(), Node(1, 2, 1, "demo-0:29500", 3))
+
+
+def test_a_pod_alone_needs_nothing_but_its_job() -> None:
+    assert read_environment({"NEXA_JOB": JOB}) == (job(), Node())
+
+
+@pytest.mark.parametrize(
+    ("given", "port"), [({}, 8080), ({"NEXA_PROGRESS_PORT": ""}, 8080), ({"NEXA_PROGRESS_PORT": "0"}, 0)]
+)
+def test_progress_is_served_where_the_environment_says(given: dict[str, str], port: int) -> None:
+    assert read_port(given) == port
+
+
+@pytest.mark.parametrize("text", ["http", "-1", "65536", "8080.0"])
+def test_what_is_no_port_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="NEXA_PROGRESS_PORT is .*, expected a port, or 0 for any free one"):
+        read_port({"NEXA_PROGRESS_PORT": text})
+
+
+@pytest.fixture
+def rundir(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+@pytest.fixture
+def server(rundir: RunDir) -> Iterator[ThreadingHTTPServer]:
+    serving = serve(rundir, job(), Node(attempt=2), port=0)
+    yield serving
+    serving.shutdown()
+    serving.server_close()
+
+
+def get(server: ThreadingHTTPServer, path: str) -> tuple[int, str, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}{path}", timeout=10) as answer:
+            return answer.status, answer.headers["Content-Type"], answer.read().decode()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.headers["Content-Type"], refused.read().decode()
+
+
+def metrics(server: ThreadingHTTPServer) -> dict[str, float]:
+    families = text_string_to_metric_families(get(server, "/metrics")[2])
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def test_progress_is_answered_before_the_ranks_say_anything(server: ThreadingHTTPServer) -> None:
+    status, kind, body = get(server, "/progress")
+    assert (status, kind) == (200, "application/json")
+    assert Progress.model_validate_json(body) == Progress(run_id=job().run_id, attempt=2, phase="starting")
+
+
+def test_progress_is_what_the_ranks_said_last(server: ThreadingHTTPServer, rundir: RunDir) -> None:
+    checkpoint = CheckpointRef(step=2, uri="s3://m/manifest.json", digest="ab")
+    said = Progress(run_id="r", attempt=2, phase="training", step=3, total_steps=9, loss=1.5, checkpoint=checkpoint)
+    rundir.write_progress(said)
+    heard = Progress.model_validate_json(get(server, "/progress")[2])
+    assert heard.seconds_since_last_step is not None
+    assert heard.model_copy(update={"seconds_since_last_step": None}) == said
+
+
+def test_metrics_are_for_prometheus_and_leave_out_what_is_not_known(
+    server: ThreadingHTTPServer, rundir: RunDir
+) -> None:
+    rundir.write_progress(Progress(run_id="r", step=3, total_steps=9, loss=1.5, tokens_per_second=70.0))
+    assert metrics(server) == {
+        "nexa_step": 3,
+        "nexa_total_steps": 9,
+        "nexa_loss": 1.5,
+        "nexa_tokens_per_second": 70,
+    }
+
+
+def test_metrics_follow_the_ranks(server: ThreadingHTTPServer, rundir: RunDir) -> None:
+    rundir.write_progress(Progress(run_id="r", step=3))
+    before = metrics(server)["nexa_step"]
+    rundir.write_progress(Progress(run_id="r", step=4))
+    assert (before, metrics(server)["nexa_step"]) == (3, 4)
+
+
+def test_it_is_healthy_while_it_lives(server: ThreadingHTTPServer) -> None:
+    assert get(server, "/healthz") == (200, "text/plain", "ok")
+
+
+@pytest.mark.parametrize("path", ["/", "/progress/", "/../etc/passwd", "/debug"])
+def test_nothing_else_is_there(server: ThreadingHTTPServer, path: str) -> None:
+    assert get(server, path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("environment", "complaint"),
+    [({"NEXA_JOB": "[]"}, "NEXA_JOB holds list"), ({"NEXA_JOB": JOB, "NEXA_PROGRESS_PORT": "x"}, "NEXA_PROGRESS_PORT")],
+    ids=["job", "port"],
+)
+def test_a_wrong_environment_ends_with_last_words_and_is_not_tried_again(
+    environment: dict[str, str], complaint: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nexa_train.entrypoint"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = Termination.model_validate_json(done.stdout)
+    assert (done.returncode, said.exit_code, said.cause, said.retryable) == (2, 2, "ConfigError", False)
+    assert complaint in said.message
