@@ -1,0 +1,61 @@
+"""How the ranks of one node are started, and what a failure before them says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from nexa_train.errors import ConfigError, NexaError, RefusedError, StoppedError
+from nexa_train.launch.node import Node, failed_outcome, rank_command
+from tests.unit.config.builders import job
+
+FOLDER = Path("/run/nexa")
+
+
+def test_one_rank_is_started_without_torchrun() -> None:
+    assert rank_command(FOLDER, Node()) == [sys.executable, "-m", "nexa_train.rank", "/run/nexa"]
+
+
+def test_ranks_of_one_node_meet_on_their_own() -> None:
+    arguments = rank_command(FOLDER, Node(ranks=2))[3:]
+    assert arguments == [
+        "--nnodes=1",
+        "--nproc-per-node=2",
+        "--max-restarts=0",
+        "--standalone",
+        "-m",
+        "nexa_train.rank",
+        "/run/nexa",
+    ]
+
+
+def test_ranks_of_several_nodes_meet_at_the_first_and_once_an_attempt() -> None:
+    arguments = rank_command(FOLDER, Node(index=1, count=2, endpoint="pod-0:29500", attempt=3))
+    assert "--nnodes=2" in arguments
+    assert {"--rdzv-backend=c10d", "--rdzv-endpoint=pod-0:29500", "--rdzv-id=nexa-3"} <= set(arguments)
+    assert "--standalone" not in arguments
+
+
+def test_the_command_of_a_node_does_not_depend_on_which_one_it_is() -> None:
+    first, second = (rank_command(FOLDER, Node(index=index, count=2, endpoint="a:1")) for index in (0, 1))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "code", "retryable"),
+    [
+        (ConfigError("wrong"), "ConfigError", 2, False),
+        (RefusedError("no"), "RefusedError", 4, True),
+        (StoppedError("stopped"), "Stopped", 75, True),
+        (NexaError("failed"), "NexaError", 1, True),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_failure_before_the_ranks_keeps_its_code_and_says_whether_to_try_again(
+    error: NexaError, cause: str, code: int, retryable: bool
+) -> None:
+    said = failed_outcome(job(), Node(attempt=2), error)
+    assert (said.run_id, said.attempt, said.message) == (job().run_id, 2, str(error))
+    assert (said.cause, said.exit_code, said.retryable) == (cause, code, retryable)

@@ -1,0 +1,41 @@
+"""What a launcher hands its ranks comes through JSON as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nexa_train.launch.work import RankWork
+from nexa_train.models.locate import Located
+from nexa_train.plan import make_plan
+from nexa_train.registry import MODELS, Architecture
+from tests.unit.config.builders import job
+
+
+def work(scratch: Architecture | None) -> RankWork:
+    described = job(tuning={"type": "lora", "rank": 4}, cluster={"num_nodes": 2})
+    plan = make_plan(described.spec, num_sequences=10, architecture=scratch, processors=2)
+    located = Located(Path("/models/a"), scratch, "scratch")
+    return RankWork(described, plan, located, Path("/cache/a"), {"rows": 3}, {"revision": None}, "/artifacts", 2)
+
+
+@pytest.mark.parametrize("scratch", [None, MODELS["tiny"].architecture], ids=["weights", "from scratch"])
+def test_work_comes_through_json_as_it_was(scratch: Architecture | None) -> None:
+    given = work(scratch)
+    assert RankWork.from_dict(json.loads(json.dumps(given.to_dict()))) == given
+
+
+def test_the_world_of_a_manifest_is_what_the_bits_depend_on() -> None:
+    facts = work(None).world_facts()
+    assert facts.pop("processor")
+    assert facts == {
+        "ranks": 2,
+        "nodes": 2,
+        "microbatch": 1,
+        "accumulation": 4,
+        "threads": 2,
+        "backend": "fsdp",
+        "precision": "fp32",
+    }
