@@ -12,7 +12,7 @@ def main() -> int:
     """Run the command line; returns the exit code."""
     from nexa_train.cli import app  # noqa: PLC0415 - `guarded` is also used without the command line
 
-    return guarded(lambda: app(standalone_mode=False, prog_name="nexa"))
+    return guarded(lambda: app(prog_name="nexa"))  # ends by SystemExit: 2 for an unknown option or command
 
 
 def guarded(command: Callable[[], object]) -> int:

@@ -11,8 +11,14 @@ from typing import Annotated
 
 import typer
 
+
+def _end(code: int | None, **_options: object) -> None:
+    raise typer.Exit(code or 0)
+
+
 app = typer.Typer(
     name="nexa",
+    result_callback=_end,
     help="One description of a training job; the same result on this machine, on Slurm and on Kubernetes.",
     no_args_is_help=True,
     add_completion=False,

@@ -1,0 +1,198 @@
+"""The real command line: quick help, clean JSON, and the exit code of every error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nexa_train import __version__
+from nexa_train.__main__ import main
+from nexa_train.config.load import load_job
+from nexa_train.store import open_store
+from tests.unit.artifact.builders import RUN, publish_chain
+
+COMMANDS = ("run", "validate", "plan", "submit", "verify", "version")
+JOB = "data: {remote_uri: train.jsonl}\ntraining: {max_steps: 4}\n"
+
+
+@dataclass(frozen=True)
+class Answer:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Nexa = Callable[..., Answer]
+
+
+def in_a_process(*arguments: str | Path) -> Answer:
+    command = [sys.executable, "-m", "nexa_train", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def nexa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nexa:
+    """The command line within this process, which is quicker to start."""
+
+    def call(*arguments: str | Path) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["nexa", *map(str, arguments)])
+        try:
+            code: object = main()
+        except SystemExit as ended:
+            code = ended.code
+        assert isinstance(code, int)
+        return Answer(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    path = tmp_path / "demo.yaml"
+    path.write_text(JOB)
+    return path
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> Path:
+    """Two checkpoints of one run."""
+    (tmp_path / "models").mkdir()
+    publish_chain(open_store(str(tmp_path / "models")), tmp_path / "files", 1, 2)
+    return tmp_path / "models"
+
+
+def test_help_comes_in_well_under_200_ms() -> None:
+    if os.getloadavg()[0] > 4:
+        pytest.skip(f"the machine is busy: load average {os.getloadavg()[0]:.1f}")
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert in_a_process("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.2
+
+
+def test_help_loads_neither_torch_nor_pydantic_nor_rich() -> None:
+    code = (
+        "import sys\n"
+        "from nexa_train.__main__ import main\n"
+        "sys.argv = ['nexa', '--help']\n"
+        "try:\n    main()\n"
+        "except SystemExit as ended:\n    print(ended.code, *sorted({n.partition('.')[0] for n in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code_and_modules = done.stdout.splitlines()[-1].split()
+    assert code_and_modules[0] == "0"
+    assert not {"torch", "pydantic", "rich", "yaml", "obstore"} & set(code_and_modules)
+
+
+def test_help_names_every_command_with_a_sentence(nexa: Nexa) -> None:
+    text = nexa("--help").stdout
+    found = {words[0]: words[1:] for line in text.splitlines() if (words := line.split()) and words[0] in COMMANDS}
+    assert set(found) == set(COMMANDS)
+    assert all(len(sentence) >= 3 for sentence in found.values())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_its_options(nexa: Nexa, command: str) -> None:
+    done = nexa(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: nexa {command}")
+    options = [line.split() for line in done.stdout.splitlines() if line.startswith("  -")]
+    assert all(len(words) > 2 or words[0] == "--help" for words in options)
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["validate", "--nodes", "2"], ["validate", "/nothing.yaml"]], ids=str)
+def test_no_mistake_at_the_keyboard_shows_a_traceback(arguments: list[str]) -> None:
+    done = in_a_process(*arguments)
+    assert done.returncode in (2, 3)
+    assert done.stderr
+    assert "Traceback" not in done.stderr
+
+
+MISUSED = {
+    "no command": ([], "Usage: nexa"),
+    "an unknown command": (["trian"], "No such command 'trian'"),
+    "an unknown option": (["validate", "--nodes", "2"], "No such option: --nodes"),
+    "a missing argument": (["verify"], "Missing argument"),
+    "an unknown format": (["version", "-o", "xml"], "'xml' is not one of 'text', 'json'"),
+    "neither file nor recipe": (["plan"], "nexa: error: give either a job file or --config-mode RECIPE"),
+    "no scheduler": (["submit", "--config-mode", "v3"], "nexa: error: submit: name a scheduler: --slurm"),
+    "an unknown recipe": (["validate", "--config-mode", "v9"], "nexa: error: --config-mode v9: no such recipe"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), MISUSED.values(), ids=MISUSED)
+def test_wrong_usage_ends_with_2_and_a_message(nexa: Nexa, arguments: list[str], expected: str) -> None:
+    done = nexa(*arguments)
+    assert done.returncode == 2
+    assert expected in done.stderr + done.stdout
+
+
+def test_validate_answers_in_json_with_the_run_id(nexa: Nexa, job: Path) -> None:
+    answer = json.loads(nexa("validate", job, "-o", "json").stdout)
+    assert answer == {"valid": True, "name": "demo", "run_id": load_job(job).run_id}
+
+
+def test_plan_answers_in_json_with_what_is_decided(nexa: Nexa, job: Path) -> None:
+    answer = json.loads(nexa("plan", job, "-o", "json", "--set", "cluster.num_nodes=2").stdout)
+    decided = {key: answer[key] for key in ("world_size", "global_batch", "microbatch", "accumulation", "total_steps")}
+    assert decided == {"world_size": 2, "global_batch": 8, "microbatch": 4, "accumulation": 1, "total_steps": 4}
+    assert answer["memory"]["weights"] > 0
+
+
+def test_plan_tells_people_the_arithmetic_of_a_step(nexa: Nexa, job: Path) -> None:
+    text = nexa("plan", job, "--set", "training.microbatch_size_per_gpu=2").stdout
+    assert "8 sequences = 2 a microbatch x 4 accumulated x 1 ranks" in text
+    assert "4 steps, a checkpoint every 100" in text
+
+
+def test_version_answers_in_json(nexa: Nexa) -> None:
+    assert json.loads(nexa("version", "-o", "json").stdout) == {"version": __version__}
+
+
+def test_submit_without_sbatch_prints_the_script(
+    nexa: Nexa, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = nexa("submit", job, "--slurm", "--run-name", "mine")
+    assert done.returncode == 0
+    assert "#SBATCH --job-name=mine\n" in done.stdout
+
+
+def test_verify_counts_what_is_whole(nexa: Nexa, artifacts: Path) -> None:
+    done = nexa("verify", artifacts, "-o", "json")
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["ok"], answer["problems"], answer["num_files"]) == (0, True, [], 4)
+    assert [one["step"] for one in answer["manifests"]] == [1, 2]
+
+
+def test_verify_ends_with_1_where_one_byte_differs_and_names_the_file(artifacts: Path) -> None:
+    weights = next(artifacts.glob(f"checkpoints/{RUN}/step-00000002/data/*/model.safetensors"))
+    weights.write_bytes(b"00000003")
+    done = in_a_process("verify", artifacts)
+    assert done.returncode == 1
+    assert f"damaged: model.safetensors of checkpoints/{RUN}/step-00000002" in done.stdout
+    assert "1 problems in: 2 manifests" in done.stdout
+
+
+def test_verify_says_so_in_json_too(nexa: Nexa, artifacts: Path) -> None:
+    next(artifacts.glob(f"checkpoints/{RUN}/step-00000001/data/*/model.safetensors")).unlink()
+    done = nexa("verify", artifacts, "-o", "json")
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["ok"], len(answer["problems"])) == (1, False, 1)
+
+
+def test_verify_ends_with_3_where_nothing_is(nexa: Nexa, tmp_path: Path) -> None:
+    done = nexa("verify", tmp_path / "nothing")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("nexa: error: no manifest.json at or below")
