@@ -10,12 +10,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nexa_train.config.protocol import CheckpointRef, Progress, Termination
+from nexa_train.config.protocol import PROGRESS_PORT, CheckpointRef, Progress, Termination
 from nexa_train.entrypoint import read_environment, read_port, serve
 from nexa_train.errors import ConfigError
 from nexa_train.launch.node import Node
@@ -66,30 +65,44 @@ def test_a_pod_alone_needs_nothing_but_its_job() -> None:
     assert read_environment({"NEXA_JOB": JOB}) == (job(), Node())
 
 
-@pytest.mark.parametrize(
-    ("given", "port"), [({}, 8080), ({"NEXA_PROGRESS_PORT": ""}, 8080), ({"NEXA_PROGRESS_PORT": "0"}, 0)]
-)
-def test_progress_is_served_where_the_environment_says(given: dict[str, str], port: int) -> None:
-    assert read_port(given) == port
+@pytest.mark.parametrize(("text", "port"), [("", 8080), ("0", 0), ("9000", 9000)])
+def test_progress_is_served_where_the_environment_says(text: str, port: int) -> None:
+    assert read_port({"NEXA_PROGRESS_PORT": text}) == port
+
+
+def test_progress_has_a_port_that_both_sides_know() -> None:
+    assert read_port({}) == PROGRESS_PORT
 
 
 @pytest.mark.parametrize("text", ["http", "-1", "65536", "8080.0"])
 def test_what_is_no_port_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="NEXA_PROGRESS_PORT is .*, expected a port, or 0 for any free one"):
+    with pytest.raises(ConfigError, match=r"NEXA_PROGRESS_PORT is .*, expected a port, or 0 for any free one"):
         read_port({"NEXA_PROGRESS_PORT": text})
 
 
-@pytest.fixture
-def rundir(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return RunDir(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
-def server(rundir: RunDir) -> Iterator[ThreadingHTTPServer]:
-    serving = serve(rundir, job(), Node(attempt=2), port=0)
-    yield serving
-    serving.shutdown()
-    serving.server_close()
+def rundir(folder: RunDir) -> RunDir:
+    """Empty, as a new attempt finds it."""
+    folder.write_run({})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def serving(folder: RunDir) -> Iterator[ThreadingHTTPServer]:
+    started = serve(folder, job(), Node(attempt=2), port=0)
+    yield started
+    started.shutdown()
+    started.server_close()
+
+
+@pytest.fixture
+def server(serving: ThreadingHTTPServer, rundir: RunDir) -> ThreadingHTTPServer:
+    return serving
 
 
 def get(server: ThreadingHTTPServer, path: str) -> tuple[int, str, str]:
@@ -120,9 +133,7 @@ def test_progress_is_what_the_ranks_said_last(server: ThreadingHTTPServer, rundi
     assert heard.model_copy(update={"seconds_since_last_step": None}) == said
 
 
-def test_metrics_are_for_prometheus_and_leave_out_what_is_not_known(
-    server: ThreadingHTTPServer, rundir: RunDir
-) -> None:
+def test_metrics_parse_and_leave_out_what_is_not_known(server: ThreadingHTTPServer, rundir: RunDir) -> None:
     rundir.write_progress(Progress(run_id="r", step=3, total_steps=9, loss=1.5, tokens_per_second=70.0))
     assert metrics(server) == {
         "nexa_step": 3,
