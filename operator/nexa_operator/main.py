@@ -23,6 +23,7 @@ from nexa_operator.plan import Defaults
 from nexa_operator.progress import ProgressReader
 from nexa_operator.reconcile import Key, Reconciler
 from nexa_operator.settings import Settings
+from nexa_operator.stateless import NoEssence, NoProgress
 from nexa_operator.workqueue import WorkQueue
 from nexa_train.errors import NexaError
 
@@ -121,6 +122,8 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.scanning.disabled = True
     # Events about jobs are ours to write, from status.
     settings.posting.enabled = False
+    settings.persistence.diffbase_storage = NoEssence()
+    settings.persistence.progress_storage = NoProgress()
     settings.networking.error_backoffs = _Forever()
     settings.networking.connect_timeout = 10
     settings.process.ultimate_exiting_timeout = _END_SECONDS
