@@ -111,7 +111,7 @@ def test_every_command_explains_itself_and_its_options(nexa: Nexa, command: str)
     assert all(len(words) > 2 or words[0] == "--help" for words in options)
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["validate", "--nodes", "2"], ["validate", "/nothing.yaml"]], ids=str)
+@pytest.mark.parametrize("arguments", [["trian"], ["validate", "--nodes", "2"]], ids=" ".join)
 def test_no_mistake_at_the_keyboard_shows_a_traceback(arguments: list[str]) -> None:
     done = in_a_process(*arguments)
     assert done.returncode in (2, 3)
