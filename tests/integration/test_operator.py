@@ -10,13 +10,15 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import yaml
 
-from nexa_train.config.protocol import CheckpointRef, Termination
+from nexa_train.config.protocol import PROGRESS_PORT, CheckpointRef, Termination
 from tests.cluster.cluster import Cluster
 from tests.cluster.errors import ClusterError
 from tests.cluster.run import run, wait_until
@@ -272,6 +274,50 @@ def test_printed_columns_say_what_a_person_wants_to_know(ns):
     header, line = ns.kubectl("get", "ntj").splitlines()
     assert header.split() == ["NAME", "PHASE", "PROGRESS", "LOSS", "ETA", "RESTARTS", "AGE"]
     assert line.split()[:4] == ["printed", "Succeeded", "10/10", "1.5"]
+
+
+POD_ADDRESS = "127.83.71.2"
+"""A loopback address of its own, so that port 8080 there is free."""
+
+
+@pytest.fixture
+def pod_zero() -> Iterator[dict[str, Any]]:
+    """What pod 0 answers to GET /progress; change it at will."""
+    answer: dict[str, Any] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    try:
+        server = ThreadingHTTPServer((POD_ADDRESS, PROGRESS_PORT), Handler)
+    except OSError as exc:
+        pytest.skip(f"cannot listen on {POD_ADDRESS}:{PROGRESS_PORT}: {exc}")
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield answer
+    server.shutdown()
+    server.server_close()
+
+
+def test_progress_is_pulled_from_pod_zero_and_silence_restarts_nothing(ns, pod_zero):
+    ns.submit("pulled", nodes=1)
+    (pod,) = ns.wait_pods("pulled-a0", 1)
+    run_id = ns.wait(lambda: ns.status("pulled").get("runId"), "a run id")
+    reached = CHECKPOINT.model_copy(update={"step": 4}).model_dump()
+    pod_zero |= {"run_id": run_id, "step": 5, "total_steps": 10, "loss": 2.5, "eta_seconds": 75, "checkpoint": reached}
+    ns.play_kubelet(pod, "Running", podIP=POD_ADDRESS, podIPs=[{"ip": POD_ADDRESS}])
+    ns.wait(lambda: ns.status("pulled").get("progress") == "5/10", "progress", "pulled")
+    status = ns.status("pulled")
+    assert (status["loss"], status["eta"], status["checkpoint"]["step"]) == (2.5, "1m15s", 4)
+    pod_zero["run_id"] = "somebody else's pod with the same address"
+    ns.wait_true("pulled", "ProgressUnknown")
+    status = ns.status("pulled")
+    assert (status["phase"], status["attempt"], status["progress"]) == ("Running", 0, "5/10")
 
 
 def test_a_lost_rank_ends_the_attempt_and_the_next_one_follows(ns):
