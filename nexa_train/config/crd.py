@@ -400,7 +400,7 @@ def status_schema() -> Schema:
             "phase": said(text, "A summary of the conditions, to look at; decide by the conditions."),
             "runId": text,
             "attempt": said(whole, "The gang that runs or ran last, from 0."),
-            "restarts": said(whole, "Attempts after the first, whatever ended them."),
+            "restarts": said(whole, "Attempts that were lost and followed by another."),
             "chargedRestarts": said(whole, "Of these, those since the last new checkpoint that count."),
             "startTime": time,
             "completionTime": time,

@@ -147,15 +147,24 @@ RELEASE_NAMESPACE = "nexa-system"
 
 def install_chart(cluster: Cluster, *values: str) -> None:
     """All of the chart but its Deployment: the operator of these tests is a process on this machine."""
+    documents = render_chart(*values)
+    apply_all(cluster, documents, "--dry-run=server")
+    apply_all(cluster, [item for item in documents if item["kind"] != "Deployment"])
+
+
+def render_chart(*values: str) -> list[dict[str, Any]]:
     try:
         helm = binary("helm")
     except ClusterError as exc:
         pytest.skip(f"no helm: {str(exc).splitlines()[0]}")
     chosen = [argument for value in values for argument in ("--set", value)]
-    rendered = run([helm, "template", "nexa", ROOT / "helm" / "nexa", "--namespace", RELEASE_NAMESPACE, *chosen]).stdout
-    documents = [item for item in yaml.safe_load_all(rendered) if item and item["kind"] != "Deployment"]
+    done = run([helm, "template", "nexa", ROOT / "helm" / "nexa", "--namespace", RELEASE_NAMESPACE, *chosen])
+    return [item for item in yaml.safe_load_all(done.stdout) if item]
+
+
+def apply_all(cluster: Cluster, documents: list[dict[str, Any]], *options: str) -> None:
     everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": documents})
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "--filename=-", input=everything)
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "--filename=-", *options, input=everything)
 
 
 def kubeconfig_of_operator(cluster: Cluster, folder: Path) -> Path:
@@ -350,6 +359,31 @@ def test_a_pod_that_is_deleted_by_hand_ends_the_attempt_without_a_charge(ns):
     ns.kubectl("delete", f"pod/{first['metadata']['name']}", "--grace-period=0", "--force")
     ns.wait(lambda: ns.get("job/removed-a1"), "the second attempt", "removed")
     assert ns.status("removed")["chargedRestarts"] == 0
+
+
+def test_a_pod_that_hangs_on_a_dead_node_does_not_hold_up_the_next_attempt(ns):
+    ns.submit("hung", nodes=2)
+    first, second = (pod["metadata"]["name"] for pod in ns.wait_pods("hung-a0", 2))
+    for name in (first, second):
+        binding = {
+            "apiVersion": "v1",
+            "kind": "Binding",
+            "metadata": {"name": name},
+            "target": {"kind": "Node", "name": "dead"},
+        }
+        ns.kubectl(
+            "create",
+            "--raw",
+            f"/api/v1/namespaces/{ns.namespace}/pods/{name}/binding",
+            "--filename=-",
+            input=json.dumps(binding),
+        )
+    ns.kubectl("delete", f"pod/{first}", "--wait=false")
+    ns.wait_pods("hung-a1", 2)
+    hanging = ns.get(f"pod/{first}")
+    assert hanging is not None
+    assert "deletionTimestamp" in hanging["metadata"]
+    assert ns.status("hung")["chargedRestarts"] == 0
 
 
 def test_a_wrong_config_in_the_rank_is_never_tried_again(ns):

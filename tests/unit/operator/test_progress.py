@@ -16,7 +16,7 @@ from nexa_operator.progress import MISSES_UNTIL_UNKNOWN, ProgressReader, Target
 
 from nexa_train.config.protocol import PROGRESS_PORT
 
-pytestmark = pytest.mark.asyncio
+pytestmark = pytest.mark.anyio
 
 TARGET = Target(ip="127.0.0.1", run_id="r", attempt=1)
 

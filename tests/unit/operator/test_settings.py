@@ -50,7 +50,7 @@ def test_kopf_is_told_to_write_nothing_and_to_watch_only_what_carries_our_label(
     assert set(settings.watching.label_selectors.values()) == {"train.nexa.dev/job-uid"}
 
 
-@pytest.mark.asyncio
+@pytest.mark.anyio
 async def test_metrics_and_health_are_served_on_one_port():
     metrics = Metrics()
     metrics.restarts.labels("OOMKilled").inc()

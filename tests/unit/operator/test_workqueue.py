@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from nexa_operator.workqueue import LONGEST_DELAY_SECONDS, WorkQueue
 
-pytestmark = pytest.mark.asyncio
+pytestmark = pytest.mark.anyio
 
 
 async def soon(queue: WorkQueue[str]) -> str | None:
