@@ -57,16 +57,16 @@ def main() -> int:
         )
     rundir = RunDir(Path(tempfile.mkdtemp(prefix="nexa-run-")))
     _obey_signals(rundir)
-    server = serve(rundir, job, node, port=port)
     try:
+        server = serve(rundir, job, node, port=port)
         outcome = run_node(job, node, rundir)
+        server.shutdown()
     except NexaError as exc:
         outcome = failed_outcome(job, node, exc)
     except Exception as exc:  # noqa: BLE001 - whatever it was, the pod's last words must name it
         outcome = Termination(
             run_id=job.run_id, attempt=node.attempt, exit_code=1, cause=type(exc).__name__, message=str(exc)
         )
-    server.shutdown()
     return _end(outcome)
 
 
@@ -136,7 +136,7 @@ def serve(rundir: RunDir, job: Job, node: Node, *, port: int) -> ThreadingHTTPSe
             """Polls every few seconds are not worth a line each."""
 
     server = ThreadingHTTPServer(("", port), Handler)
-    threading.Thread(target=server.serve_forever, name="progress", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), name="progress", daemon=True).start()
     return server
 
 

@@ -1,4 +1,4 @@
-"""The folder through which the launcher and the ranks of one node talk: small JSON files, nothing else.
+"""The folder through which the launcher and the ranks of one attempt on one node talk: small JSON files.
 
     run.json             what the ranks are to do (launcher -> ranks)
     stop                 exists: commit a checkpoint and end (launcher -> ranks)
@@ -27,10 +27,8 @@ class RunDir:
     path: Path
 
     def write_run(self, document: dict[str, Any]) -> Path:
-        """Hand the ranks their work; outcomes of an earlier attempt go."""
+        """Hand the ranks their work. A stop that was asked for before stays asked for."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for stale in (self.path / "stop", self.path / "progress.json", *self.path.glob("outcome-*.json")):
-            stale.unlink(missing_ok=True)
         _replace(self.path / "run.json", json.dumps(document))
         return self.path / "run.json"
 
@@ -69,7 +67,10 @@ class RunDir:
 
     def read_outcomes(self) -> list[Termination]:
         """Last words of this node's ranks, first spoken first: the one that failed first is the cause."""
-        paths = sorted(self.path.glob("outcome-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        paths = sorted(
+            self.path.glob("outcome-*.json"),
+            key=lambda path: (path.stat().st_mtime_ns, int(path.stem.rpartition("-")[2])),
+        )
         return [Termination.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
 
 

@@ -86,8 +86,8 @@ def _load(flags: argparse.Namespace) -> Job:
     overrides: dict[str, Any] = {
         key: getattr(flags, flag) for flag, key in FLAGS.items() if getattr(flags, flag) is not None
     }
-    if flags.gpus_per_node is None and flags.nodes is None:
-        # A recipe speaks of a GPU server; on this machine, its own GPUs count.
+    if load_job(recipe=flags.config_mode).spec.cluster.world_size == 1 and flags.gpus_per_node is None:
+        # A recipe for one rank takes a GPU where this machine has one.
         overrides["cluster.gpus_per_node"] = min(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
     if flags.model_size is not None:
         overrides["model.name"] = _sized(flags)

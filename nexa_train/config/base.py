@@ -8,7 +8,11 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Strict as ByType
 from pydantic.alias_generators import to_camel
+
+Int = Annotated[int, ByType()]
+"""An integer that is written as one: the API server takes neither `"20"` nor `true` for it."""
 
 Text = Annotated[str, StringConstraints(max_length=1024)]
 """A free string, bounded so that CEL rules over it have a bounded cost."""

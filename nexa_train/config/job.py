@@ -35,8 +35,11 @@ class Job(Strict):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes this run this run: the resolved spec in snake_case without `NOT_IDENTITY`."""
-        return self.spec.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+        """What makes this run this run: the spec in snake_case without `NOT_IDENTITY` and without defaults.
+
+        A key that a later version adds does not change what the runs of today are.
+        """
+        return {name: keys for name, keys in self._stated(by_alias=False).items() if name not in NOT_IDENTITY}
 
     @property
     def run_id(self) -> str:
@@ -47,10 +50,15 @@ class Job(Strict):
 
     def as_manifest(self) -> dict[str, Any]:
         """The object that `kubectl apply` takes; defaults left out."""
-        spec = self.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        metadata = self.metadata.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        spec = self._stated(by_alias=True)
+        return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
+
+    def _stated(self, *, by_alias: bool) -> dict[str, Any]:
+        """The spec without what equals its default."""
+        spec = self.spec.model_dump(mode="json", by_alias=by_alias, exclude_defaults=True)
         # A discriminator equal to its default is still what names the branch.
         for group in ("method", "tuning"):
             if group in spec:
                 spec[group]["type"] = getattr(self.spec, group).type
-        metadata = self.metadata.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
+        return spec

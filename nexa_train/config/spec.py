@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from nexa_train.config.base import LabelMap, Name, Quantity, Strict, Text
+from nexa_train.config.base import Int, LabelMap, Name, Quantity, Strict, Text
 
 Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Count = Annotated[Int, Field(ge=1, le=1_000_000)]
 
 
 class ModelSpec(Strict):
@@ -22,10 +22,10 @@ class ModelSpec(Strict):
 
     name: Text = Field("tiny", min_length=1, description="Registry key, hub id, folder or URI of the base model.")
     revision: Text | None = Field(None, description="Commit or tag of a hub id; pins the weights.")
-    d_model: int | None = Field(None, ge=8, le=65_536, description="Hidden size; given: built from scratch.")
-    n_layers: int | None = Field(None, ge=1, le=1024, description="Decoder layers; given: built from scratch.")
-    n_heads: int | None = Field(None, ge=1, le=1024, description="Attention heads; given: built from scratch.")
-    max_seq_len: int = Field(512, ge=8, le=1_048_576, description="Longest sequence in tokens.")
+    d_model: Int | None = Field(None, ge=8, le=65_536, description="Hidden size; given: built from scratch.")
+    n_layers: Int | None = Field(None, ge=1, le=1024, description="Decoder layers; given: built from scratch.")
+    n_heads: Int | None = Field(None, ge=1, le=1024, description="Attention heads; given: built from scratch.")
+    max_seq_len: Int = Field(512, ge=8, le=1_048_576, description="Longest sequence in tokens.")
     attn: Literal["auto", "eager", "sdpa", "flash"] = Field("auto", description="Attention implementation.")
 
     @model_validator(mode="after")
@@ -50,7 +50,7 @@ class ValidationSpec(Strict):
     """Rows held out to measure validation loss: a fraction, a number, or a file of their own; at most one."""
 
     fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows held out.")
-    rows: int | None = Field(None, ge=1, le=10_000_000, description="Number of rows held out.")
+    rows: Int | None = Field(None, ge=1, le=10_000_000, description="Number of rows held out.")
     uri: Text | None = Field(None, description="A file of its own.")
 
     @model_validator(mode="after")
@@ -135,7 +135,7 @@ class FullTuning(Strict):
 class LowRank(Strict):
     """What both kinds of low-rank adapters share (Hu et al. 2021)."""
 
-    rank: int = Field(ge=1, le=1024, description="Rank of the adapters.")
+    rank: Int = Field(ge=1, le=1024, description="Rank of the adapters.")
     alpha: float | None = Field(None, gt=0, le=4096, description="Scale: alpha / rank. Default: 2 x rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
     target_modules: list[Text] = Field(
@@ -168,19 +168,19 @@ class TrainingSpec(Strict):
     """How long, how much at a time, and how exactly."""
 
     global_batch_size: Count = Field(8, description="Sequences an optimiser step, over all ranks.")
-    microbatch_size_per_gpu: Annotated[int, Field(ge=1, le=65_536)] | Auto = Field(
+    microbatch_size_per_gpu: Annotated[Int, Field(ge=1, le=65_536)] | Auto = Field(
         "auto", description="Sequences a rank takes through the model at once."
     )
-    grad_accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] | Auto = Field(
+    grad_accumulation_steps: Annotated[Int, Field(ge=1, le=65_536)] | Auto = Field(
         "auto", description="Microbatches a step; refused where the product does not match."
     )
-    max_steps: int | None = Field(None, ge=1, le=100_000_000, description="Optimiser steps; or give epochs.")
+    max_steps: Int | None = Field(None, ge=1, le=100_000_000, description="Optimiser steps; or give epochs.")
     epochs: float | None = Field(None, gt=0, le=10_000, description="Passes over the data; or give max_steps.")
-    save_every_steps: int = Field(100, ge=1, le=100_000_000, description="A checkpoint every so many steps.")
-    eval_every_steps: int = Field(
+    save_every_steps: Int = Field(100, ge=1, le=100_000_000, description="A checkpoint every so many steps.")
+    eval_every_steps: Int = Field(
         0, ge=0, le=100_000_000, description="Validation every so many steps; 0: before and after."
     )
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seeds weights, adapters and data order.")
+    seed: Int = Field(0, ge=0, le=2**31 - 1, description="Seeds weights, adapters and data order.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Number format of the forward pass.")
     deterministic: bool = Field(True, description="Refuse kernels that do not give the same bits twice.")
     activation_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
@@ -205,7 +205,7 @@ class OptimizerSpec(Strict):
     scheduler: Literal["constant", "linear", "cosine", "cosine_warmup", "wsd"] = Field(
         "cosine_warmup", description="Shape of the learning rate over the steps."
     )
-    warmup_steps: int = Field(0, ge=0, le=100_000_000, description="Steps of linear warm-up.")
+    warmup_steps: Int = Field(0, ge=0, le=100_000_000, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Clip the gradient's norm here; 0: never.")
 
 
@@ -251,10 +251,10 @@ class Volume(Strict):
 class ClusterSpec(Strict):
     """How many ranks, and what each gets. Not part of the run's identity."""
 
-    num_nodes: int = Field(1, ge=1, le=4096, description="Nodes; on Kubernetes, pods.")
-    gpus_per_node: int = Field(0, ge=0, le=64, description="Ranks a node; 0: CPU, one rank a node.")
-    min_nodes: int | None = Field(None, ge=1, le=4096, description="Go on with so many when nodes are lost.")
-    threads_per_rank: int | None = Field(
+    num_nodes: Int = Field(1, ge=1, le=4096, description="Nodes; on Kubernetes, pods.")
+    gpus_per_node: Int = Field(0, ge=0, le=64, description="Ranks a node; 0: CPU, one rank a node.")
+    min_nodes: Int | None = Field(None, ge=1, le=4096, description="Go on with so many when nodes are lost.")
+    threads_per_rank: Int | None = Field(
         None, ge=1, le=1024, description="CPU threads of a rank; another number may round differently."
     )
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec, description="Of each pod.")
@@ -287,21 +287,21 @@ class ArtifactsSpec(Strict):
 
     uri: Text = Field("artifacts", min_length=1, description="Folder or s3://bucket/prefix.")
     storage: Name | None = Field(None, description="Name of an administrator's storage profile.")
-    keep_last: int | None = Field(None, ge=1, le=10_000, description="Keep so many checkpoints; none: all.")
+    keep_last: Int | None = Field(None, ge=1, le=10_000, description="Keep so many checkpoints; none: all.")
 
 
 class RecoveryRule(Strict):
     """What to do when a rank ends so; the first rule that fits wins over the built-in classification."""
 
-    exit_codes: list[Annotated[int, Field(ge=1, le=255)]] = Field(min_length=1, max_length=64)
+    exit_codes: list[Annotated[Int, Field(ge=1, le=255)]] = Field(min_length=1, max_length=64)
     action: Literal["retry", "fail"]
 
 
 class RecoverySpec(Strict):
     """What happens when a rank is lost."""
 
-    max_restarts: int = Field(3, ge=0, le=10_000, description="Restarts without a new checkpoint in between.")
-    progress_deadline_seconds: int = Field(
+    max_restarts: Int = Field(3, ge=0, le=10_000, description="Restarts without a new checkpoint in between.")
+    progress_deadline_seconds: Int = Field(
         600, ge=1, le=604_800, description="A rank without a step for so long is stalled."
     )
     rules: list[RecoveryRule] = Field(default_factory=list, max_length=32)
@@ -314,8 +314,8 @@ class ScheduleSpec(Strict):
     queue_name: Name | None = Field(None, description="Kueue's local queue.")
     priority: Name | None = Field(None, description="PriorityClass of the pods.")
     suspend: bool = Field(False, description="Hold the job, or stop it with a checkpoint.")
-    active_deadline_seconds: int | None = Field(None, ge=1, le=31_536_000)
-    ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31_536_000)
+    active_deadline_seconds: Int | None = Field(None, ge=1, le=31_536_000)
+    ttl_seconds_after_finished: Int | None = Field(None, ge=0, le=31_536_000)
     managed_by: Name | None = Field(None, description="Another controller's name: this one keeps off.")
     deletion_policy: Literal["Retain", "Delete"] = Field("Retain", description="Delete: artifacts go with the job.")
 

@@ -98,9 +98,9 @@ def run_node(
     ready = make_ready(job, attempt=node.attempt)
     if isinstance(ready, Termination):
         return ready
+    rundir.write_run(ready.to_dict())
     if rundir.stop_asked():
         raise StoppedError(f"{job.run_id} was stopped before the first step; run again to go on")
-    rundir.write_run(ready.to_dict())
     ranks = subprocess.Popen(
         rank_command(rundir.path, node),
         stdout=output,
@@ -143,7 +143,8 @@ def _environment(work: RankWork) -> dict[str, str]:
     if work.job.spec.cluster.gpus_per_node == 0:
         fixed["CUDA_VISIBLE_DEVICES"] = ""
     # cuBLAS needs this for equal bits (its documentation, "Results reproducibility").
-    return {**os.environ, **fixed, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    own = {variable.name: variable.value for variable in work.job.spec.cluster.env}
+    return {**os.environ, **own, **fixed, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def _finished(work: RankWork, store: Store) -> Termination | None:

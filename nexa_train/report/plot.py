@@ -17,8 +17,7 @@ def plot_run(job: Job) -> tuple[Path, float | None]:
     """
     store = open_store(job.spec.artifacts.uri)
     manifests = [read_manifest(store, folder).manifest for folder in committed_folders(store, job.run_id)]
-    local = "://" not in job.spec.artifacts.uri
-    folder = Path(job.spec.artifacts.uri if local else "artifacts") / "reports" / job.run_id
+    folder = Path("artifacts" if "://" in store.uri else store.uri) / "reports" / job.run_id
     folder.mkdir(parents=True, exist_ok=True)
     draw(manifests, folder / "loss.svg", title=job.metadata.name)
     return folder / "loss.svg", manifests[0].metrics.get("initial_validation_loss") if manifests else None

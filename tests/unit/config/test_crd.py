@@ -48,17 +48,13 @@ def test_check_names_what_is_stale_and_writes_nothing(tmp_path):
     crd.main(["--check"], root=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "word", ["$ref", "oneOf", "anyOf", "allOf", "const", "prefixItems", "propertyNames", "title"]
-)
+@pytest.mark.parametrize("word", ["$ref", "oneOf", "anyOf", "allOf", "const", "prefixItems", "propertyNames", "title"])
 def test_nothing_that_is_not_structural_is_left(word):
     assert [path for path, node in ALL.items() if word in node] == []
 
 
 def test_every_node_has_a_type_or_is_a_number_or_a_word():
-    bare = [
-        path for path, node in ALL.items() if "type" not in node and "x-kubernetes-int-or-string" not in node
-    ]
+    bare = [path for path, node in ALL.items() if "type" not in node and "x-kubernetes-int-or-string" not in node]
     assert bare == []
 
 
@@ -161,9 +157,7 @@ def test_everything_but_suspending_and_resizing_is_fixed_once_created():
         assert "self == oldSelf" in rules(f"spec.{group}")
     loose = {"cluster": "numNodes", "schedule": "suspend"}
     for group, free in loose.items():
-        fixed = [
-            key for key in ALL[f"spec.{group}"]["properties"] if crd._same(key) in rules(f"spec.{group}")
-        ]
+        fixed = [key for key in ALL[f"spec.{group}"]["properties"] if crd._same(key) in rules(f"spec.{group}")]
         assert set(ALL[f"spec.{group}"]["properties"]) - set(fixed) == {free}
     covered = {*loose, "image", "trackers"} | {
         group for group in SPEC["properties"] if "self == oldSelf" in rules(f"spec.{group}")

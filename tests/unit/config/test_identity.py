@@ -99,7 +99,7 @@ def test_the_run_id_of_a_pinned_job_never_changes() -> None:
         training={"global_batch_size": 64, "max_steps": 200, "seed": 7},
         optimizer={"lr": 2e-4, "warmup_steps": 10},
     )
-    assert pinned.run_id == "default-gsm8k-sft-ea7f5111f4"
+    assert pinned.run_id == "default-gsm8k-sft-3178f91496"
 
 
 def manifest_of(original: Job) -> Job:
