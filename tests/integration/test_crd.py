@@ -18,18 +18,14 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(
-    path
-    for path in (ROOT / "examples").glob("**/*.yaml")
-    if f"kind: {KIND}" in path.read_text(encoding="utf-8")
+    path for path in (ROOT / "examples").glob("**/*.yaml") if f"kind: {KIND}" in path.read_text(encoding="utf-8")
 )
 
 
 @pytest.fixture(scope="module")
 def cluster(control_plane: Cluster) -> Cluster:
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(ROOT / "crds"))
-    control_plane.kubectl(
-        "wait", "--for=condition=Established", "--timeout=30s", "crd/nexatrainingjobs.train.nexa.dev"
-    )
+    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd/nexatrainingjobs.train.nexa.dev")
     return control_plane
 
 
@@ -150,9 +146,7 @@ def test_the_server_refuses_what_the_models_refuse_and_names_the_field(cluster, 
     document = manifest(**spec)
     with pytest.raises(ValueError, match="validation error"):
         Job.model_validate({"metadata": {"name": "job"}, "spec": document["spec"]})
-    refused = cluster.kubectl(
-        "create", "--dry-run=server", "--filename=-", input=json.dumps(document), check=False
-    )
+    refused = cluster.kubectl("create", "--dry-run=server", "--filename=-", input=json.dumps(document), check=False)
     assert refused.returncode
     assert "is invalid" in refused.stderr, "422, not another kind of failure"
     assert field in refused.stderr
