@@ -186,11 +186,11 @@ def test_a_missing_data_file_fails_the_job_at_once_and_says_which(product: Produ
 
 
 def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: Path) -> None:
-    document = example("killed", training={"maxSteps": 300, "saveEverySteps": 20})
+    document = example("killed", training={"maxSteps": 120, "saveEverySteps": 10})
     name = product.apply(document)
 
     def checkpointed() -> bool:
-        return job_status(product.cluster, name).get("checkpoint", {}).get("step", 0) >= 20
+        return job_status(product.cluster, name).get("checkpoint", {}).get("step", 0) >= 10
 
     wait_until(checkpointed, timeout_seconds=120, what="a checkpoint in the status")
     victim = product.pods(name)[1]["metadata"]["name"]
