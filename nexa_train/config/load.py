@@ -80,7 +80,8 @@ def job_from_object(body: Mapping[str, Any]) -> Job:
     metadata = body.get("metadata") or {}
     if not isinstance(metadata, Mapping):
         raise ConfigError(f"{KIND}: metadata: got {metadata!r}; expected a group of keys")
-    kept = {key: metadata[key] for key in ("name", "namespace", "labels", "annotations") if metadata.get(key)}
+    # Labels and annotations of a live object are not the job's: tools write what they like there.
+    kept = {key: metadata[key] for key in ("name", "namespace") if metadata.get(key)}
     source = Source(f"{KIND}/{metadata.get('name', '?')}", dict(body))
     try:
         return Job.model_validate({"metadata": kept, "spec": body.get("spec") or {}})

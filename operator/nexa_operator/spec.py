@@ -6,6 +6,7 @@ The CRD has refused most mistakes; what only the models know (what this version 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from nexa_operator.errors import RuntimeUnavailableError
@@ -26,13 +27,10 @@ def parse(body: Mapping[str, Any]) -> Job:
         ConfigError: the description is wrong, for every operator.
         RuntimeUnavailableError: it is right, and this operator cannot carry it out.
     """
-    metadata = body["metadata"]
-    # Labels and annotations of the object are not the job's: tools write what they like there.
-    job = job_from_object(
-        {"metadata": {"name": metadata["name"], "namespace": metadata["namespace"]}, "spec": body.get("spec")}
-    )
+    job = job_from_object(body)
     check_supported(job.spec)
     _check_storage(job)
+    _check_artifacts_outlive_pods(job)
     _check_available(job)
     return job
 
@@ -49,6 +47,16 @@ def _check_storage(job: Job) -> None:
         raise ConfigError(
             f"data.storage {data} and artifacts.storage {artifacts} differ: both profiles would set the same "
             "AWS_* variables; name one profile that reaches both"
+        )
+
+
+def _check_artifacts_outlive_pods(job: Job) -> None:
+    uri = job.spec.artifacts.uri.removeprefix("file://")
+    mounts = [volume.mount_path for volume in job.spec.cluster.volumes if volume.claim and not volume.read_only]
+    if "://" not in uri and not any(PurePosixPath(uri).is_relative_to(mount) for mount in mounts):
+        raise ConfigError(
+            f"artifacts.uri {uri} is a folder inside the pod and would be gone with it; "
+            "use s3://, or a folder of a claim in cluster.volumes with readOnly false"
         )
 
 

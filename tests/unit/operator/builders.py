@@ -6,7 +6,6 @@ import datetime
 from typing import Any
 
 from nexa_operator.observe import Gang, Observed, Rank, Record
-
 from nexa_train.config import Job
 from nexa_train.config.protocol import CheckpointRef, Progress, Termination
 
@@ -17,7 +16,8 @@ LATER = NOW + datetime.timedelta(seconds=60)
 
 
 def spec(**groups: Any) -> dict[str, Any]:
-    return {"data": {"remoteUri": "rows.jsonl"}, "cluster": {"numNodes": 2}, **groups}
+    sane = {"data": {"remoteUri": "rows.jsonl"}, "cluster": {"numNodes": 2}, "artifacts": {"uri": "s3://models"}}
+    return {**sane, **groups}
 
 
 def job(**groups: Any) -> Job:

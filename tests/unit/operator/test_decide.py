@@ -6,6 +6,7 @@ import datetime
 from typing import Any
 
 import pytest
+
 from nexa_operator.decide import (
     Create,
     Expire,
@@ -22,7 +23,6 @@ from nexa_operator.decide import (
     decide,
 )
 from nexa_operator.observe import Observed, Record
-
 from nexa_train.config.spec import RecoveryRule, RecoverySpec, ScheduleSpec
 from tests.unit.operator.builders import NOW, checkpoint, failed, gang, rank, seen, words
 

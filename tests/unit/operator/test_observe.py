@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from nexa_operator.observe import Record, newest, observe, read_record
 
+from nexa_operator.observe import Record, newest, observe, read_record
 from tests.unit.operator.builders import (
     GANG_UID,
     body,

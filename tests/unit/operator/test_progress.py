@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from nexa_operator.progress import MISSES_UNTIL_UNKNOWN, ProgressReader, Target
 
+from nexa_operator.progress import MISSES_UNTIL_UNKNOWN, ProgressReader, Target
 from nexa_train.config.protocol import PROGRESS_PORT
 
 pytestmark = pytest.mark.anyio

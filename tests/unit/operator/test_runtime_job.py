@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
+
 from nexa_operator.naming import rendezvous_endpoint
 from nexa_operator.plan import Defaults, make_plan
 from nexa_operator.runtimes import job as runtime
-
 from nexa_train.config import Job
 from tests.unit.operator.builders import UID, job
 

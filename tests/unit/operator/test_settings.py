@@ -7,6 +7,7 @@ import logging
 
 import httpx
 import pytest
+
 from nexa_operator.errors import SettingsError
 from nexa_operator.main import kopf_settings
 from nexa_operator.metrics import Metrics, serving

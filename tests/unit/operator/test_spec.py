@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
 from nexa_operator.errors import RuntimeUnavailableError
 from nexa_operator.spec import is_ours, parse
-
 from nexa_train.errors import ConfigError
 from tests.unit.operator.builders import body
 
@@ -25,6 +25,24 @@ from tests.unit.operator.builders import body
 def test_a_wrong_description_is_refused_with_the_key(groups, said):
     with pytest.raises(ConfigError, match=said):
         parse(body(**groups))
+
+
+def test_checkpoints_that_would_be_gone_with_their_pod_are_refused():
+    with pytest.raises(ConfigError, match=r"artifacts.uri artifacts is a folder inside the pod.*use s3://"):
+        parse(body(artifacts={"uri": "artifacts"}))
+
+
+@pytest.mark.parametrize(
+    ("mount", "read_only", "kept"), [("/models", False, True), ("/models", True, False), ("/other", False, False)]
+)
+def test_a_folder_of_a_writable_claim_is_taken_for_artifacts(mount, read_only, kept):
+    volume = {"name": "models", "mountPath": mount, "claim": "models", "readOnly": read_only}
+    described = body(artifacts={"uri": "/models/team"}, cluster={"numNodes": 2, "volumes": [volume]})
+    if kept:
+        assert parse(described).spec.artifacts.uri == "/models/team"
+        return
+    with pytest.raises(ConfigError, match="/models/team is a folder inside the pod"):
+        parse(described)
 
 
 @pytest.mark.parametrize(

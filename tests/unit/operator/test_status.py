@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from nexa_operator.decide import Create, Fail, Hold, Loss, Restart, Resume, Succeed, Watch
 from nexa_operator.observe import Observed, Record
 from nexa_operator.status import Context, duration, happenings, next_status
-
 from tests.unit.operator.builders import LATER, NOW, checkpoint, failed, gang, progress, rank, seen, words
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from nexa_operator.workqueue import LONGEST_DELAY_SECONDS, WorkQueue
 
 pytestmark = pytest.mark.anyio
