@@ -131,7 +131,7 @@ def test_what_is_asked_for_is_also_the_limit(cluster, resources):
     ("groups", "default", "profile"),
     [
         ({}, "", None),
-        ({}, "minio", None),
+        ({"artifacts": {"uri": "/models"}}, "minio", None),
         ({"artifacts": {"uri": "s3://m"}}, "", None),
         ({"artifacts": {"uri": "s3://m"}}, "minio", "minio"),
         ({"data": {"remoteUri": "s3://rows"}}, "minio", "minio"),
