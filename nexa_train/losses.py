@@ -19,11 +19,14 @@ class CausalLoss(nn.Module):
     """A causal language model whose forward pass is its loss: no logits leave it.
 
     As one module, so that FSDP's root gathers embedding and head around the whole of it.
+
+    Args:
+        bf16: whether matrix products run in bfloat16, weights staying as they are. Not where FSDP casts.
     """
 
-    def __init__(self, causal: PreTrainedModel) -> None:
+    def __init__(self, causal: PreTrainedModel, *, bf16: bool = False) -> None:
         super().__init__()
-        self.causal = causal
+        self.causal, self.bf16 = causal, bf16
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, targets: Tensor) -> Tensor:
         """Sum over target tokens of -log p(target), in float32, a scalar.
@@ -34,10 +37,10 @@ class CausalLoss(nn.Module):
                 from that jump that samples must not see each other.
             targets: int64 [batch, length], the next token, or IGNORE.
         """
-        decoder = self.causal.base_model
-        hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        counted = targets != IGNORE
-        return summed_loss(hidden[counted], targets[counted], self.causal.get_output_embeddings())
+        decoder, counted = self.causal.base_model, targets != IGNORE
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+            return summed_loss(hidden[counted], targets[counted], self.causal.get_output_embeddings())
 
 
 def summed_loss(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:

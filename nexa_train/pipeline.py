@@ -117,10 +117,7 @@ class TrainingPipeline:
         """The checkpoint to go on from. Rank 0 decides: another rank might list a moment later, and see more."""
         found = None
         if self.context.rank == 0:
-            looked = newest_valid(self.store, self.run_id, set_aside=True)
-            for problem in looked.damaged:
-                print(f"damaged checkpoint is not used: {problem}", flush=True)
-            found = looked.committed
+            found = newest_valid(self.store, self.run_id, set_aside=True).committed
         if self.context.world == 1:
             return found
         message = torch.zeros(40, dtype=torch.uint8)
@@ -152,6 +149,7 @@ class TrainingPipeline:
 
     def _commit(self) -> None:
         """Save, publish, and let every node know; rank 0's failure ends all ranks."""
+        self._tell("saving")
         state = self.backend.state()
         message = torch.zeros(64, dtype=torch.uint8)
         if self.context.rank == 0:

@@ -55,7 +55,8 @@ def _run(rundir: RunDir, rank: int) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     _configure(work, local_rank)
     if world > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # Flags and sums of a few bytes live on the CPU also where weights do not.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         context = _context(work, rank, world)
         facts = RunFacts(work.job, work.attempt, work.dataset, work.code, work.world_facts())

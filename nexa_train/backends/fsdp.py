@@ -43,9 +43,10 @@ class FsdpBackend:
             inject_adapters(self.lora, self.causal)
         if spec.training.activation_checkpointing:
             self.causal.gradient_checkpointing_enable({"use_reentrant": False})
-        module = CausalLoss(self.causal).to(self._device())
-        if self.context.world > 1:
-            self._shard(module)
+        sharded, bf16 = self.context.world > 1, spec.training.precision == "bf16"
+        module = CausalLoss(self.causal, bf16=bf16 and not sharded).to(self._device())
+        if sharded:
+            self._shard(module, bf16=bf16)
         self.optimizer = make_optimizer(spec.optimizer, module.named_parameters())
         self.torch_state = TorchState(self.causal, self.optimizer, adapter=self.lora is not None)
         self.engine = Engine(self.context, module, self.optimizer, no_sync=partial(_without_sync, module))
@@ -79,8 +80,7 @@ class FsdpBackend:
     def _device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-    def _shard(self, module: CausalLoss) -> None:
-        bf16 = self.context.spec.training.precision == "bf16"
+    def _shard(self, module: CausalLoss, *, bf16: bool) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None
         )

@@ -58,7 +58,8 @@ class HfBackend:
 
     def validate(self) -> float | None:
         """See `loop.mean_loss`."""
-        return mean_loss(CausalLoss(self.causal), self.context.validation, self.context)
+        bf16 = self.context.spec.training.precision == "bf16"
+        return mean_loss(CausalLoss(self.causal, bf16=bf16), self.context.validation, self.context)
 
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """Let TRL take the remaining steps."""

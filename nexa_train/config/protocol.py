@@ -63,7 +63,7 @@ class Progress(Message):
     run_id: str
     attempt: int = 0
     phase: str = "starting"
-    """starting | preparing | validating | training | finished"""
+    """starting | preparing | validating | training | saving | finished"""
     step: int = 0
     total_steps: int | None = None
     loss: float | None = None

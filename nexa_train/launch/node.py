@@ -22,10 +22,10 @@ from nexa_train.config.job import Job
 from nexa_train.config.protocol import EXIT_STALLED, CheckpointRef, Progress, Termination
 from nexa_train.config.support import check_supported
 from nexa_train.data.prepare import Prepared, prepare
-from nexa_train.data.tokenizer import load_tokenizer
-from nexa_train.errors import NexaError, StoppedError
+from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
+from nexa_train.errors import ConfigError, NexaError, StoppedError
 from nexa_train.launch.work import RankWork, dataset_facts
-from nexa_train.models.locate import architecture, locate
+from nexa_train.models.locate import Located, architecture, locate
 from nexa_train.plan import make_plan
 from nexa_train.provenance import code_facts
 from nexa_train.rundir import RunDir
@@ -47,7 +47,7 @@ class Node:
     attempt: int = 0
 
 
-def make_ready(job: Job, *, attempt: int) -> RankWork | Termination:
+def make_ready(job: Job, node: Node) -> RankWork | Termination:
     """Check everything, prepare the data, claim the run's name.
 
     Returns:
@@ -57,6 +57,7 @@ def make_ready(job: Job, *, attempt: int) -> RankWork | Termination:
         NexaError: anything that would make the run fail, before it starts.
     """
     check_supported(job.spec)
+    check_devices(job, node)
     store = open_store(job.spec.artifacts.uri)
     store.probe()
     located = locate(job.spec.model)
@@ -64,7 +65,9 @@ def make_ready(job: Job, *, attempt: int) -> RankWork | Termination:
     prepared = prepare(job.spec, tokenizer)
     sizes, processors = architecture(job.spec.model, located), os.cpu_count() or 1
     plan = make_plan(job.spec, num_sequences=prepared.num_sequences, architecture=sizes, processors=processors)
-    frozen = claim_run(store, job.run_id, _identity(job, prepared), frozen={"microbatch": plan.microbatch})
+    frozen = claim_run(
+        store, job.run_id, _identity(job, prepared, located, tokenizer), frozen={"microbatch": plan.microbatch}
+    )
     plan = make_plan(
         job.spec,
         num_sequences=prepared.num_sequences,
@@ -73,7 +76,14 @@ def make_ready(job: Job, *, attempt: int) -> RankWork | Termination:
         microbatch=frozen["microbatch"],
     )
     work = RankWork(
-        job, plan, located, prepared.folder, dataset_facts(job, prepared, located), code_facts(), store.uri, attempt
+        job,
+        plan,
+        located,
+        prepared.folder,
+        dataset_facts(job, prepared, located),
+        code_facts(),
+        store.uri,
+        node.attempt,
     )
     return _finished(work, store) or work
 
@@ -95,7 +105,7 @@ def run_node(
     Raises:
         NexaError: see `make_ready`; StoppedError: a stop was asked for before a rank ran.
     """
-    ready = make_ready(job, attempt=node.attempt)
+    ready = make_ready(job, node)
     if isinstance(ready, Termination):
         return ready
     rundir.write_run(ready.to_dict())
@@ -130,8 +140,28 @@ def rank_command(folder: Path, node: Node) -> list[str]:
     return [sys.executable, "-m", "nexa_train.launch.torchrun", *shape, *rendezvous, *module]
 
 
-def _identity(job: Job, prepared: Prepared) -> dict[str, object]:
-    return {"config": job.identity, "dataset_digest": prepared.digest}
+def check_devices(job: Job, node: Node) -> None:
+    """Refuse to start more ranks than this machine has GPUs, where the job asks for GPUs.
+
+    Raises:
+        ConfigError: names both numbers.
+    """
+    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if job.spec.cluster.gpus_per_node and node.ranks > found:
+        raise ConfigError(
+            f"cluster.gpus_per_node: the job wants {node.ranks} GPUs here and this machine has {found}; "
+            "run it where they are, or train on the CPU with cluster.gpus_per_node 0"
+        )
+
+
+def _identity(job: Job, prepared: Prepared, located: Located, tokenizer: ChatTokenizer) -> dict[str, object]:
+    """What two attempts must have in common beyond the description: the things that it names."""
+    return {
+        "config": job.identity,
+        "dataset_digest": prepared.digest,
+        "tokenizer_digest": tokenizer.digest,
+        "base_model": located.origin,
+    }
 
 
 def _environment(work: RankWork) -> dict[str, str]:
@@ -149,7 +179,10 @@ def _environment(work: RankWork) -> dict[str, str]:
 
 def _finished(work: RankWork, store: Store) -> Termination | None:
     """How the run ended, if its last step is committed and whole."""
-    newest = newest_valid(store, work.job.run_id).committed
+    found = newest_valid(store, work.job.run_id)
+    for problem in found.damaged:
+        print(f"nexa: warning: a damaged checkpoint is not used: {problem}", file=sys.stderr, flush=True)
+    newest = found.committed
     if newest is None or newest.manifest.step != work.plan.total_steps:
         return None
     manifest = newest.manifest

@@ -65,6 +65,20 @@ def test_packed_samples_have_the_loss_and_gradients_they_have_alone(rows: Path) 
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-4, atol=1e-4)
 
 
+def test_bf16_loss_is_near_the_float32_loss_and_not_equal_to_it(rows: Path) -> None:
+    from nexa_train.loop import batch_loss
+    from nexa_train.losses import CausalLoss
+    from nexa_train.models.build import build_model
+
+    context = make_context(rows)
+    causal = build_model(context.spec, context.located, context.tokenizer)
+    exact, rounded = (
+        batch_loss(CausalLoss(causal, bf16=bf16), context.train.batch([0])).item() for bf16 in (False, True)
+    )
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.01)
+
+
 def test_padding_changes_nothing(rows: Path) -> None:
     from nexa_train.loop import batch_loss
     from nexa_train.losses import CausalLoss
