@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from nexa_train.artifact.verify import verify
+from nexa_train.artifact.verify import Report, verify
 from nexa_train.cache import cache_folder
 from nexa_train.config import Job
-from nexa_train.config.protocol import Progress, Termination
+from nexa_train.config.protocol import CheckpointRef, Progress, Termination
 from nexa_train.errors import NexaError
 from nexa_train.launch.node import Node, failed_outcome, run_node
 from nexa_train.report.plot import plot_run
@@ -52,7 +52,7 @@ def run_job(job: Job, *, as_json: bool) -> int:
     if outcome.exit_code:
         return _failed(console, outcome, log)
     shutil.rmtree(rundir.path)
-    return _succeeded(console, job, outcome, as_json=as_json)
+    return _succeeded(job, outcome, as_json=as_json)
 
 
 def _failed(console: Console, outcome: Termination, log: Path) -> int:
@@ -63,24 +63,30 @@ def _failed(console: Console, outcome: Termination, log: Path) -> int:
     return outcome.exit_code
 
 
-def _succeeded(console: Console, job: Job, outcome: Termination, *, as_json: bool) -> int:
+def _succeeded(job: Job, outcome: Termination, *, as_json: bool) -> int:
     checkpoint = outcome.checkpoint
     if checkpoint is None:
         raise NexaError(f"{job.run_id} ended without a checkpoint, which should not be possible; please report it")
     report = verify(checkpoint.uri)
     plot, initial = plot_run(job)
     if not as_json:
-        say = console.print if console.is_terminal else print
-        if outcome.message:
-            say(f"{job.run_id}: {outcome.message}")
-        if initial is not None and outcome.validation_loss is not None:
-            say(f"validation loss   {initial:.4f} before, {outcome.validation_loss:.4f} after")
-        say(f"checkpoint        {checkpoint.uri}")
-        say(f"                  sha256:{checkpoint.digest}, weights sha256:{checkpoint.weights_digest}")
-        verdict = "verified" if report.ok else "DAMAGED"
-        say(f"                  {verdict}: {report.num_files} files, {report.num_bytes} bytes")
-        say(f"loss plot         {plot}")
+        _report(job, outcome, checkpoint, report, plot, initial)
     return 0 if report.ok else 1
+
+
+def _report(
+    job: Job, outcome: Termination, checkpoint: CheckpointRef, report: Report, plot: Path, initial: float | None
+) -> None:
+    """Plain lines on stdout: paths stay whole, to be copied."""
+    if outcome.message:
+        print(f"{job.run_id}: {outcome.message}")
+    if initial is not None and outcome.validation_loss is not None:
+        print(f"validation loss   {initial:.4f} before, {outcome.validation_loss:.4f} after")
+    print(f"checkpoint        {checkpoint.uri}")
+    print(f"                  sha256:{checkpoint.digest}, weights sha256:{checkpoint.weights_digest}")
+    verdict = "verified" if report.ok else "DAMAGED"
+    print(f"                  {verdict}: {report.num_files} files, {report.num_bytes} bytes")
+    print(f"loss plot         {plot}")
 
 
 @contextmanager
