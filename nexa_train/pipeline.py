@@ -99,7 +99,7 @@ class TrainingPipeline:
         newest = self._newest()
         if newest is None:
             return
-        folder = self.rundir.path / f"restore-{newest.manifest.step}"
+        folder = self.rundir.restoring(newest.manifest.step)
         if self.speaks:
             shutil.rmtree(folder, ignore_errors=True)
             fetch(self.store, newest, folder)
@@ -154,7 +154,7 @@ class TrainingPipeline:
         message = torch.zeros(64, dtype=torch.uint8)
         if self.context.rank == 0:
             digest = weights_digest(state.weights)
-            folder = self.rundir.path / f"save-{state.step}"
+            folder = self.rundir.saving(state.step)
             shutil.rmtree(folder, ignore_errors=True)
             extra = self.backend.describe(state.weights)
             files = write_checkpoint(folder, state, extra=extra, tokenizer=self.context.located.folder)

@@ -4,6 +4,7 @@
     stop                 exists: commit a checkpoint and end (launcher -> ranks)
     progress.json        `protocol.Progress` of this node (local rank 0 -> launcher)
     outcome-RANK.json    `protocol.Termination` of a rank that failed (ranks -> launcher)
+    save-STEP, restore-STEP   files of a checkpoint on their way to or from the store (ranks alone)
 
 Files are replaced in one rename, so a reader never sees half of one.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,19 @@ class RunDir:
     def stop_asked(self) -> bool:
         """Whether `ask_to_stop` was called."""
         return (self.path / "stop").exists()
+
+    def saving(self, step: int) -> Path:
+        """Where the files of a checkpoint are written before they are published."""
+        return self.path / f"save-{step}"
+
+    def restoring(self, step: int) -> Path:
+        """Where the files of a checkpoint are fetched to."""
+        return self.path / f"restore-{step}"
+
+    def drop_tensors(self) -> None:
+        """Remove what ranks that were killed left of both; they may be many gigabytes."""
+        for folder in [*self.path.glob("save-*"), *self.path.glob("restore-*")]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def write_progress(self, progress: Progress) -> None:
         """Publish where this node stands."""

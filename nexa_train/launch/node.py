@@ -124,6 +124,7 @@ def run_node(
         if ranks.poll() is None:
             os.killpg(ranks.pid, signal.SIGKILL)
             ranks.wait()
+        rundir.drop_tensors()
 
 
 def rank_command(folder: Path, node: Node) -> list[str]:
