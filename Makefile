@@ -35,13 +35,13 @@ demo: setup ## Fine-tune a real model on this machine; prints losses, checkpoint
 	$(BIN)/nexa run $(JOB)
 
 .PHONY: test
-test: setup ## Run every test: unit, contract, training, integration, end to end
+test: setup lint typecheck verify ## Run every check and every test: unit, contract, training, integration, end to end
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m 'not soak'
 	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 .PHONY: test-unit
-test-unit: setup ## Run the tests that need neither torch nor a cluster: within a minute
+test-unit: setup ## Run the tests that start no cluster and train nothing: within a minute
 	$(BIN)/pytest -q tests/unit -m 'not integration and not training and not e2e'
 
 .PHONY: test-soak

@@ -6,7 +6,10 @@ A checkpoint is a folder of
     config.json | adapter_config.json               beside them, as those libraries expect
     tokenizer.json, ...                             the tokenizer's files, unchanged
     optimizer.safetensors                           both moments
-    state.json                                      the step and the cursor
+    state.json                                      the step
+
+Beyond `SHARD_BYTES` weights and moments are split as transformers splits them: STEM-00001-of-00003.safetensors
+and so on, and STEM.safetensors.index.json beside them.
 
 Nothing is pickled. Before: a backend gathered the state. After: `artifact.publish` commits the folder.
 """
@@ -34,23 +37,22 @@ from nexa_train.models.locate import Located
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-MODEL, ADAPTER, OPTIMIZER, STATE = (
-    "model.safetensors",
-    "adapter_model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-)
+MODEL, ADAPTER, OPTIMIZER, STATE = "model", "adapter_model", "optimizer", "state.json"
+
+SHARD_BYTES = 4 << 30
+"""Largest file: below what a store takes in one conditional write (5 GiB on S3)."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps a parameter, beside the step."""
 
 
-def write_checkpoint(folder: Path, state: TrainState, *, extra: dict[str, bytes], tokenizer: Path) -> dict[str, Path]:
+def write_checkpoint(
+    folder: Path, state: TrainState, *, extra: dict[str, bytes], tokenizer: Path, shard_bytes: int = SHARD_BYTES
+) -> dict[str, Path]:
     """Write the files of a checkpoint; returns them by their names in the manifest."""
     folder.mkdir(parents=True)
-    weights = ADAPTER if "adapter_config.json" in extra else MODEL
-    save_file(state.weights, folder / weights, metadata={"format": "pt"})
-    save_file(state.moments, folder / OPTIMIZER)
+    _save_shards(folder, ADAPTER if "adapter_config.json" in extra else MODEL, state.weights, shard_bytes)
+    _save_shards(folder, OPTIMIZER, state.moments, shard_bytes)
     (folder / STATE).write_text(json.dumps({"step": state.step}), encoding="utf-8")
     for name, content in extra.items():
         (folder / name).write_bytes(content)
@@ -66,12 +68,45 @@ def read_checkpoint(folder: Path) -> TrainState:
     Raises:
         DamagedError: a file is missing.
     """
-    weights = next((folder / name for name in (MODEL, ADAPTER) if (folder / name).is_file()), None)
-    missing = [name for name in (OPTIMIZER, STATE) if not (folder / name).is_file()]
-    if weights is None or missing:
-        raise DamagedError(f"checkpoint {folder}: no {', '.join(missing) or 'weights'} in it")
+    weights = _load_shards(folder, MODEL) or _load_shards(folder, ADAPTER)
+    moments = _load_shards(folder, OPTIMIZER)
+    if not weights or not moments or not (folder / STATE).is_file():
+        raise DamagedError(f"checkpoint {folder}: weights, {OPTIMIZER} or {STATE} is not in it")
     step = int(json.loads((folder / STATE).read_text(encoding="utf-8"))["step"])
-    return TrainState(load_file(weights), load_file(folder / OPTIMIZER), step)
+    return TrainState(weights, moments, step)
+
+
+def _save_shards(folder: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for name in sorted(tensors):
+        size = tensors[name].nbytes
+        if size > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensors[name]
+        room -= size
+    if len(shards) == 1:
+        save_file(shards[0], folder / f"{stem}.safetensors", metadata={"format": "pt"})
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _load_shards(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Whatever `_save_shards` wrote under this stem; empty if nothing."""
+    files = [folder / f"{stem}.safetensors", *sorted(folder.glob(f"{stem}-*-of-*.safetensors"))]
+    found: dict[str, Tensor] = {}
+    for file in files:
+        if file.is_file():
+            found |= load_file(file)
+    return found
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:

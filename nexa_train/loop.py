@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -22,22 +21,17 @@ from nexa_train.optim import learning_rate
 
 
 class Engine:
-    """A loss module and its optimiser, and how gradients cross ranks.
+    """A loss module and its optimiser.
+
+    Sharded gradients cross ranks after every microbatch: kept back until the last one they would be whole on
+    every rank, which is what sharding avoids.
 
     Args:
         loss_module: `CausalLoss`, perhaps sharded.
-        no_sync: entered for every microbatch but the last, where gradients need not cross ranks yet.
     """
 
-    def __init__(
-        self,
-        context: RankContext,
-        loss_module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        self.context, self.module, self.optimizer, self.no_sync = context, loss_module, optimizer, no_sync
+    def __init__(self, context: RankContext, loss_module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.context, self.module, self.optimizer = context, loss_module, optimizer
         self.parameters = [parameter for parameter in loss_module.parameters() if parameter.requires_grad]
 
     def train(self, start: int, after_step: Callable[[StepMetrics], bool]) -> None:
@@ -61,10 +55,9 @@ class Engine:
         batches = [self.context.train.batch(micro) for micro in micros]
         denominator = self.context.step_targets(step)
         sums = torch.zeros(2, dtype=torch.float64)
-        for index, batch in enumerate(batches):
-            with nullcontext() if index == len(batches) - 1 else self.no_sync():
-                loss = batch_loss(self.module, batch)
-                torch.autograd.backward(loss / denominator)
+        for batch in batches:
+            loss = batch_loss(self.module, batch)
+            torch.autograd.backward(loss / denominator)
             sums += torch.tensor([loss.item(), batch.tokens], dtype=torch.float64)
         sums = summed(sums, self.context.world)
         norm = self._clip()

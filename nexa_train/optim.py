@@ -17,8 +17,9 @@ WSD_DECAY_SHARE = 0.1
 def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:
     """The learning rate of one step; steps count from 0. Pure.
 
-    Warm-up is linear over `warmup_steps` for every scheduler; afterwards `constant` stays, `linear` and
-    `cosine` (= `cosine_warmup`) fall to 0 at the end, `wsd` stays and falls linearly over its last tenth.
+    Warm-up is linear over `warmup_steps` for every scheduler. Afterwards `constant` stays; `linear` and `cosine`
+    (= `cosine_warmup`) fall towards the 0 that the step after the last would have; `wsd` stays, and falls
+    linearly over its last tenth.
     """
     if step < spec.warmup_steps:
         return spec.lr * (step + 1) / spec.warmup_steps

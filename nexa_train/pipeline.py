@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from nexa_train.backends.base import RankContext, StepMetrics
 from nexa_train.checkpoint import read_checkpoint, weights_digest, write_checkpoint
 from nexa_train.config.job import Job
 from nexa_train.config.protocol import CheckpointRef, Progress
-from nexa_train.errors import DamagedError, StoppedError
+from nexa_train.errors import DamagedError, NotFoundError, StoppedError
 from nexa_train.rundir import RunDir
 from nexa_train.store import Store
 
@@ -102,7 +103,7 @@ class TrainingPipeline:
         folder = self.rundir.restoring(newest.manifest.step)
         if self.speaks:
             shutil.rmtree(folder, ignore_errors=True)
-            fetch(self.store, newest, folder)
+            self._fetch(newest, folder)
         self._barrier()
         self.backend.restore(read_checkpoint(folder))
         self._barrier()
@@ -112,6 +113,13 @@ class TrainingPipeline:
         metrics = newest.manifest.metrics
         self.record.loss, self.record.validation_loss = metrics.get("loss"), metrics.get("validation_loss")
         self.record.initial_validation_loss = metrics.get("initial_validation_loss")
+
+    def _fetch(self, newest: Committed, folder: Path) -> None:
+        try:
+            fetch(self.store, newest, folder)
+        except NotFoundError as exc:
+            # Another attempt may have retired it since it was listed; the next look finds a newer one.
+            raise DamagedError(f"step {newest.manifest.step} of {self.run_id} went while it was read: {exc}") from exc
 
     def _newest(self) -> Committed | None:
         """The checkpoint to go on from. Rank 0 decides: another rank might list a moment later, and see more."""

@@ -69,7 +69,7 @@ def make_plan(
     *,
     num_sequences: int | None = None,
     architecture: Architecture | None = None,
-    processors: int = 1,
+    threads: int = 1,
     microbatch: int | None = None,
 ) -> TrainPlan:
     """Decide a run.
@@ -77,7 +77,7 @@ def make_plan(
     Args:
         num_sequences: in the prepared data, an epoch; None: not prepared.
         architecture: of the model, where known.
-        processors: CPUs of a node, shared by its ranks unless cluster.threads_per_rank says otherwise.
+        threads: CPU threads of a rank where cluster.threads_per_rank does not say.
         microbatch: what `auto` resolved to when this run began; it is frozen from then on.
 
     Raises:
@@ -104,7 +104,7 @@ def make_plan(
         total_steps=None if total is None else math.ceil(total / training.global_batch_size),
         total_sequences=total,
         save_every=training.save_every_steps,
-        threads=cluster.threads_per_rank or max(1, processors // cluster.ranks_per_node),
+        threads=cluster.threads_per_rank or threads,
         memory=estimate_memory(spec, architecture, chosen) if architecture else None,
         checkpoint_bytes=estimate_checkpoint(spec, architecture) if architecture else None,
     )

@@ -23,7 +23,7 @@ from nexa_train.config.protocol import Termination
 from nexa_train.data.batches import Split
 from nexa_train.data.cursor import Order
 from nexa_train.data.tokenizer import load_tokenizer
-from nexa_train.errors import NexaError, StoppedError
+from nexa_train.errors import ConfigError, NexaError, StoppedError
 from nexa_train.launch.lifeline import die_with_parent
 from nexa_train.launch.work import RankWork
 from nexa_train.pipeline import RunFacts, TrainingPipeline
@@ -70,7 +70,13 @@ def _run(rundir: RunDir, rank: int) -> None:
 def _configure(work: RankWork, local_rank: int) -> None:
     torch.set_num_threads(work.plan.threads)
     torch.use_deterministic_algorithms(work.job.spec.training.deterministic)
-    if torch.cuda.is_available():
+    if work.job.spec.cluster.gpus_per_node:
+        found = torch.cuda.device_count()
+        if local_rank >= found:
+            raise ConfigError(
+                f"cluster.gpus_per_node: local rank {local_rank} has no GPU, torch sees {found}: check the driver and "
+                "that this torch is a CUDA build, or train on the CPU with cluster.gpus_per_node 0"
+            )
         torch.cuda.set_device(local_rank)
     # Their bars and advice would land in the middle of ours.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -23,6 +23,7 @@ from nexa_train.config import Job
 from nexa_train.config.load import load_job
 from nexa_train.config.support import check_supported
 from nexa_train.errors import ConfigError, NotFoundError
+from nexa_train.launch.node import num_gpus
 from nexa_train.registry import SIZES, family
 
 FLAGS = {
@@ -88,7 +89,7 @@ def _load(flags: argparse.Namespace) -> Job:
     }
     if load_job(recipe=flags.config_mode).spec.cluster.world_size == 1 and flags.gpus_per_node is None:
         # A recipe for one rank takes a GPU where this machine has one.
-        overrides["cluster.gpus_per_node"] = min(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+        overrides["cluster.gpus_per_node"] = min(1, num_gpus() or 0)
     if flags.model_size is not None:
         overrides["model.name"] = _sized(flags)
     return load_job(recipe=flags.config_mode, overrides=overrides, sets=flags.set, name=flags.run_name)

@@ -5,13 +5,11 @@ With one rank nothing is sharded and no process group is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from nexa_train.backends.base import RankContext, StepMetrics, TrainState
@@ -44,12 +42,14 @@ class FsdpBackend:
         if spec.training.activation_checkpointing:
             self.causal.gradient_checkpointing_enable({"use_reentrant": False})
         sharded, bf16 = self.context.world > 1, spec.training.precision == "bf16"
-        module = CausalLoss(self.causal, bf16=bf16 and not sharded).to(self._device())
+        module = CausalLoss(self.causal, bf16=bf16 and not sharded)
         if sharded:
-            self._shard(module, bf16=bf16)
+            self._shard(module, bf16=bf16)  # moves a layer at a time: the whole model never stands on one GPU
+        else:
+            module.to(_device())
         self.optimizer = make_optimizer(spec.optimizer, module.named_parameters())
         self.torch_state = TorchState(self.causal, self.optimizer, adapter=self.lora is not None)
-        self.engine = Engine(self.context, module, self.optimizer, no_sync=partial(_without_sync, module))
+        self.engine = Engine(self.context, module, self.optimizer)
 
     def restore(self, state: TrainState) -> None:
         """Each rank takes its shards out of the whole tensors."""
@@ -77,9 +77,6 @@ class FsdpBackend:
         """See `base.Backend.describe`."""
         return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
 
-    def _device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
     def _shard(self, module: CausalLoss, *, bf16: bool) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None
@@ -94,14 +91,5 @@ class FsdpBackend:
                 part.set_force_sum_reduction_for_comms(True)  # gloo has no other; without it torch asks for one
 
 
-@contextmanager
-def _without_sync(module: nn.Module) -> Iterator[None]:
-    """Gradients stay on this rank meanwhile."""
-    if not isinstance(module, FSDPModule):
-        yield
-        return
-    module.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        module.set_requires_gradient_sync(True)
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -18,10 +18,11 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from nexa_train.backends.base import RankContext, StepMetrics, TrainState
+from nexa_train.cache import cache_folder
 from nexa_train.checkpoint import TorchState, adapter_files, model_files
 from nexa_train.config.spec import FullTuning
 from nexa_train.errors import NonFiniteLossError
-from nexa_train.loop import mean_loss
+from nexa_train.loop import derived_seed, mean_loss
 from nexa_train.losses import CausalLoss
 from nexa_train.models.build import build_model, lora_config
 from nexa_train.optim import learning_rate, make_optimizer
@@ -82,7 +83,7 @@ class _Trainer(SFTTrainer):
     def __init__(self, backend: HfBackend, after_step: Callable[[StepMetrics], bool]) -> None:
         context = backend.context
         self.backend, self.context, self.start = backend, context, backend.done
-        self.step_loss, self.step_norm = 0.0, 0.0
+        self.step_loss, self.step_norm, self.microbatches_done = 0.0, 0.0, 0
         spec = context.spec.optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(
             backend.optimizer,
@@ -103,6 +104,11 @@ class _Trainer(SFTTrainer):
         return [sequence for sequence in found if sequence is not None]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.microbatches_done == 0:
+            # As in `loop.py`: dropout draws the same in a resumed run.
+            step = self.start + self.state.global_step
+            torch.manual_seed(derived_seed(self.context.spec.training.seed, step, self.context.rank))
+        self.microbatches_done += 1
         loss: Tensor = super().training_step(*args, **kwargs)
         # Already divided by the target tokens of the whole step, so microbatches add up.
         self.step_loss += loss.item()
@@ -126,7 +132,7 @@ class _Trainer(SFTTrainer):
         spec, total = self.context.spec.optimizer, self.context.total_steps
         tokens = self.context.train.num_tokens(self.context.step_sequences(step))
         metrics = StepMetrics(step + 1, self.step_loss, self.step_norm, learning_rate(spec, step, total), tokens)
-        self.step_loss = 0.0
+        self.step_loss, self.microbatches_done = 0.0, 0
         self.backend.done = metrics.step
         return metrics
 
@@ -146,7 +152,7 @@ def sft_config(context: RankContext, *, steps: int) -> SFTConfig:
     """What TRL is given: everything that the job says, and nothing of its own defaults that would change it."""
     spec = context.spec
     return SFTConfig(
-        output_dir="unused",  # nothing is saved by Trainer
+        output_dir=str(cache_folder("hf")),  # must be named; nothing is saved by Trainer
         save_strategy="no",
         logging_strategy="no",
         eval_strategy="no",

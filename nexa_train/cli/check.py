@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
 from dataclasses import asdict
 from typing import Any
 
 from nexa_train import __version__
 from nexa_train.config import Job
-from nexa_train.config.support import check_supported
+from nexa_train.config.support import check_supported, without_meaning
 from nexa_train.errors import ConfigError
 from nexa_train.models.locate import architecture
 from nexa_train.plan import GIB, TrainPlan, make_plan
@@ -38,7 +38,7 @@ def plan_job(job: Job, *, as_json: bool) -> int:
 
 def plan_of(job: Job) -> TrainPlan:
     """The plan as far as it is known without data and weights."""
-    return make_plan(job.spec, architecture=architecture(job.spec.model), processors=os.cpu_count() or 1)
+    return make_plan(job.spec, architecture=architecture(job.spec.model))
 
 
 def describe_plan(job: Job, plan: TrainPlan) -> list[tuple[str, str]]:
@@ -80,6 +80,8 @@ def submit_job(job: Job, *, slurm: bool) -> int:
     if not slurm:
         raise ConfigError("submit: name a scheduler: --slurm; on Kubernetes the same file goes to kubectl apply -f")
     check_supported(job.spec)
+    if ignored := without_meaning(job.spec, "slurm"):
+        print(f"nexa: not applied on Slurm: {', '.join(ignored)}", file=sys.stderr)
     print(submit_or_print(job))
     return 0
 

@@ -19,6 +19,7 @@ from nexa_train.artifact.verify import Report, verify
 from nexa_train.cache import cache_folder
 from nexa_train.config import Job
 from nexa_train.config.protocol import CheckpointRef, Progress, Termination
+from nexa_train.config.support import without_meaning
 from nexa_train.errors import NexaError
 from nexa_train.launch.node import Node, failed_outcome, run_node
 from nexa_train.report.plot import plot_run
@@ -36,6 +37,8 @@ def run_job(job: Job, *, as_json: bool) -> int:
     """
     # Progress is for eyes: it goes to stderr, so that -o json leaves one clean document on stdout.
     console = Console(stderr=True)
+    if ignored := without_meaning(job.spec, "here"):
+        print(f"nexa: not applied on this machine: {', '.join(ignored)}", file=sys.stderr)
     rundir = RunDir(cache_folder("runs", job.run_id) / secrets.token_hex(4))
     rundir.path.mkdir()
     log = rundir.path / "ranks.log"

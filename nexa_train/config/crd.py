@@ -449,6 +449,7 @@ def _conditions_schema() -> Schema:
 def _printer_columns() -> list[Schema]:
     columns = (
         ("Phase", "string", ".status.phase"),
+        ("Step", "integer", ".status.step"),
         ("Progress", "string", ".status.progress"),
         ("Loss", "number", ".status.loss"),
         ("ETA", "string", ".status.eta"),

@@ -20,7 +20,7 @@ Count = Annotated[Int, Field(ge=1, le=1_000_000)]
 class ModelSpec(Strict):
     """What is trained: a registry name, a hub id, a folder, a GGUF file, or sizes to build from scratch."""
 
-    name: Text = Field("tiny", min_length=1, description="Registry key, hub id, folder or URI of the base model.")
+    name: Text = Field("tiny", min_length=1, description="Registry key, hub id, folder or GGUF file of the base model.")
     revision: Text | None = Field(None, description="Commit or tag of a hub id; pins the weights.")
     d_model: Int | None = Field(None, ge=8, le=65_536, description="Hidden size; given: built from scratch.")
     n_layers: Int | None = Field(None, ge=1, le=1024, description="Decoder layers; given: built from scratch.")
@@ -80,7 +80,7 @@ class DataSpec(Strict):
 
     remote_uri: Text = Field(
         min_length=1,
-        description="Folder, file, s3://, gs://, hub id, or stdlib:docstrings (made on the spot).",
+        description="Folder or .jsonl file, s3://, or stdlib:docstrings (made on the spot).",
     )
     dataset_version: Text = Field("", description="The version this job means; part of the run's identity.")
     storage: Name | None = Field(None, description="Name of an administrator's storage profile.")

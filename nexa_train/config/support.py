@@ -6,6 +6,8 @@ a word. Comes after loading; used by the command line, the trainer and the opera
 
 from __future__ import annotations
 
+from typing import Any
+
 from nexa_train.config.spec import COLUMNS, JobSpec
 from nexa_train.errors import ConfigError
 
@@ -53,9 +55,17 @@ def _training(spec: JobSpec) -> list[str]:
 
 def _rest(spec: JobSpec) -> list[str]:
     problems = []
+    if spec.model.attn == "flash":
+        problems.append("model.attn: flash is not built into this version; use auto, sdpa or eager")
+    if spec.model.from_scratch and spec.model.name != "tiny":
+        problems.append(
+            f"model: d_model, n_layers and n_heads build a new model, so name {spec.model.name} would not be read; "
+            "give either"
+        )
     if spec.trackers:
         problems.append(f"trackers: {', '.join(spec.trackers)} are not built into this version; leave it empty")
-    if spec.data.remote_uri.startswith("gs://") or spec.artifacts.uri.startswith("gs://"):
+    uris = (spec.data.remote_uri, spec.data.validation.uri or "", spec.artifacts.uri)
+    if any(uri.startswith("gs://") for uri in uris):
         problems.append("gs:// is not built into this version; use s3:// or a folder")
     fields = COLUMNS[spec.data.format]
     if unknown := sorted(set(spec.data.columns) - set(fields)):
@@ -63,3 +73,39 @@ def _rest(spec: JobSpec) -> list[str]:
     if spec.cluster.min_nodes is not None:
         problems.append("cluster.min_nodes: elastic training is not built into this version; leave it out")
     return problems
+
+
+_ON_KUBERNETES_ALONE = (
+    "artifacts.storage",
+    "cluster.annotations",
+    "cluster.labels",
+    "cluster.node_selector",
+    "cluster.tolerations",
+    "cluster.volumes",
+    "data.storage",
+    "image",
+    "recovery.max_restarts",
+    "recovery.rules",
+    "schedule.deletion_policy",
+    "schedule.managed_by",
+    "schedule.priority",
+    "schedule.runtime",
+    "schedule.suspend",
+    "schedule.ttl_seconds_after_finished",
+)
+ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "here": (*_ON_KUBERNETES_ALONE, "schedule.active_deadline_seconds", "schedule.queue_name"),
+    "slurm": _ON_KUBERNETES_ALONE,
+}
+"""Keys that mean nothing in a place: one job file serves them all, so they are no error there, but are said."""
+
+
+def without_meaning(spec: JobSpec, place: str) -> list[str]:
+    """Keys of a job that are set and do nothing in `place` (`here` or `slurm`), sorted."""
+    stated = spec.model_dump(mode="json", exclude_defaults=True)
+    return [key for key in ELSEWHERE[place] if _stated(stated, key)]
+
+
+def _stated(stated: dict[str, Any], dotted: str) -> bool:
+    group, _, key = dotted.partition(".")
+    return bool(stated.get(group) if not key else stated.get(group, {}).get(key))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -25,8 +26,8 @@ from nexa_train.data.prepare import Prepared, prepare
 from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nexa_train.errors import ConfigError, NexaError, StoppedError
 from nexa_train.launch.work import RankWork, dataset_facts
-from nexa_train.models.locate import Located, architecture, locate
-from nexa_train.plan import make_plan
+from nexa_train.models.locate import Located, architecture, check_model, locate
+from nexa_train.plan import make_plan, parse_quantity
 from nexa_train.provenance import code_facts
 from nexa_train.rundir import RunDir
 from nexa_train.store import Store, open_store
@@ -62,17 +63,17 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
     store.probe()
     located = locate(job.spec.model)
     tokenizer = load_tokenizer(located.folder)
+    check_model(located, job.spec, tokenizer)
     prepared = prepare(job.spec, tokenizer)
-    sizes, processors = architecture(job.spec.model, located), os.cpu_count() or 1
-    plan = make_plan(job.spec, num_sequences=prepared.num_sequences, architecture=sizes, processors=processors)
-    frozen = claim_run(
-        store, job.run_id, _identity(job, prepared, located, tokenizer), frozen={"microbatch": plan.microbatch}
-    )
+    sizes, threads = architecture(job.spec.model, located), available_processors(job) // node.ranks or 1
+    plan = make_plan(job.spec, num_sequences=prepared.num_sequences, architecture=sizes, threads=threads)
+    found_out = {"microbatch": plan.microbatch, "threads": plan.threads}
+    frozen = claim_run(store, job.run_id, _identity(job, prepared, located, tokenizer), frozen=found_out)
     plan = make_plan(
         job.spec,
         num_sequences=prepared.num_sequences,
         architecture=sizes,
-        processors=processors,
+        threads=frozen["threads"],
         microbatch=frozen["microbatch"],
     )
     work = RankWork(
@@ -115,7 +116,7 @@ def run_node(
         rank_command(rundir.path, node),
         stdout=output,
         stderr=subprocess.STDOUT if output else None,
-        env=_environment(ready),
+        env=_environment(ready, node),
         start_new_session=True,  # Ctrl-C reaches the launcher alone, which asks for a checkpoint.
     )
     try:
@@ -142,17 +143,40 @@ def rank_command(folder: Path, node: Node) -> list[str]:
 
 
 def check_devices(job: Job, node: Node) -> None:
-    """Refuse to start more ranks than this machine has GPUs, where the job asks for GPUs.
+    """Refuse to start more ranks than this machine has GPUs, as far as that is seen without a driver.
 
     Raises:
         ConfigError: names both numbers.
     """
-    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if job.spec.cluster.gpus_per_node and node.ranks > found:
+    found = num_gpus()
+    if job.spec.cluster.gpus_per_node and found is not None and node.ranks > found:
         raise ConfigError(
             f"cluster.gpus_per_node: the job wants {node.ranks} GPUs here and this machine has {found}; "
             "run it where they are, or train on the CPU with cluster.gpus_per_node 0"
         )
+
+
+def num_gpus() -> int | None:
+    """GPUs that this machine shows as devices; None: they are there in another way (WSL)."""
+    return None if Path("/dev/dxg").exists() else len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def visible_devices(given: str | None, *, gpus_per_node: int, ranks: int) -> str:
+    """CUDA_VISIBLE_DEVICES for the ranks of a node: one device a rank, none for a job on the CPU. Pure.
+
+    Args:
+        given: what the environment allows already; None: all.
+    """
+    if gpus_per_node == 0:
+        return ""
+    allowed = given.split(",") if given else [str(number) for number in range(ranks)]
+    return ",".join(allowed[:ranks])
+
+
+def available_processors(job: Job) -> int:
+    """Processors for the ranks of this node: what the job asks for, else what this process may use."""
+    asked = job.spec.cluster.resources.cpu
+    return max(1, int(parse_quantity(asked))) if asked else len(os.sched_getaffinity(0))
 
 
 def _identity(job: Job, prepared: Prepared, located: Located, tokenizer: ChatTokenizer) -> dict[str, object]:
@@ -165,14 +189,15 @@ def _identity(job: Job, prepared: Prepared, located: Located, tokenizer: ChatTok
     }
 
 
-def _environment(work: RankWork) -> dict[str, str]:
+def _environment(work: RankWork, node: Node) -> dict[str, str]:
     threads = str(work.plan.threads)
     fixed = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     # MKL may round differently from run to run by the alignment of memory unless told (its "Conditional
     # Numerical Reproducibility"); PYTHONHASHSEED is for third parties' sets.
     fixed |= {"MKL_CBWR": "AUTO", "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
-    if work.job.spec.cluster.gpus_per_node == 0:
-        fixed["CUDA_VISIBLE_DEVICES"] = ""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = work.job.spec.cluster.gpus_per_node
+    fixed["CUDA_VISIBLE_DEVICES"] = visible_devices(given, gpus_per_node=gpus, ranks=node.ranks)
     # cuBLAS needs this for equal bits (its documentation, "Results reproducibility").
     own = {variable.name: variable.value for variable in work.job.spec.cluster.env}
     return {**os.environ, **own, **fixed, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -208,11 +233,15 @@ def _watch(
     ranks: subprocess.Popen[bytes], job: Job, rundir: RunDir, on_progress: Callable[[Progress], None] | None
 ) -> Termination:
     deadline = job.spec.recovery.progress_deadline_seconds
+    # Monotonic, and not the age of a file: a machine that slept has not stalled.
+    stood, since = None, time.monotonic()
     while (code := ranks.poll()) is None:
         progress = rundir.read_progress()
         if progress and on_progress:
             on_progress(progress)
-        if progress and progress.phase == "training" and (progress.seconds_since_last_step or 0) > deadline:
+        if (now_at := progress and (progress.phase, progress.step)) != stood:
+            stood, since = now_at, time.monotonic()
+        if progress and progress.phase == "training" and time.monotonic() - since > deadline:
             return _end_stalled(ranks, progress, deadline)
         time.sleep(POLL_SECONDS)
     progress = rundir.read_progress()
@@ -227,8 +256,9 @@ def _watch(
 def _end_stalled(ranks: subprocess.Popen[bytes], progress: Progress, deadline: int) -> Termination:
     """Have every rank write its stacks (`rank.py` registers SIGUSR1), then end them."""
     for pid in _descendants(ranks.pid):
-        if "nexa_train.rank" in _command_line(pid):
-            os.kill(pid, signal.SIGUSR1)
+        if _is_rank(pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
     time.sleep(STACKS_GRACE_SECONDS)
     os.killpg(ranks.pid, signal.SIGKILL)
     ranks.wait()
@@ -238,7 +268,9 @@ def _end_stalled(ranks: subprocess.Popen[bytes], progress: Progress, deadline: i
 
 def _killed(job: Job, progress: Progress | None, code: int) -> Termination:
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    message = f"the ranks ended without a word ({how}): killed from outside, perhaps out of memory"
+    message = (
+        f"the ranks ended without last words ({how}); where their log shows no error, they were killed: out of memory?"
+    )
     return _ended(job.run_id, progress, 1, "Killed", message)
 
 
@@ -252,15 +284,18 @@ def _descendants(pid: int) -> list[int]:
     """A process and all below it, from /proc."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [each for child in task.read_text().split() for each in _descendants(int(child))]
+        with suppress(OSError):  # it ended meanwhile
+            found += [each for child in task.read_text().split() for each in _descendants(int(child))]
     return found
 
 
-def _command_line(pid: int) -> str:
+def _is_rank(pid: int) -> bool:
+    """Not torchrun, whose arguments name the rank's module too: the signal would end it, and with it all ranks."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
-        return ""
+        return False
+    return b"nexa_train.rank" in words and b"nexa_train.launch.torchrun" not in words
 
 
 def failed_outcome(job: Job, node: Node, exc: NexaError) -> Termination:

@@ -5,15 +5,13 @@ Comes after `locate.py`; the backends call it. The same seed gives the same fres
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
-from nexa_train.config.spec import FullTuning, JobSpec, LoraTuning, QloraTuning
+from nexa_train.config.spec import JobSpec, LoraTuning, QloraTuning
 from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.errors import ConfigError
 from nexa_train.models.locate import Located
@@ -26,18 +24,13 @@ ATTENTION = {"auto": "sdpa", "eager": "eager", "sdpa": "sdpa", "flash": "flash_a
 
 
 def build_model(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> PreTrainedModel:
-    """The base model, without adapters.
-
-    Raises:
-        ConfigError: it takes shorter sequences than the job's, or does not know all of the tokenizer's ids.
-    """
+    """The base model, without adapters; `locate.check_model` has found it fit."""
     torch.manual_seed(spec.training.seed)
     attention = ATTENTION[spec.model.attn]
     if located.scratch is not None:
         config = _llama_config(located.scratch, spec.model.max_seq_len, tokenizer)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     else:
-        check_fits(located.folder, spec, tokenizer)
         model = AutoModelForCausalLM.from_pretrained(
             located.folder,
             attn_implementation=attention,
@@ -45,24 +38,11 @@ def build_model(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> Pr
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            quantization_config=_quantization(spec.tuning),
+            quantization_config=_quantization(spec),
         )
     model.config.use_cache = False
     _keep_trainable(model)
     return model
-
-
-def check_fits(folder: Path, spec: JobSpec, tokenizer: ChatTokenizer) -> None:
-    """Refuse a model that cannot take the job's sequences; needs its config.json only."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    longest = config.get("max_position_embeddings")
-    if longest is not None and spec.model.max_seq_len > longest:
-        raise ConfigError(
-            f"model.max_seq_len: {spec.model.max_seq_len} is more than the {longest} tokens that {folder} takes"
-        )
-    known, needed = config.get("vocab_size"), max(tokenizer.fast.get_vocab().values()) + 1
-    if known is not None and needed > known:
-        raise ConfigError(f"model: {folder} embeds {known} ids, but its tokenizer makes {needed}")
 
 
 def lora_config(tuning: LoraTuning | QloraTuning, model: nn.Module) -> LoraConfig:
@@ -129,12 +109,12 @@ def _keep_trainable(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization(tuning: FullTuning | LoraTuning | QloraTuning) -> Any:
-    if not isinstance(tuning, QloraTuning):
+def _quantization(spec: JobSpec) -> Any:
+    if not isinstance(spec.tuning, QloraTuning):
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=tuning.double_quant,
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=spec.tuning.double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16 if spec.training.precision == "bf16" else torch.float32,
     )

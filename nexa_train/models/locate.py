@@ -18,9 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from nexa_train.cache import cache_folder, made_whole
-from nexa_train.config.spec import ModelSpec
+from nexa_train.config.spec import JobSpec, ModelSpec
+from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.errors import ConfigError, NexaError, NotFoundError
 from nexa_train.registry import MODELS, TINY_VOCAB_SIZE, Architecture, scratch
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Decoders whose logits are the head's product and nothing more, so that the loss may apply the head itself."""
 
 TINY_TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny_tokenizer"
 
@@ -47,11 +51,15 @@ def locate(model: ModelSpec) -> Located:
         ConfigError: the path is there, but is not a model.
         NotFoundError: nowhere to be had; says where it was looked for and how to give a folder.
     """
+    if model.revision and ("/" not in model.name or Path(model.name).expanduser().exists()):
+        raise ConfigError(
+            f"model.revision: {model.revision} is given, but only a hub id has revisions, not {model.name}"
+        )
     if model.from_scratch or model.name == "tiny":
         return Located(TINY_TOKENIZER, architecture(model), "scratch")
     path = Path(model.name).expanduser()
     if path.is_dir():
-        return _checked_folder(path, origin=f"folder {model.name}")
+        return _checked_folder(path, origin=f"folder {model.name} sha256:{_folder_digest(path)[:16]}")
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path, origin=f"gguf {path.name}")
     if path.exists():
@@ -75,6 +83,29 @@ def architecture(model: ModelSpec, located: Located | None = None) -> Architectu
         return scratch(model.d_model, model.n_layers, model.n_heads, TINY_VOCAB_SIZE)
     entry = MODELS.get(model.name)
     return entry.architecture if entry else None
+
+
+def check_model(located: Located, spec: JobSpec, tokenizer: ChatTokenizer) -> None:
+    """Refuse a model that cannot be trained as the job says; reads its config.json only.
+
+    Raises:
+        ConfigError: of an untested kind, of shorter sequences, or with fewer ids than its tokenizer makes.
+    """
+    if located.scratch is not None:
+        return
+    config = json.loads((located.folder / "config.json").read_text(encoding="utf-8"))
+    if (kind := config.get("model_type")) not in MODEL_TYPES:
+        raise ConfigError(
+            f"model.name: {spec.model.name} is of type {kind}; this version trains {', '.join(MODEL_TYPES)}"
+        )
+    longest = config.get("max_position_embeddings")
+    if longest is not None and spec.model.max_seq_len > longest:
+        raise ConfigError(
+            f"model.max_seq_len: {spec.model.max_seq_len} is more than the {longest} tokens {spec.model.name} takes"
+        )
+    known, needed = config.get("vocab_size"), max(tokenizer.fast.get_vocab().values()) + 1
+    if known is not None and needed > known:
+        raise ConfigError(f"model.name: {spec.model.name} embeds {known} ids, but its tokenizer makes {needed}")
 
 
 def _sizes(config: dict[str, Any]) -> Architecture | None:
@@ -104,6 +135,16 @@ def _checked_folder(folder: Path, *, origin: str) -> Located:
             f"model.name: {folder} has no *.safetensors; pickled weights are not loaded, convert them first"
         )
     return Located(folder.resolve(), None, origin)
+
+
+def _folder_digest(folder: Path) -> str:
+    """SHA-256 over names and bytes of configuration and weights: what a run was trained from."""
+    sha = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        if path.is_file():
+            with path.open("rb") as file:
+                sha.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()
 
 
 def _packaged_gguf(package: str) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -145,7 +146,15 @@ def _make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if folder.is_dir():
+            return
+        # A concurrent delete pruned it in between, which is no answer about the object: `_link` tries again.
+        if folder.exists():
+            raise NotADirectoryError(errno.ENOTDIR, "a file is in the way of a folder", str(folder)) from None
+        raise FileNotFoundError(errno.ENOENT, "the folder was deleted", str(folder)) from None
     _sync_folder(folder.parent)
 
 

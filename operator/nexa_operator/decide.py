@@ -183,7 +183,8 @@ def _loss(rank: Rank, rules: Iterable[RecoveryRule]) -> Loss:
     message = words.message if words else rank.message
     action = next((rule.action for rule in rules if code in rule.exit_codes), None)
     retryable = _is_retryable(rank, code) if action is None else action == "retry"
-    gone = rank.disrupted or (rank.deleting and rank.exit_code is None)
+    # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
+    gone = rank.disrupted or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
     return Loss(cause=cause, message=message, exit_code=code, retryable=retryable, charged=not gone)
 
 

@@ -23,9 +23,11 @@ log = structlog.get_logger(__name__)
 
 LEASE_SECONDS = 15
 """Another operator takes over when the Lease was not renewed for so long."""
-GIVE_UP_SECONDS = 10
+GIVE_UP_SECONDS = 8
 """This one stops acting before that."""
 RETRY_SECONDS = 2
+ASK_SECONDS = 4
+"""A server that hangs must not keep this one from giving up: asking and waiting once more still ends before that."""
 
 
 @dataclass(kw_only=True)
@@ -84,7 +86,7 @@ async def lead_forever(lease: Lease, *, gate: asyncio.Event) -> None:
         await asyncio.Event().wait()
     renewed_at = -float("inf")
     while True:
-        held = await _try_to_hold(lease)
+        held = await _try_to_hold(lease, timeout_seconds=ASK_SECONDS)
         renewed_at = lease.clock() if held else renewed_at
         lost = held is False or lease.clock() - renewed_at > GIVE_UP_SECONDS
         if gate.is_set() == lost:
@@ -96,10 +98,10 @@ async def lead_forever(lease: Lease, *, gate: asyncio.Event) -> None:
         await asyncio.sleep(RETRY_SECONDS)
 
 
-async def _try_to_hold(lease: Lease) -> bool | None:
+async def _try_to_hold(lease: Lease, *, timeout_seconds: float) -> bool | None:
     """None: the API server did not say."""
     try:
-        return await lease.hold()
-    except ApiError as exc:
-        log.warning("lease out of reach", error=str(exc))
+        return await asyncio.wait_for(lease.hold(), timeout_seconds)
+    except (ApiError, TimeoutError) as exc:
+        log.warning("lease out of reach", error=repr(exc))
         return None

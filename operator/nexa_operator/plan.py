@@ -72,10 +72,10 @@ def make_plan(job: Job, *, owner_uid: str, attempt: int, defaults: Defaults) -> 
 
 
 def _as_json(job: Job) -> str:
-    """With every default resolved: the trainer's image may be of another version than the operator."""
+    """What the job states, without defaults: a trainer's image of an older version forbids keys it does not know."""
     document = {
         "metadata": {"name": job.metadata.name, "namespace": job.metadata.namespace},
-        "spec": job.spec.model_dump(mode="json", by_alias=True, exclude_none=True),
+        "spec": job.as_manifest()["spec"],
     }
     return json.dumps(document, sort_keys=True, separators=(",", ":"))
 

@@ -75,6 +75,8 @@ class Reconciler:
         while True:
             await may_act.wait()
             key = await self.queue.take()
+            # The Lease may have gone while there was nothing to take.
+            await may_act.wait()
             self.metrics.queue_depth.set(len(self.queue))
             try:
                 await self._look(key)
@@ -223,8 +225,14 @@ def key_of(body: Body) -> Key:
 
 
 def _to_remove(seen: Observed, decision: Decision) -> tuple[str, ...]:
-    ended = isinstance(decision, Restart | Resume) and seen.gang is not None
-    return (*seen.leftovers, seen.gang.name) if ended and seen.gang else seen.leftovers
+    """Gangs that have no future. The failed gang of a failed job stays: its pods' logs say why."""
+    gang = seen.gang
+    if gang is None:
+        return seen.leftovers
+    over = isinstance(decision, Restart | Resume)
+    # Refused while it runs, by an operator that was upgraded: nothing else would ever end it.
+    refused = isinstance(decision, Fail) and not (gang.failure or gang.lost_ranks)
+    return (*seen.leftovers, gang.name) if over or refused else seen.leftovers
 
 
 def _suspension(key: Key, gang: str) -> Object:

@@ -162,7 +162,8 @@ def test_secrets_of_the_store_appear_in_no_object_status_or_log(product: Product
     logs = "".join(product.cluster.kubectl("logs", pod["metadata"]["name"]).stdout for pod in product.pods("two-ranks"))
     logs += product.cluster.kubectl("logs", "--namespace=nexa-system", "deployment/nexa").stdout
     assert logs
-    assert product.minio.secret_key not in objects + logs
+    for credential in (product.minio.secret_key, product.minio.access_key):
+        assert credential not in objects + logs
 
 
 def test_a_job_of_one_step_reports_its_step_and_digest(product: Product) -> None:
@@ -195,9 +196,13 @@ def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: P
     wait_until(checkpointed, timeout_seconds=120, what="a checkpoint in the status")
     victim = product.pods(name)[1]["metadata"]["name"]
     product.cluster.kubectl("delete", "pod", victim, "--grace-period=0", "--force")
-    status = wait_ended(product.cluster, name)
+    seen: list[dict[str, Any]] = []
+    status = wait_ended(product.cluster, name, each=seen.append)
     assert condition(status, "Succeeded")["status"] == "True", status
     assert status["attempt"] == 1
+    on_the_way = [each for each in seen if 0 < each.get("step", 0) < 120 and each.get("etaSeconds")]
+    assert on_the_way, "neither step nor ETA was told while it trained"
+    assert all(each["loss"] > 0 and each["progress"] == f"{each['step']}/120" for each in on_the_way)
     job = tmp_path / "job.json"
     job.write_text(json.dumps(document))
     outcome = json.loads(

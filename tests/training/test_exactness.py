@@ -1,4 +1,4 @@
-"""What must not change the result, does not: accumulation, packing, number of ranks, backend."""
+"""What must not change the result, does not: accumulation, number of ranks, backend. Packing: test_steps.py."""
 
 from __future__ import annotations
 

@@ -163,3 +163,23 @@ def test_qlora_trains_on_a_cpu_and_validating_first_changes_no_bit(rows: Path, t
     assert losses[1] < losses[0]
     for name, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][name], tensor, rtol=0, atol=0)
+
+
+def test_a_checkpoint_beyond_the_largest_file_is_split_and_read_back(tmp_path: Path) -> None:
+    import torch
+
+    from nexa_train.backends.base import TrainState
+    from nexa_train.checkpoint import read_checkpoint, weights_digest, write_checkpoint
+
+    weights = {f"layer.{number}": torch.randn(16, 16) for number in range(5)}
+    moments = {f"{kind}.{name}": tensor * 2 for name, tensor in weights.items() for kind in ("exp_avg", "exp_avg_sq")}
+    state = TrainState(weights, moments, 7)
+    whole = write_checkpoint(tmp_path / "a", state, extra={"config.json": b"{}"}, tokenizer=tmp_path)
+    split = write_checkpoint(tmp_path / "b", state, extra={"config.json": b"{}"}, tokenizer=tmp_path, shard_bytes=2500)
+    assert "model.safetensors" in whole
+    assert {"model-00001-of-00003.safetensors", "model.safetensors.index.json"} <= split.keys()
+    for folder in ("a", "b"):
+        back = read_checkpoint(tmp_path / folder)
+        assert back.step == 7
+        assert weights_digest(back.weights) == weights_digest(weights)
+        assert weights_digest(back.moments) == weights_digest(moments)

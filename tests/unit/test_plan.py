@@ -19,12 +19,8 @@ LORA = {"type": "lora", "rank": 16}
 QLORA = {"type": "qlora", "rank": 16}
 
 
-def plan(
-    *, microbatch: int | None = None, processors: int = 4, sequences: int | None = None, **groups: Any
-) -> TrainPlan:
-    return make_plan(
-        spec(**groups), architecture=TINY, processors=processors, num_sequences=sequences, microbatch=microbatch
-    )
+def plan(*, microbatch: int | None = None, threads: int = 4, sequences: int | None = None, **groups: Any) -> TrainPlan:
+    return make_plan(spec(**groups), architecture=TINY, threads=threads, num_sequences=sequences, microbatch=microbatch)
 
 
 SHAPES: dict[str, tuple[dict[str, Any], int, tuple[int, int, int]]] = {
@@ -57,14 +53,14 @@ def test_whatever_auto_chooses_multiplies_out(batch: int, nodes: int, memory: st
 
 def test_auto_takes_the_largest_microbatch_that_fits_and_no_larger_one() -> None:
     job = spec(training={"global_batch_size": 64}, cluster={"resources": {"memory": "1Gi"}})
-    chosen = make_plan(job, architecture=TINY, processors=1).microbatch
+    chosen = make_plan(job, architecture=TINY).microbatch
     assert 1 < chosen < 64
     assert estimate_memory(job, TINY, chosen).total <= 0.8 * GIB < estimate_memory(job, TINY, 2 * chosen).total
 
 
 def test_auto_takes_one_where_nothing_fits_or_the_sizes_are_unknown() -> None:
     assert plan(cluster={"resources": {"memory": "1Ki"}}).microbatch == 1
-    assert make_plan(spec(), architecture=None, processors=1).microbatch == 1
+    assert make_plan(spec(), architecture=None).microbatch == 1
 
 
 def test_the_microbatch_that_a_run_began_with_stays() -> None:
@@ -102,13 +98,9 @@ def test_a_run_is_as_long_as_its_steps_or_its_epochs(
     assert (found.total_steps, found.total_sequences) == (steps, total)
 
 
-@pytest.mark.parametrize(
-    ("cluster", "threads"),
-    [({}, 6), ({"gpus_per_node": 4}, 1), ({"gpus_per_node": 8}, 1), ({"threads_per_rank": 3}, 3)],
-    ids=["all", "shared", "at least one", "as given"],
-)
-def test_ranks_share_the_processors_of_their_node(cluster: dict[str, int], threads: int) -> None:
-    assert plan(cluster=cluster, processors=6).threads == threads
+def test_the_job_s_threads_win_over_the_machine_s() -> None:
+    assert plan(threads=6).threads == 6
+    assert plan(cluster={"threads_per_rank": 3}, threads=6).threads == 3
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_the_kind_has_a_short_name_a_category_and_a_status_of_its_own():
     assert built["names"]["categories"] == ["all"]
     assert built["versions"][0]["subresources"] == {"status": {}}
     columns = [column["name"] for column in built["versions"][0]["additionalPrinterColumns"]]
-    assert columns == ["Phase", "Progress", "Loss", "ETA", "Restarts", "Age"]
+    assert columns == ["Phase", "Step", "Progress", "Loss", "ETA", "Restarts", "Age"]
 
 
 def test_every_printed_column_is_in_the_schema():

@@ -6,13 +6,19 @@ from typing import Any
 
 import pytest
 
-from nexa_train.config.support import METHODS, TUNINGS, check_supported
+from nexa_train.config.support import METHODS, TUNINGS, check_supported, without_meaning
 from nexa_train.errors import ConfigError
 from tests.unit.config.builders import spec
 
 LORA = {"type": "lora", "rank": 4}
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "flash attention": ({"model": {"attn": "flash"}}, "model.attn: flash is not built into this version"),
+    "a name beside sizes": (
+        {"model": {"name": "falcon3-1b", "d_model": 64, "n_layers": 1, "n_heads": 2}},
+        "model: d_model, n_layers and n_heads build a new model, so name falcon3-1b would not be read",
+    ),
+    "validation on gs": ({"data": {"validation": {"uri": "gs://b/rows.jsonl"}}}, "gs:// is not built into this version"),
     "a backend of another version": ({"backend": "deepspeed"}, "backend: deepspeed is not built into this version; av"),
     "axolotl": ({"backend": "axolotl"}, "backend: axolotl is not built into this version; available are fsdp, hf"),
     "dpo": (
@@ -70,3 +76,10 @@ def test_every_pair_that_a_backend_claims_is_let_through(backend: str, method: s
 
 def test_bf16_is_let_through_on_a_gpu() -> None:
     check_supported(spec(training={"precision": "bf16"}, cluster={"gpus_per_node": 1}))
+
+
+def test_keys_that_mean_nothing_in_a_place_are_named_where_they_are_stated() -> None:
+    job = spec(cluster={"labels": {"team": "a"}}, schedule={"suspend": True, "queue_name": "night"}, image="i:1")
+    assert without_meaning(job, "here") == ["cluster.labels", "image", "schedule.suspend", "schedule.queue_name"]
+    assert without_meaning(job, "slurm") == ["cluster.labels", "image", "schedule.suspend"]
+    assert without_meaning(spec(), "here") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nexa_train.config.spec import ModelSpec
+from nexa_train.config.spec import JobSpec, ModelSpec
+from nexa_train.data.tokenizer import load_tokenizer
 from nexa_train.errors import ConfigError, NotFoundError
-from nexa_train.models.locate import TINY_TOKENIZER, architecture, locate
+from nexa_train.models.locate import TINY_TOKENIZER, architecture, check_model, locate
 from nexa_train.registry import MODELS, TINY_VOCAB_SIZE, scratch
 
 
@@ -25,7 +27,40 @@ def model_folder(path: Path, *, without: str = "", weights: str = "model.safeten
 def test_a_folder_with_config_tokenizer_and_weights_is_a_model(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     found = locate(ModelSpec(name=str(folder)))
-    assert (found.folder, found.scratch, found.origin) == (folder, None, f"folder {folder}")
+    assert (found.folder, found.scratch) == (folder, None)
+    assert found.origin.startswith(f"folder {folder} sha256:")
+
+
+def test_other_weights_in_the_same_folder_are_another_origin(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    before = locate(ModelSpec(name=str(folder))).origin
+    next(folder.glob("*.safetensors")).write_bytes(b"other")
+    assert locate(ModelSpec(name=str(folder))).origin != before
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "gemma2"}, "is of type gemma2; this version trains llama"),
+        ({"model_type": "llama", "max_position_embeddings": 64}, "model.max_seq_len: 512 is more than the 64 tokens"),
+        ({"model_type": "llama", "vocab_size": 10}, "embeds 10 ids, but its tokenizer makes 4096"),
+    ],
+    ids=["another kind", "too short", "too few ids"],
+)
+def test_a_model_that_does_not_fit_the_job_is_refused_by_its_config(
+    tmp_path: Path, config: dict[str, object], said: str
+) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = JobSpec.model_validate({"model": {"name": str(folder)}, "data": {"remote_uri": "x"}})
+    with pytest.raises(ConfigError, match=said):
+        check_model(locate(spec.model), spec, load_tokenizer(TINY_TOKENIZER))
+
+
+def test_a_revision_of_something_without_revisions_is_refused(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    with pytest.raises(ConfigError, match="only a hub id has revisions"):
+        locate(ModelSpec(name=str(folder), revision="main"))
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])

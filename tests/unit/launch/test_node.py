@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from nexa_train.errors import ConfigError, NexaError, RefusedError, StoppedError
-from nexa_train.launch.node import Node, failed_outcome, rank_command
+from nexa_train.launch.node import Node, available_processors, failed_outcome, rank_command, visible_devices
 from tests.unit.config.builders import job
 
 FOLDER = Path("/run/nexa")
@@ -59,3 +60,25 @@ def test_a_failure_before_the_ranks_keeps_its_code_and_says_whether_to_try_again
     said = failed_outcome(job(), Node(attempt=2), error)
     assert (said.run_id, said.attempt, said.message) == (job().run_id, 2, str(error))
     assert (said.cause, said.exit_code, said.retryable) == (cause, code, retryable)
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus_per_node", "ranks", "expected"),
+    [
+        (None, 0, 1, ""),
+        ("0,1", 0, 2, ""),
+        (None, 1, 1, "0"),
+        (None, 8, 8, "0,1,2,3,4,5,6,7"),
+        ("4,5,6,7", 2, 2, "4,5"),
+        ("GPU-a,GPU-b", 1, 1, "GPU-a"),
+    ],
+    ids=["cpu", "cpu where gpus are", "one of many", "all", "what the scheduler gave", "by uuid"],
+)
+def test_ranks_see_one_device_each(given: str | None, gpus_per_node: int, ranks: int, expected: str) -> None:
+    assert visible_devices(given, gpus_per_node=gpus_per_node, ranks=ranks) == expected
+
+
+def test_processors_are_what_the_job_asks_for_else_what_this_process_may_use() -> None:
+    assert available_processors(job(cluster={"resources": {"cpu": "3500m"}})) == 3
+    assert available_processors(job(cluster={"resources": {"cpu": "500m"}})) == 1
+    assert available_processors(job()) == len(os.sched_getaffinity(0))

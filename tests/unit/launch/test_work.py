@@ -16,7 +16,7 @@ from tests.unit.config.builders import job
 
 def work(scratch: Architecture | None) -> RankWork:
     described = job(tuning={"type": "lora", "rank": 4}, cluster={"num_nodes": 2})
-    plan = make_plan(described.spec, num_sequences=10, architecture=scratch, processors=2)
+    plan = make_plan(described.spec, num_sequences=10, architecture=scratch, threads=2)
     located = Located(Path("/models/a"), scratch, "scratch")
     return RankWork(described, plan, located, Path("/cache/a"), {"rows": 3}, {"revision": None}, "/artifacts", 2)
 

@@ -223,6 +223,12 @@ def test_the_rank_that_tells_the_most_is_the_cause(ranks, cause):
     assert classify(gang(*ranks)).cause == cause
 
 
+def test_ranks_that_stopped_as_asked_are_not_charged():
+    words_75 = words(cause="Stopped", exit_code=75)
+    stopped = [failed(n, finished_at=FIRST, exit_code=75, termination=words_75) for n in (0, 1)]
+    assert classify(gang(*stopped)).charged is False
+
+
 def test_a_crash_is_charged_even_when_the_survivors_are_already_being_removed():
     loss = classify(gang(failed(0), rank(1, deleting=True), rank(2, deleting=True)))
     assert (loss.cause, loss.charged) == ("Killed", True)
