@@ -24,12 +24,16 @@ from nexa_train.plan import parse_quantity
 
 GRACE_SECONDS = 120
 """How long before the end of its time Slurm asks a job to stop, so that it can commit a checkpoint."""
+STRAGGLER_SECONDS = 60
+"""How long the other nodes of a job may go on when one has ended: it cannot be without them for long."""
+RDZV_PORTS = 10_000
+"""Jobs that share a node meet on different ports, the last of which is `RDZV_PORT`."""
 
 
 def render_script(job: Job) -> str:
     """The batch script. Pure but for the path of this Python, which must be the same on the nodes."""
     cluster = job.spec.cluster
-    options = {
+    options: dict[str, object] = {
         "job-name": job.metadata.name,
         "nodes": cluster.num_nodes,
         "ntasks-per-node": 1,
@@ -38,22 +42,44 @@ def render_script(job: Job) -> str:
         "mem": _megabytes(cluster.resources.memory),
         "time": _minutes(job.spec.schedule.active_deadline_seconds),
         "partition": job.spec.schedule.queue_name,
-        "signal": f"TERM@{GRACE_SECONDS}",
+        "signal": f"TERM@{_grace(job.spec.schedule.active_deadline_seconds)}",
         "output": f"{job.metadata.name}-%j.log",
+        "open-mode": "append",  # A requeued job's log goes on where its last attempt left it.
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
+    lines.append("#SBATCH --requeue")  # After the loss of a node; a step that ended by itself is not run again.
+    exports = [f"export {name}={value}" for name, value in _environment(job).items()]
+    return "\n".join(["#!/bin/bash", *lines, "set -eu", *exports, f"exec {_srun(options)}", ""])
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """What every task gets: shell words, expanded on the job's first node."""
     body = {"metadata": job.metadata.model_dump(mode="json"), "spec": job.spec.model_dump(mode="json")}
-    environment = {
+    port = f"$(({RDZV_PORT} - SLURM_JOB_ID % {RDZV_PORTS}))"
+    return {
         ENV_JOB: shlex.quote(json.dumps(body, sort_keys=True)),
         ENV_NUM_NODES: '"$SLURM_NNODES"',
         ENV_ATTEMPT: '"${SLURM_RESTART_COUNT:-0}"',
         ENV_PROGRESS_PORT: "0",
-        ENV_RDZV_ENDPOINT: f'"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):{RDZV_PORT}"',
+        ENV_RDZV_ENDPOINT: f'"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):{port}"',
+        # Slurm signals every process of a step. torchrun answers SIGTERM by killing the ranks, after 30 seconds
+        # unless told otherwise; they need theirs to commit a checkpoint.
+        "PET_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS),
     }
-    exports = [f"export {name}={value}" for name, value in environment.items()]
+
+
+def _srun(options: dict[str, object]) -> str:
+    """Starts one task on each node.
+
+    Where one ends, the others get some time to end by themselves, whatever the site's default: srun ends with the
+    highest exit code, and that of a killed task (137) hides the one that says why.
+    """
+    cpus = options["cpus-per-task"]
+    flags = ["--kill-on-bad-exit=0", f"--wait={STRAGGLER_SECONDS}"]
+    flags += [f"--cpus-per-task={cpus}"] if cpus else []  # srun does not take it from sbatch since 22.05.
     # The rank of a node is known on that node only; exec, so that Slurm's signal reaches the entrypoint.
     start = f"export {ENV_NODE_INDEX}=$SLURM_NODEID; exec {shlex.quote(sys.executable)} -m nexa_train.entrypoint"
-    return "\n".join(["#!/bin/bash", *lines, "set -eu", *exports, f"exec srun bash -c {shlex.quote(start)}", ""])
+    return shlex.join(["srun", *flags, "bash", "-c", start])
 
 
 def submit_or_print(job: Job) -> str:
@@ -74,6 +100,11 @@ def submit_or_print(job: Job) -> str:
 
 def _megabytes(memory: str | None) -> str | None:
     return f"{round(parse_quantity(memory) / (1 << 20))}M" if memory else None
+
+
+def _grace(seconds: int | None) -> int:
+    """Less than usual for a short job, which would be stopped as it starts."""
+    return min(GRACE_SECONDS, seconds // 2) if seconds else GRACE_SECONDS
 
 
 def _minutes(seconds: int | None) -> int | None:

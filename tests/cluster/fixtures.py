@@ -18,6 +18,7 @@ from tests.cluster.images import Image
 from tests.cluster.minio import MinioServer, start_minio
 from tests.cluster.node import RealCluster, start_real_cluster
 from tests.cluster.run import first_line
+from tests.cluster.slurm import Slurm, start_slurm
 
 
 @pytest.hookimpl(wrapper=True)
@@ -91,6 +92,15 @@ def trainer_image(real_cluster: RealCluster | ExternalCluster) -> str:
 def operator_image(real_cluster: RealCluster | ExternalCluster) -> str:
     """The operator's image as the cluster knows it; pods use `imagePullPolicy: IfNotPresent`."""
     return _loaded(real_cluster, images.operator_image)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    """A Slurm with two nodes; it needs no Kubernetes."""
+    host.require_slurm()
+    cluster = start_slurm()
+    yield cluster
+    cluster.stop()
 
 
 def _loaded(cluster: RealCluster | ExternalCluster, build: Callable[[], Image]) -> str:

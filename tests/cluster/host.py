@@ -1,4 +1,4 @@
-"""What this machine can give, and the Debian packages that a node and images need.
+"""What this machine can give, and the Debian packages that a node, images and Slurm need.
 
 What cannot be given is refused with `Unavailable` and a reason of one line, which a skipped test shows.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.cluster.errors import Unavailable
@@ -29,6 +31,15 @@ _IMAGE_PACKAGES = {
     "busybox-static": "/bin/busybox",
     "ca-certificates": "/etc/ssl/certs/ca-certificates.crt",
 }
+_SLURM_PACKAGES = {
+    "iproute2": "ip",
+    "munge": "munged",
+    "slurm-wlm": "slurmctld",
+    "slurmd": "slurmd",
+    "slurm-client": "sbatch",
+    "util-linux": "nsenter",
+}
+_POLICY = Path("/usr/sbin/policy-rc.d")
 _SYSTEM_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
@@ -41,13 +52,25 @@ def require_node() -> None:
     """Raise `Unavailable` with the reason if no real node can run here; installs what is missing where it may."""
     reason = _reason_against_linux() or _reason_against_user() or _reason_against_kernel()
     _require(reason, {**_CONTROL_PLANE_PACKAGES, **_NODE_PACKAGES, **_IMAGE_PACKAGES})
-    if reason := _reason_against_namespaces():  # asked last: the probe uses the packages
+    probe = "ip link add nexaprobe type veth peer name nexapeer && iptables -t nat -L"
+    # Asked last: the probe uses the packages.
+    if reason := _reason_against_namespaces("a real node needs namespaces, veth and iptables", probe):
         raise Unavailable(reason)
 
 
 def require_image_tools() -> None:
     """Raise `Unavailable` with the reason if images cannot be built here; installs what is missing where it may."""
     _require(_reason_against_linux() or _reason_against_user(), _IMAGE_PACKAGES)
+
+
+def require_slurm() -> None:
+    """Raise `Unavailable` with the reason if no Slurm can run here; installs what is missing where it may."""
+    if platform.system() != "Linux":
+        raise Unavailable(f"a Slurm of our own needs Linux, this is {platform.system()}")
+    _require(None if os.geteuid() == 0 else "a Slurm of our own needs root: run as root", _SLURM_PACKAGES)
+    probe = "hostname nexaprobe && ip link add nexaprobe type veth peer name nexapeer"
+    if reason := _reason_against_namespaces("Slurm's nodes need namespaces and veth", probe, "--uts"):
+        raise Unavailable(reason)
 
 
 def _reason_against_linux() -> str | None:
@@ -72,12 +95,11 @@ def _reason_against_kernel() -> str | None:
     return None
 
 
-def _reason_against_namespaces() -> str | None:
+def _reason_against_namespaces(need: str, probe: str, *more: str) -> str | None:
     """A container without CAP_SYS_ADMIN looks like root and can do none of this."""
-    probe = "ip link add nexaprobe type veth peer name nexapeer && iptables -t nat -L"
-    done = run(["unshare", "--mount", "--net", "--pid", "--fork", "sh", "-c", probe], check=False)
+    done = run(["unshare", "--mount", "--net", "--pid", *more, "--fork", "sh", "-c", probe], check=False)
     said = done.stderr.strip().splitlines()
-    return f"a real node needs namespaces, veth and iptables: {said[-1]}" if done.returncode and said else None
+    return f"{need}: {said[-1]}" if done.returncode and said else None
 
 
 def _require(reason: str | None, packages: dict[str, str]) -> None:
@@ -98,4 +120,19 @@ def _install(packages: list[str]) -> None:
         raise Unavailable(f"packages are missing: {wanted}; as root: apt-get install {wanted}")
     env = {"DEBIAN_FRONTEND": "noninteractive"}
     run(["apt-get", "update", "--quiet"], env=env)
-    run(["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *packages], env=env)
+    with _services_stay_off():
+        run(["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *packages], env=env)
+
+
+@contextmanager
+def _services_stay_off() -> Iterator[None]:
+    """Debian starts a service once it is installed unless this file says no; tests start programs of their own."""
+    if _POLICY.exists():
+        yield
+        return
+    _POLICY.write_text("#!/bin/sh\nexit 101\n")
+    _POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        _POLICY.unlink()

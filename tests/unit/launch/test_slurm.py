@@ -35,14 +35,20 @@ def options(script: str) -> dict[str, str]:
     return {name: value for name, _, value in found}
 
 
-def environment_of(script: str, folder: Path) -> dict[str, str]:
+def environment_of(script: str, folder: Path, **more: str) -> dict[str, str]:
     """Run the script for real, with an `srun` that only writes down what it was given."""
     executable(folder / "bin", "scontrol", "printf 'node-a\\nnode-b\\n'")
     executable(folder / "bin", "srun", 'env -0 > env; printf "%s\\0" "$@" > arguments')
-    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]", "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": "4711", **more}
+    slurm["PATH"] = f"{folder}/bin:{os.environ['PATH']}"
     subprocess.run(["bash", "-c", script], cwd=folder, env=slurm, check=True)
     pairs = (line.partition("=") for line in (folder / "env").read_text().split("\0") if line)
     return {name: value for name, _, value in pairs}
+
+
+def srun_arguments(folder: Path) -> list[str]:
+    """What the script gave `srun`, after `environment_of`."""
+    return (folder / "arguments").read_text().split("\0")[:-1]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -70,11 +76,30 @@ def test_a_hostile_job_comes_out_as_it_went_in_and_runs_nothing(tmp_path: Path) 
 def test_each_node_learns_its_place_in_the_gang(tmp_path: Path) -> None:
     seen = environment_of(render_script(job(cluster={"num_nodes": 2})), tmp_path)
     assert (seen["NEXA_NUM_NODES"], seen["NEXA_ATTEMPT"], seen["NEXA_PROGRESS_PORT"]) == ("2", "0", "0")
-    assert seen["NEXA_RDZV_ENDPOINT"] == "node-a:29500"
-    arguments = (tmp_path / "arguments").read_text().split("\0")
-    assert arguments[:2] == ["bash", "-c"]
-    assert arguments[2].startswith("export JOB_COMPLETION_INDEX=$SLURM_NODEID; exec ")
-    assert arguments[2].endswith(" -m nexa_train.entrypoint")
+    assert seen["NEXA_RDZV_ENDPOINT"] == "node-a:24789"
+    start = srun_arguments(tmp_path)[-1]
+    assert srun_arguments(tmp_path)[-3:-1] == ["bash", "-c"]
+    assert start.startswith("export JOB_COMPLETION_INDEX=$SLURM_NODEID; exec ")
+    assert start.endswith(" -m nexa_train.entrypoint")
+
+
+@pytest.mark.parametrize(("number", "port"), [("1", 29_499), ("9999", 19_501), ("10000", 29_500), ("67043567", 25_933)])
+def test_jobs_on_one_node_meet_on_ports_of_their_own(tmp_path: Path, number: str, port: int) -> None:
+    seen = environment_of(render_script(job(cluster={"num_nodes": 2})), tmp_path, SLURM_JOB_ID=number)
+    assert seen["NEXA_RDZV_ENDPOINT"] == f"node-a:{port}"
+
+
+def test_a_requeued_job_is_the_next_attempt(tmp_path: Path) -> None:
+    assert environment_of(render_script(job()), tmp_path, SLURM_RESTART_COUNT="3")["NEXA_ATTEMPT"] == "3"
+
+
+def test_a_failing_node_is_not_drowned_by_the_others_and_a_step_has_the_cpus_of_its_job(tmp_path: Path) -> None:
+    environment_of(render_script(job(cluster={"resources": {"cpu": "16"}})), tmp_path)
+    assert srun_arguments(tmp_path)[:3] == ["--kill-on-bad-exit=0", "--wait=60", "--cpus-per-task=16"]
+
+
+def test_torchrun_leaves_the_ranks_the_time_that_slurm_gives(tmp_path: Path) -> None:
+    assert environment_of(render_script(job()), tmp_path)["PET_SHUTDOWN_TIMEOUT"] == "120"
 
 
 ASKED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -85,6 +110,8 @@ ASKED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "time, rounded up": ({"schedule": {"active_deadline_seconds": 61}}, {"time": "2"}),
     "a partition": ({"schedule": {"queue_name": "gpu"}}, {"partition": "gpu"}),
     "time to commit a checkpoint": ({}, {"signal": "TERM@120"}),
+    "less where there is little": ({"schedule": {"active_deadline_seconds": 100}}, {"signal": "TERM@50", "time": "2"}),
+    "another go when a node is lost, in the same log": ({}, {"requeue": "", "open-mode": "append"}),
 }
 
 
@@ -94,7 +121,8 @@ def test_slurm_is_asked_for_what_the_job_says(groups: dict[str, Any], expected: 
 
 
 def test_slurm_is_not_asked_for_what_the_job_does_not_say() -> None:
-    assert set(options(render_script(job()))) == {"job-name", "nodes", "ntasks-per-node", "signal", "output"}
+    always = {"job-name", "nodes", "ntasks-per-node", "signal", "output", "open-mode", "requeue"}
+    assert set(options(render_script(job()))) == always
 
 
 @pytest.fixture
