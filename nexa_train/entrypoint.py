@@ -55,19 +55,23 @@ def main() -> int:
         return _end(
             Termination(run_id="", exit_code=exc.exit_code, cause=type(exc).__name__, message=str(exc), retryable=False)
         )
-    rundir = RunDir(Path(tempfile.mkdtemp(prefix="nexa-run-")))
+    with tempfile.TemporaryDirectory(prefix="nexa-run-") as folder:
+        return _end(_run(job, node, RunDir(Path(folder)), port=port))
+
+
+def _run(job: Job, node: Node, rundir: RunDir, *, port: int) -> Termination:
     _obey_signals(rundir)
     try:
         server = serve(rundir, job, node, port=port)
         outcome = run_node(job, node, rundir)
         server.shutdown()
     except NexaError as exc:
-        outcome = failed_outcome(job, node, exc)
+        return failed_outcome(job, node, exc)
     except Exception as exc:  # noqa: BLE001 - whatever it was, the pod's last words must name it
-        outcome = Termination(
+        return Termination(
             run_id=job.run_id, attempt=node.attempt, exit_code=1, cause=type(exc).__name__, message=str(exc)
         )
-    return _end(outcome)
+    return outcome
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[Job, Node]:

@@ -120,6 +120,8 @@ def _obey_signals(rundir: RunDir) -> None:
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)
+    # Blocked by the launcher until now; one that came meanwhile is obeyed here.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 if __name__ == "__main__":

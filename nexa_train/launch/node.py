@@ -73,7 +73,7 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
         job.spec,
         num_sequences=prepared.num_sequences,
         architecture=sizes,
-        threads=frozen["threads"],
+        threads=frozen.get("threads", plan.threads),
         microbatch=frozen["microbatch"],
     )
     work = RankWork(
@@ -112,13 +112,7 @@ def run_node(
     rundir.write_run(ready.to_dict())
     if rundir.stop_asked():
         raise StoppedError(f"{job.run_id} was stopped before the first step; run again to go on")
-    ranks = subprocess.Popen(
-        rank_command(rundir.path, node),
-        stdout=output,
-        stderr=subprocess.STDOUT if output else None,
-        env=_environment(ready, node),
-        start_new_session=True,  # Ctrl-C reaches the launcher alone, which asks for a checkpoint.
-    )
+    ranks = _start(ready, node, rundir, output)
     try:
         return _watch(ranks, job, rundir, on_progress)
     finally:
@@ -128,14 +122,30 @@ def run_node(
         rundir.drop_tensors()
 
 
-def rank_command(folder: Path, node: Node) -> list[str]:
+def _start(work: RankWork, node: Node, rundir: RunDir, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    # Inherited blocked: Slurm signals every process of a step, torchrun would kill its ranks on it, and a rank that
+    # still imports torch has no handler yet. Ranks unblock it once they have one.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return subprocess.Popen(
+            rank_command(rundir.path, node, run_id=work.job.run_id),
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            env=_environment(work, node),
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which asks for a checkpoint.
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def rank_command(folder: Path, node: Node, *, run_id: str) -> list[str]:
     """How the ranks of one node are started: torchrun, or the one rank itself. Pure."""
     if node.count * node.ranks == 1:
         return [sys.executable, "-m", "nexa_train.rank", str(folder)]
     rendezvous = (
         ["--standalone"]
         if node.endpoint is None
-        else ["--rdzv-backend=c10d", f"--rdzv-endpoint={node.endpoint}", f"--rdzv-id=nexa-{node.attempt}"]
+        else ["--rdzv-backend=c10d", f"--rdzv-endpoint={node.endpoint}", f"--rdzv-id={run_id}-a{node.attempt}"]
     )
     shape = [f"--nnodes={node.count}", f"--nproc-per-node={node.ranks}", "--max-restarts=0"]
     module = ["-m", "nexa_train.rank", str(folder)]

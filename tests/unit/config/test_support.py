@@ -18,7 +18,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"name": "falcon3-1b", "d_model": 64, "n_layers": 1, "n_heads": 2}},
         "model: d_model, n_layers and n_heads build a new model, so name falcon3-1b would not be read",
     ),
-    "validation on gs": ({"data": {"validation": {"uri": "gs://b/rows.jsonl"}}}, "gs:// is not built into this version"),
+    "validation on gs": (
+        {"data": {"validation": {"uri": "gs://b/rows.jsonl"}}},
+        "gs:// is not built into this version",
+    ),
     "a backend of another version": ({"backend": "deepspeed"}, "backend: deepspeed is not built into this version; av"),
     "axolotl": ({"backend": "axolotl"}, "backend: axolotl is not built into this version; available are fsdp, hf"),
     "dpo": (

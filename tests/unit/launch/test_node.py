@@ -16,11 +16,11 @@ FOLDER = Path("/run/nexa")
 
 
 def test_one_rank_is_started_without_torchrun() -> None:
-    assert rank_command(FOLDER, Node()) == [sys.executable, "-m", "nexa_train.rank", "/run/nexa"]
+    assert rank_command(FOLDER, Node(), run_id="r") == [sys.executable, "-m", "nexa_train.rank", "/run/nexa"]
 
 
 def test_ranks_of_one_node_meet_on_their_own() -> None:
-    arguments = rank_command(FOLDER, Node(ranks=2))[3:]
+    arguments = rank_command(FOLDER, Node(ranks=2), run_id="r")[3:]
     assert arguments == [
         "--nnodes=1",
         "--nproc-per-node=2",
@@ -33,14 +33,14 @@ def test_ranks_of_one_node_meet_on_their_own() -> None:
 
 
 def test_ranks_of_several_nodes_meet_at_the_first_and_once_an_attempt() -> None:
-    arguments = rank_command(FOLDER, Node(index=1, count=2, endpoint="pod-0:29500", attempt=3))
+    arguments = rank_command(FOLDER, Node(index=1, count=2, endpoint="pod-0:29500", attempt=3), run_id="r")
     assert "--nnodes=2" in arguments
-    assert {"--rdzv-backend=c10d", "--rdzv-endpoint=pod-0:29500", "--rdzv-id=nexa-3"} <= set(arguments)
+    assert {"--rdzv-backend=c10d", "--rdzv-endpoint=pod-0:29500", "--rdzv-id=r-a3"} <= set(arguments)
     assert "--standalone" not in arguments
 
 
 def test_the_command_of_a_node_does_not_depend_on_which_one_it_is() -> None:
-    first, second = (rank_command(FOLDER, Node(index=index, count=2, endpoint="a:1")) for index in (0, 1))
+    first, second = (rank_command(FOLDER, Node(index=index, count=2, endpoint="a:1"), run_id="r") for index in (0, 1))
     assert first == second
 
 
