@@ -17,7 +17,7 @@ from tests.training.harness import Run, Runs
 
 pytestmark = pytest.mark.training
 
-LONG = {"training": {"max_steps": 120, "save_every_steps": 5}}
+LONG = {"training": {"max_steps": 60, "save_every_steps": 5}}
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_sigterm_commits_a_checkpoint_and_exits_75(runs: Runs, undisturbed: str)
     process.communicate(timeout=60)
     assert process.returncode == 75
     stopped_at = run.manifests[-1].step
-    assert 0 < stopped_at < 120
+    assert 0 < stopped_at < 60
     outcome = run.finish()
     assert outcome["checkpoint"]["weights_digest"] == undisturbed
-    assert outcome["step"] == 120
+    assert outcome["step"] == 60
 
 
 def test_hf_with_dropout_goes_on_with_the_same_bits(runs: Runs) -> None:
