@@ -73,10 +73,15 @@ def artifacts(tmp_path: Path) -> Path:
 def test_help_comes_in_well_under_200_ms() -> None:
     if os.getloadavg()[0] > 4:
         pytest.skip(f"the machine is busy: load average {os.getloadavg()[0]:.1f}")
+    # Where the tests' coverage is measured it would be measured here too, and take half of the time.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        assert in_a_process("--help").returncode == 0
+        done = subprocess.run(
+            [sys.executable, "-m", "nexa_train", "--help"], env=plain, capture_output=True, check=False
+        )
+        assert done.returncode == 0
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.2
 
