@@ -209,8 +209,9 @@ def _environment(work: RankWork, node: Node) -> dict[str, str]:
     gpus = work.job.spec.cluster.gpus_per_node
     fixed["CUDA_VISIBLE_DEVICES"] = visible_devices(given, gpus_per_node=gpus, ranks=node.ranks)
     # cuBLAS needs this for equal bits (its documentation, "Results reproducibility").
+    fixed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     own = {variable.name: variable.value for variable in work.job.spec.cluster.env}
-    return {**os.environ, **own, **fixed, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return {**os.environ, **own, **fixed}
 
 
 def _finished(work: RankWork, store: Store) -> Termination | None:
