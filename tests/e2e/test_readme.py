@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster import host
+from tests.cluster.errors import Unavailable
 from tests.cluster.paths import REPOSITORY
+from tests.cluster.run import first_line
 from tests.readme import commands
 
 pytestmark = pytest.mark.e2e
@@ -72,3 +75,13 @@ def test_every_command_for_this_machine_works(demo: str, copy: Path) -> None:
     printed = {command: run(command, copy) for command in commands("On this machine")}
     assert "finished before" in printed["nexa run examples/local-sft.yaml"]
     assert "verified: 2 manifests" in printed["nexa verify artifacts"]
+
+
+def test_the_cluster_demo_installs_trains_and_verifies(copy: Path) -> None:
+    try:
+        host.require_node()
+    except Unavailable as reason:
+        pytest.skip(first_line(reason))
+    printed = run("make cluster-demo", copy)
+    assert re.search(r"^two-ranks +Succeeded +40 +40/40", printed, flags=re.MULTILINE)
+    assert re.search(r"^verified: 1 manifests", printed, flags=re.MULTILINE)

@@ -52,7 +52,7 @@ CONFIGS = [
     ),
     pytest.param({"tuning": {"type": "lora"}}, ["tuning.rank", "required"], id="lora without a rank"),
     pytest.param({"backend": "deepspeed"}, ["deepspeed", "fsdp, hf"], id="a backend that is not built in"),
-    pytest.param({"cluster": {"gpus_per_node": 8}}, ["wants 8 GPUs", "this machine has"], id="more GPUs than here"),
+    pytest.param({"cluster": {"gpus_per_node": 2}}, ["wants 2 GPUs", "this machine has"], id="more GPUs than here"),
     pytest.param({"model": {"n_heads": None}}, ["d_model, n_layers and n_heads"], id="half of the sizes"),
 ]
 
