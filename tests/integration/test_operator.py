@@ -281,8 +281,8 @@ def test_printed_columns_say_what_a_person_wants_to_know(ns):
         ns.play_kubelet(pod, "Succeeded", words=words(step=10, total_steps=10, loss=1.5))
     ns.wait_true("printed", "Succeeded")
     header, line = ns.kubectl("get", "ntj").splitlines()
-    assert header.split() == ["NAME", "PHASE", "PROGRESS", "LOSS", "ETA", "RESTARTS", "AGE"]
-    assert line.split()[:4] == ["printed", "Succeeded", "10/10", "1.5"]
+    assert header.split() == ["NAME", "PHASE", "STEP", "PROGRESS", "LOSS", "ETA", "RESTARTS", "AGE"]
+    assert line.split()[:5] == ["printed", "Succeeded", "10", "10/10", "1.5"]
 
 
 POD_ADDRESS = "127.83.71.2"
