@@ -37,8 +37,8 @@ demo: setup ## Fine-tune a real model on this machine; prints losses, checkpoint
 .PHONY: test
 test: setup lint typecheck verify ## Run every check and every test: unit, contract, training, integration, end to end
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m 'not soak'
-	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
+	@$(BIN)/coverage run -m pytest -m 'not soak'; failed=$$?; \
+		$(BIN)/coverage combine --quiet; $(BIN)/coverage report; exit $$failed
 
 .PHONY: test-unit
 test-unit: setup ## Run the tests that start no cluster and train nothing: within a minute
