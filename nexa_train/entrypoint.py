@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import FrameType
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -60,7 +58,7 @@ def main() -> int:
 
 
 def _run(job: Job, node: Node, rundir: RunDir, *, port: int) -> Termination:
-    _obey_signals(rundir)
+    rundir.stop_on_signals()
     try:
         server = serve(rundir, job, node, port=port)
         outcome = run_node(job, node, rundir)
@@ -153,14 +151,6 @@ class _Collector:
         facts = self.progress().model_dump()
         known = [(name, facts[name]) for name in GAUGES if facts[name] is not None]
         return [GaugeMetricFamily(f"nexa_{name}", f"{name} of the run on this node", value=v) for name, v in known]
-
-
-def _obey_signals(rundir: RunDir) -> None:
-    def ask(_signal: int, _frame: FrameType | None) -> None:
-        rundir.ask_to_stop()
-
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGINT, ask)
 
 
 def _end(outcome: Termination) -> int:

@@ -19,7 +19,15 @@ import torch
 import torch.distributed as dist
 
 from nexa_train.artifact.manifest import ManifestDraft, step_folder
-from nexa_train.artifact.publish import Committed, Publisher, apply_retention, fetch, newest_valid, read_manifest
+from nexa_train.artifact.publish import (
+    Committed,
+    Publisher,
+    apply_retention,
+    fetch,
+    manifest_uri,
+    newest_valid,
+    read_manifest,
+)
 from nexa_train.backends import make_backend
 from nexa_train.backends.base import RankContext, StepMetrics
 from nexa_train.checkpoint import read_checkpoint, weights_digest, write_checkpoint
@@ -164,7 +172,7 @@ class TrainingPipeline:
             digest = weights_digest(state.weights)
             folder = self.rundir.saving(state.step)
             shutil.rmtree(folder, ignore_errors=True)
-            extra = self.backend.describe(state.weights)
+            extra = self.backend.describe()
             files = write_checkpoint(folder, state, extra=extra, tokenizer=self.context.located.folder)
             committed = self.publisher.publish(state.step, files, self._draft(digest))
             shutil.rmtree(folder)
@@ -202,7 +210,7 @@ class TrainingPipeline:
         self.checkpoint = self._ref(committed.digest, committed.manifest.weights_digest or "")
 
     def _ref(self, digest: str, weights: str) -> CheckpointRef:
-        uri = f"{self.store.uri.rstrip('/')}/{step_folder(self.run_id, self.step)}/manifest.json"
+        uri = manifest_uri(self.store, self.run_id, self.step)
         return CheckpointRef(step=self.step, uri=uri, digest=digest, weights_digest=weights)
 
     def _finish(self) -> None:

@@ -12,7 +12,6 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -37,7 +36,9 @@ def main(folder: str) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks for stacks when a step hangs
     rundir = RunDir(Path(folder))
     rank = int(os.environ.get("RANK", "0"))
-    _obey_signals(rundir)
+    rundir.stop_on_signals()
+    # Blocked by the launcher until now; one that came meanwhile is obeyed here.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         _run(rundir, rank)
     except NexaError as exc:
@@ -110,18 +111,6 @@ def _last_words(rundir: RunDir, rank: int, exit_code: int, cause: str, message: 
     facts |= {"cause": cause, "message": message, "retryable": retryable}
     rundir.write_outcome(rank, Termination.model_validate(facts))
     return exit_code
-
-
-def _obey_signals(rundir: RunDir) -> None:
-    """SIGTERM and Ctrl-C ask for a checkpoint, as the launcher does; nothing is torn down in the handler."""
-
-    def ask(_signal: int, _frame: FrameType | None) -> None:
-        rundir.ask_to_stop()
-
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGINT, ask)
-    # Blocked by the launcher until now; one that came meanwhile is obeyed here.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from nexa_train.config.protocol import Progress, Termination
@@ -42,6 +44,15 @@ class RunDir:
         """Have the ranks commit a checkpoint after the current step and end."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "stop").touch()
+
+    def stop_on_signals(self) -> None:
+        """SIGTERM and Ctrl-C ask to stop from now on; nothing is torn down in the handler."""
+
+        def ask(_signal: int, _frame: FrameType | None) -> None:
+            self.ask_to_stop()
+
+        signal.signal(signal.SIGTERM, ask)
+        signal.signal(signal.SIGINT, ask)
 
     def stop_asked(self) -> bool:
         """Whether `ask_to_stop` was called."""

@@ -187,6 +187,11 @@ def read_manifest(store: Store, folder: str) -> Committed:
     return Committed(manifest=manifest, digest=hashlib.sha256(content).hexdigest(), key=key)
 
 
+def manifest_uri(store: Store, run_id: str, step: int) -> str:
+    """Where the manifest of a step is, for people and for `verify`."""
+    return f"{store.uri.rstrip('/')}/{step_folder(run_id, step)}/{MANIFEST_NAME}"
+
+
 def committed_folders(store: Store, run_id: str) -> list[str]:
     """The folders of the run that hold a manifest, oldest step first. What has none does not exist."""
     names = (stored.key.rpartition("/") for stored in store.list(run_folder(run_id)))

@@ -119,5 +119,5 @@ class Backend(Protocol):
     def state(self) -> TrainState:
         """A copy of the state after the last step, gathered on rank 0."""
 
-    def describe(self, weights: dict[str, Tensor]) -> dict[str, bytes]:
-        """Small files that make `weights` loadable elsewhere: config.json or adapter_config.json."""
+    def describe(self) -> dict[str, bytes]:
+        """Small files that make the saved weights loadable elsewhere: config.json or adapter_config.json."""

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from nexa_train.backends.base import RankContext, StepMetrics, TrainState
@@ -73,7 +72,7 @@ class FsdpBackend:
         """See `checkpoint.TorchState.gather`."""
         return self.torch_state.gather(self.done, keep=self.context.rank == 0)
 
-    def describe(self, weights: dict[str, Tensor]) -> dict[str, bytes]:
+    def describe(self) -> dict[str, bytes]:
         """See `base.Backend.describe`."""
         return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
 

@@ -72,7 +72,7 @@ class HfBackend:
         """See `base.Backend.state`."""
         return self.torch_state.gather(self.done, keep=True)
 
-    def describe(self, weights: dict[str, Tensor]) -> dict[str, bytes]:
+    def describe(self) -> dict[str, bytes]:
         """See `base.Backend.describe`."""
         return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
 

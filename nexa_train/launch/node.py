@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from nexa_train.artifact.manifest import step_folder
-from nexa_train.artifact.publish import claim_run, newest_valid
+from nexa_train.artifact.publish import claim_run, manifest_uri, newest_valid
 from nexa_train.config.job import Job
 from nexa_train.config.protocol import EXIT_STALLED, CheckpointRef, Progress, Termination
 from nexa_train.config.support import check_supported
@@ -223,7 +222,7 @@ def _finished(work: RankWork, store: Store) -> Termination | None:
     if newest is None or newest.manifest.step != work.plan.total_steps:
         return None
     manifest = newest.manifest
-    uri = f"{store.uri.rstrip('/')}/{step_folder(manifest.run_id, manifest.step)}/manifest.json"
+    uri = manifest_uri(store, manifest.run_id, manifest.step)
     return Termination(
         run_id=manifest.run_id,
         attempt=work.attempt,
