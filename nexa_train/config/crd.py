@@ -69,6 +69,13 @@ CROSS_FIELD: dict[str, list[Schema]] = {
             "epochs",
         )
     ],
+    "DeepspeedSpec": [
+        _rule(
+            "self.offload != 'all' || self.zeroStage == 3",
+            "offload all needs zeroStage 3, which shards weights",
+            "offload",
+        )
+    ],
     "ClusterSpec": [
         _rule(
             "!has(self.minNodes) || self.minNodes <= self.numNodes",
@@ -337,6 +344,8 @@ def _fix_after_creation(spec: Schema) -> None:
         "backend",
         "training",
         "optimizer",
+        "deepspeed",
+        "axolotl",
         "artifacts",
         "recovery",
     ):

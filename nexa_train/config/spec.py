@@ -195,7 +195,11 @@ class TrainingSpec(Strict):
 class OptimizerSpec(Strict):
     """The optimiser and its learning-rate schedule."""
 
-    name: Literal["adamw"] = Field("adamw", description="AdamW (Loshchilov & Hutter 2019).")
+    name: Literal["adamw", "adafactor"] = Field(
+        "adamw",
+        description="AdamW (Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018), which keeps rows and "
+        "columns of the second moment instead of two whole moments.",
+    )
     lr: float = Field(2e-5, gt=0, le=10, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, le=10, description="Decoupled weight decay; not on norms and biases.")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -207,6 +211,29 @@ class OptimizerSpec(Strict):
     )
     warmup_steps: Int = Field(0, ge=0, le=100_000_000, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Clip the gradient's norm here; 0: never.")
+
+
+class DeepspeedSpec(Strict):
+    """How DeepSpeed shards (ZeRO, Rajbhandari et al. 2020). Part of what `backend: deepspeed` is."""
+
+    zero_stage: Int = Field(2, ge=1, le=3, description="Sharded: 1 optimiser, 2 and gradients, 3 and weights.")
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="Kept in host memory: nothing, the optimiser, or (stage 3) the weights too."
+    )
+
+    @model_validator(mode="after")
+    def _weights_are_sharded(self) -> DeepspeedSpec:
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(f"offload all needs zero_stage 3, which shards weights; zero_stage is {self.zero_stage}")
+        return self
+
+
+class AxolotlSpec(Strict):
+    """How Axolotl shards. Part of what `backend: axolotl` is."""
+
+    sharding: Literal["none", "fsdp", "deepspeed"] = Field(
+        "none", description="none: every rank holds all; deepspeed: as the group deepspeed says."
+    )
 
 
 class ResourcesSpec(Strict):
@@ -330,6 +357,8 @@ class JobSpec(Strict):
     backend: Literal["hf", "fsdp", "deepspeed", "axolotl"] = Field("fsdp", description="What carries the training.")
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    deepspeed: DeepspeedSpec = Field(default_factory=DeepspeedSpec)
+    axolotl: AxolotlSpec = Field(default_factory=AxolotlSpec)
     cluster: ClusterSpec = Field(default_factory=ClusterSpec)
     artifacts: ArtifactsSpec = Field(default_factory=ArtifactsSpec)
     recovery: RecoverySpec = Field(default_factory=RecoverySpec)

@@ -8,11 +8,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexa_train.config.spec import COLUMNS, JobSpec
+from nexa_train.config.spec import COLUMNS, AxolotlSpec, DeepspeedSpec, JobSpec, OptimizerSpec
 from nexa_train.errors import ConfigError
 
-METHODS: dict[str, tuple[str, ...]] = {"fsdp": ("sft", "pretrain"), "hf": ("sft",)}
-TUNINGS: dict[str, tuple[str, ...]] = {"fsdp": ("full", "lora"), "hf": ("full", "lora", "qlora")}
+METHODS: dict[str, tuple[str, ...]] = {
+    "fsdp": ("pretrain", "sft", "dpo"),
+    "hf": ("sft", "dpo"),
+    "deepspeed": ("pretrain", "sft"),
+    "axolotl": ("sft", "dpo"),
+}
+TUNINGS: dict[str, tuple[str, ...]] = {
+    "fsdp": ("full", "lora"),
+    "hf": ("full", "lora", "qlora"),
+    "deepspeed": ("full", "lora"),
+    "axolotl": ("full", "lora", "qlora"),
+}
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "fsdp": ("adamw", "adafactor"),
+    "hf": ("adamw", "adafactor"),
+    "deepspeed": ("adamw",),
+    "axolotl": ("adamw",),
+}
+"""What each backend takes, tried by really training."""
 
 
 def check_supported(spec: JobSpec) -> None:
@@ -27,36 +44,48 @@ def check_supported(spec: JobSpec) -> None:
 
 
 def _backend(spec: JobSpec) -> list[str]:
-    backend = spec.backend
-    if backend not in METHODS:
-        return [f"backend: {backend} is not built into this version; available are {', '.join(sorted(METHODS))}"]
+    chosen = (
+        ("method.type", spec.method.type, METHODS),
+        ("tuning.type", spec.tuning.type, TUNINGS),
+        ("optimizer.name", spec.optimizer.name, OPTIMIZERS),
+    )
+    problems = [
+        f"{key}: {value} is not available on backend {spec.backend}, which takes {', '.join(table[spec.backend])}"
+        for key, value, table in chosen
+        if value not in table[spec.backend]
+    ]
+    return problems + _options_of_others(spec)
+
+
+def _options_of_others(spec: JobSpec) -> list[str]:
+    """Groups of options whose backend does not run."""
     problems = []
-    if spec.method.type not in METHODS[backend]:
-        takes = ", ".join(METHODS[backend])
-        problems.append(f"method.type: {spec.method.type} is not available on backend {backend}, which takes {takes}")
-    if spec.tuning.type not in TUNINGS[backend]:
-        takes = ", ".join(TUNINGS[backend])
-        problems.append(f"tuning.type: {spec.tuning.type} is not available on backend {backend}, which takes {takes}")
+    by_deepspeed = spec.backend == "deepspeed" or (spec.backend == "axolotl" and spec.axolotl.sharding == "deepspeed")
+    if spec.deepspeed != DeepspeedSpec() and not by_deepspeed:
+        problems.append(f"deepspeed: would not be read on backend {spec.backend}; leave it out or use backend deepspeed")
+    if spec.axolotl != AxolotlSpec() and spec.backend != "axolotl":
+        problems.append(f"axolotl: would not be read on backend {spec.backend}; leave it out or use backend axolotl")
     return problems
 
 
 def _training(spec: JobSpec) -> list[str]:
     problems = []
-    if spec.backend == "hf" and spec.cluster.world_size > 1:
-        problems.append("backend: hf runs one rank in this version; use backend fsdp for more")
-    if spec.backend == "hf" and spec.data.packing:
-        problems.append("data.packing: not available on backend hf in this version; use backend fsdp or false")
-    if spec.training.precision == "bf16" and spec.cluster.gpus_per_node == 0:
-        problems.append(
-            "training.precision: bf16 on CPU (cluster.gpus_per_node 0) is hundreds of times slower: use fp32"
-        )
+    if spec.method.type == "dpo" and spec.data.packing:
+        problems.append("data.packing: method dpo takes pairs, which are not packed; leave it out")
+    if spec.optimizer.name == "adafactor":
+        usual = OptimizerSpec()
+        problems += [
+            f"optimizer.{key}: adafactor has none; leave it out"
+            for key in ("betas", "eps")
+            if getattr(spec.optimizer, key) != getattr(usual, key)
+        ]
     return problems
 
 
 def _rest(spec: JobSpec) -> list[str]:
     problems = []
-    if spec.model.attn == "flash":
-        problems.append("model.attn: flash is not built into this version; use auto, sdpa or eager")
+    if spec.model.attn == "flash" and spec.cluster.gpus_per_node == 0:
+        problems.append("model.attn: flash runs on GPUs alone (cluster.gpus_per_node is 0); use auto, sdpa or eager")
     if spec.model.from_scratch and spec.model.name != "tiny":
         problems.append(
             f"model: d_model, n_layers and n_heads build a new model, so name {spec.model.name} would not be read; "

@@ -51,7 +51,7 @@ CONFIGS = [
         {"training": {"grad_accumulation_steps": 3}}, ["4 x grad_accumulation_steps 3", "8"], id="batch product"
     ),
     pytest.param({"tuning": {"type": "lora"}}, ["tuning.rank", "required"], id="lora without a rank"),
-    pytest.param({"backend": "deepspeed"}, ["deepspeed", "fsdp, hf"], id="a backend that is not built in"),
+    pytest.param({"deepspeed": {"zero_stage": 3}}, ["deepspeed", "backend fsdp"], id="options of another backend"),
     pytest.param({"cluster": {"gpus_per_node": 2}}, ["wants 2 GPUs", "this machine has"], id="more GPUs than here"),
     pytest.param({"model": {"n_heads": None}}, ["d_model, n_layers and n_heads"], id="half of the sizes"),
 ]

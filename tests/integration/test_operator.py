@@ -444,10 +444,10 @@ def test_deleting_the_job_collects_its_children(ns):
 
 
 def test_what_passes_the_crd_and_not_the_models_becomes_a_condition_and_no_crash(ns, operator):
-    ns.submit("refused", backend="deepspeed")
+    ns.submit("refused", trackers=["wandb"])
     failed = ns.wait_true("refused", "Failed")
     assert failed["reason"] == "ConfigRejected"
-    assert "deepspeed is not built into this version" in failed["message"]
+    assert "wandb are not built into this version" in failed["message"]
     ns.submit("elsewhere", schedule={"runtime": "jobset"})
     assert ns.wait_true("elsewhere", "Failed")["reason"] == "RuntimeUnavailable"
     assert operator.process.poll() is None

@@ -151,6 +151,8 @@ def test_everything_but_suspending_and_resizing_is_fixed_once_created():
         "backend",
         "training",
         "optimizer",
+        "deepspeed",
+        "axolotl",
         "artifacts",
         "recovery",
     ):

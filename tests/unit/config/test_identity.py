@@ -30,6 +30,8 @@ WHAT: dict[str, Any] = {
     "backend": "hf",
     "training": {"seed": 1},
     "optimizer": {"lr": 1e-4},
+    "deepspeed": {"zero_stage": 3},
+    "axolotl": {"sharding": "fsdp"},
 }
 
 

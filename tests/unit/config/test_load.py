@@ -359,7 +359,7 @@ def test_overrides_leave_the_file_as_it_was(tmp_path: Path) -> None:
     [
         (DATA + "training: {max_step: 1}", 2),
         ("data: [", 2),
-        (DATA + "backend: axolotl", 2),
+        (DATA + "trackers: [wandb]", 2),
         (None, 3),
     ],
     ids=["typo", "not YAML", "unsupported", "missing"],

@@ -13,7 +13,7 @@ from tests.unit.config.builders import spec
 LORA = {"type": "lora", "rank": 4}
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "flash attention": ({"model": {"attn": "flash"}}, "model.attn: flash is not built into this version"),
+    "flash attention": ({"model": {"attn": "flash"}}, "model.attn: flash runs on GPUs alone (cluster.gpus_per_node is 0)"),
     "a name beside sizes": (
         {"model": {"name": "falcon3-1b", "d_model": 64, "n_layers": 1, "n_heads": 2}},
         "model: d_model, n_layers and n_heads build a new model, so name falcon3-1b would not be read",
@@ -22,23 +22,46 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"validation": {"uri": "gs://b/rows.jsonl"}}},
         "gs:// is not built into this version",
     ),
-    "a backend of another version": ({"backend": "deepspeed"}, "backend: deepspeed is not built into this version; av"),
-    "axolotl": ({"backend": "axolotl"}, "backend: axolotl is not built into this version; available are fsdp, hf"),
-    "dpo": (
-        {"method": {"type": "dpo"}, "data": {"format": "preference"}},
-        "method.type: dpo is not available on backend fsdp, which takes sft, pretrain",
+    "distill": (
+        {"method": {"type": "distill", "teacher": "tiny"}},
+        "method.type: distill is not available on backend fsdp, which takes pretrain, sft, dpo",
+    ),
+    "dpo on deepspeed": (
+        {"method": {"type": "dpo"}, "data": {"format": "preference"}, "backend": "deepspeed"},
+        "method.type: dpo is not available on backend deepspeed, which takes pretrain, sft",
+    ),
+    "packed pairs": (
+        {"method": {"type": "dpo"}, "data": {"format": "preference", "packing": True}},
+        "data.packing: method dpo takes pairs, which are not packed",
     ),
     "pretrain on hf": (
         {"method": {"type": "pretrain"}, "data": {"format": "text"}, "backend": "hf"},
-        "method.type: pretrain is not available on backend hf, which takes sft",
+        "method.type: pretrain is not available on backend hf, which takes sft, dpo",
     ),
     "qlora on fsdp": (
         {"tuning": {"type": "qlora", "rank": 4}},
         "tuning.type: qlora is not available on backend fsdp, which takes full, lora",
     ),
-    "several ranks on hf": ({"backend": "hf", "cluster": {"num_nodes": 2}}, "backend: hf runs one rank"),
-    "packing on hf": ({"backend": "hf", "data": {"packing": True}}, "data.packing: not available on backend hf"),
-    "bf16 on CPU": ({"training": {"precision": "bf16"}}, "training.precision: bf16 on CPU"),
+    "adafactor on deepspeed": (
+        {"optimizer": {"name": "adafactor"}, "backend": "deepspeed"},
+        "optimizer.name: adafactor is not available on backend deepspeed, which takes adamw",
+    ),
+    "betas of adafactor": (
+        {"optimizer": {"name": "adafactor", "betas": [0.8, 0.9]}},
+        "optimizer.betas: adafactor has none; leave it out",
+    ),
+    "another backend's ZeRO": (
+        {"deepspeed": {"zero_stage": 3}},
+        "deepspeed: would not be read on backend fsdp; leave it out or use backend deepspeed",
+    ),
+    "ZeRO for an axolotl that does not use it": (
+        {"deepspeed": {"zero_stage": 3}, "backend": "axolotl"},
+        "deepspeed: would not be read on backend axolotl",
+    ),
+    "another backend's sharding": (
+        {"axolotl": {"sharding": "fsdp"}, "backend": "hf"},
+        "axolotl: would not be read on backend hf; leave it out or use backend axolotl",
+    ),
     "a tracker": ({"trackers": ["wandb", "mlflow"]}, "trackers: wandb, mlflow are not built into this version"),
     "data in gs": ({"data": {"remote_uri": "gs://a/b"}}, "gs:// is not built into this version; use s3:// or a folder"),
     "artifacts in gs": ({"artifacts": {"uri": "gs://a/b"}}, "gs:// is not built into this version"),
@@ -59,10 +82,10 @@ def test_what_would_not_be_honoured_is_refused_by_name(groups: dict[str, Any], e
 
 def test_everything_that_is_not_supported_is_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        check_supported(spec(trackers=["wandb"], training={"precision": "bf16"}, tuning={"type": "qlora", "rank": 4}))
+        check_supported(spec(trackers=["wandb"], model={"attn": "flash"}, tuning={"type": "qlora", "rank": 4}))
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         "tuning.type",
-        "training.precision",
+        "model.attn",
         "trackers",
     ]
 
@@ -72,13 +95,15 @@ def test_everything_that_is_not_supported_is_reported_at_once() -> None:
     [(backend, method, tuning) for backend in METHODS for method in METHODS[backend] for tuning in TUNINGS[backend]],
 )
 def test_every_pair_that_a_backend_claims_is_let_through(backend: str, method: str, tuning: str) -> None:
-    form = "text" if method == "pretrain" else "messages"
+    form = {"pretrain": "text", "dpo": "preference"}.get(method, "messages")
     tuned = {"type": tuning} | ({} if tuning == "full" else {"rank": 4})
     check_supported(spec(backend=backend, method={"type": method}, tuning=tuned, data={"format": form}))
 
 
-def test_bf16_is_let_through_on_a_gpu() -> None:
-    check_supported(spec(training={"precision": "bf16"}, cluster={"gpus_per_node": 1}))
+def test_options_of_a_backend_are_let_through_where_it_runs() -> None:
+    check_supported(spec(backend="deepspeed", deepspeed={"zero_stage": 3, "offload": "all"}))
+    check_supported(spec(backend="axolotl", axolotl={"sharding": "deepspeed"}, deepspeed={"zero_stage": 1}))
+    check_supported(spec(model={"attn": "flash"}, cluster={"gpus_per_node": 1}))
 
 
 def test_keys_that_mean_nothing_in_a_place_are_named_where_they_are_stated() -> None:

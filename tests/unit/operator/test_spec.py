@@ -15,7 +15,7 @@ from tests.unit.operator.builders import body
     [
         ({"nonsense": 1}, "nonsense"),
         ({"training": {"globalBatchSize": 7}}, "7 is not divisible by the 2 ranks"),
-        ({"backend": "deepspeed"}, "deepspeed is not built into this version"),
+        ({"trackers": ["wandb"]}, "wandb are not built into this version"),
         (
             {"data": {"remoteUri": "s3://a", "storage": "x"}, "artifacts": {"uri": "s3://b", "storage": "y"}},
             "data.storage x and artifacts.storage y differ",
