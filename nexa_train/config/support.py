@@ -62,9 +62,9 @@ def _options_of_others(spec: JobSpec) -> list[str]:
     problems = []
     by_deepspeed = spec.backend == "deepspeed" or (spec.backend == "axolotl" and spec.axolotl.sharding == "deepspeed")
     if spec.deepspeed != DeepspeedSpec() and not by_deepspeed:
-        problems.append(f"deepspeed: would not be read on backend {spec.backend}; leave it out or use backend deepspeed")
+        problems.append(f"deepspeed: would not be read on backend {spec.backend}; leave it out or use deepspeed")
     if spec.axolotl != AxolotlSpec() and spec.backend != "axolotl":
-        problems.append(f"axolotl: would not be read on backend {spec.backend}; leave it out or use backend axolotl")
+        problems.append(f"axolotl: would not be read on backend {spec.backend}; leave it out or use axolotl")
     return problems
 
 

@@ -13,7 +13,7 @@ from tests.unit.config.builders import spec
 LORA = {"type": "lora", "rank": 4}
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "flash attention": ({"model": {"attn": "flash"}}, "model.attn: flash runs on GPUs alone (cluster.gpus_per_node is 0)"),
+    "flash attention": ({"model": {"attn": "flash"}}, "model.attn: flash runs on GPUs alone"),
     "a name beside sizes": (
         {"model": {"name": "falcon3-1b", "d_model": 64, "n_layers": 1, "n_heads": 2}},
         "model: d_model, n_layers and n_heads build a new model, so name falcon3-1b would not be read",
@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another backend's ZeRO": (
         {"deepspeed": {"zero_stage": 3}},
-        "deepspeed: would not be read on backend fsdp; leave it out or use backend deepspeed",
+        "deepspeed: would not be read on backend fsdp; leave it out or use deepspeed",
     ),
     "ZeRO for an axolotl that does not use it": (
         {"deepspeed": {"zero_stage": 3}, "backend": "axolotl"},
@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another backend's sharding": (
         {"axolotl": {"sharding": "fsdp"}, "backend": "hf"},
-        "axolotl: would not be read on backend hf; leave it out or use backend axolotl",
+        "axolotl: would not be read on backend hf; leave it out or use axolotl",
     ),
     "a tracker": ({"trackers": ["wandb", "mlflow"]}, "trackers: wandb, mlflow are not built into this version"),
     "data in gs": ({"data": {"remote_uri": "gs://a/b"}}, "gs:// is not built into this version; use s3:// or a folder"),
