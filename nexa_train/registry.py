@@ -83,72 +83,56 @@ def _family(
             yield f"{name}-{size.lower()}-instruct", Entry(architecture, instruct.format(size))
 
 
-def _qwen2(*sizes: int, tied_head: bool) -> Architecture:
-    return Architecture(*sizes, tied_head=tied_head, qkv_bias=True)
-
-
-def _qwen3(*sizes: int, tied_head: bool) -> Architecture:
-    return Architecture(*sizes, tied_head=tied_head, qk_norm=True)
-
-
-def _llama(*sizes: int, tied_head: bool) -> Architecture:
-    return Architecture(*sizes, tied_head=tied_head)
-
-
-def _gemma(*sizes: int, norms: int = 2, qk_norm: bool = False) -> Architecture:
-    return Architecture(*sizes, tied_head=True, norms=norms, qk_norm=qk_norm)
-
-
 # d_model, layers, heads, key-value heads, head_dim, d_ff, vocabulary.
 _SMOLLM2 = {
-    "135M": _llama(576, 30, 9, 3, 64, 1536, 49_152, tied_head=True),
-    "360M": _llama(960, 32, 15, 5, 64, 2560, 49_152, tied_head=True),
-    "1.7B": _llama(2048, 24, 32, 32, 64, 8192, 49_152, tied_head=True),
+    "135M": Architecture(576, 30, 9, 3, 64, 1536, 49_152, tied_head=True),
+    "360M": Architecture(960, 32, 15, 5, 64, 2560, 49_152, tied_head=True),
+    "1.7B": Architecture(2048, 24, 32, 32, 64, 8192, 49_152, tied_head=True),
 }
 _FALCON3 = {
-    "1B": _llama(2048, 18, 8, 4, 256, 8192, 131_072, tied_head=False),
-    "3B": _llama(3072, 22, 12, 4, 256, 9216, 131_072, tied_head=False),
-    "7B": _llama(3072, 28, 12, 4, 256, 23_040, 131_072, tied_head=False),
-    "10B": _llama(3072, 40, 12, 4, 256, 23_040, 131_072, tied_head=False),
+    "1B": Architecture(2048, 18, 8, 4, 256, 8192, 131_072, tied_head=False),
+    "3B": Architecture(3072, 22, 12, 4, 256, 9216, 131_072, tied_head=False),
+    "7B": Architecture(3072, 28, 12, 4, 256, 23_040, 131_072, tied_head=False),
+    "10B": Architecture(3072, 40, 12, 4, 256, 23_040, 131_072, tied_head=False),
 }
 _LLAMA31 = {
-    "8B": _llama(4096, 32, 32, 8, 128, 14_336, 128_256, tied_head=False),
-    "70B": _llama(8192, 80, 64, 8, 128, 28_672, 128_256, tied_head=False),
+    "8B": Architecture(4096, 32, 32, 8, 128, 14_336, 128_256, tied_head=False),
+    "70B": Architecture(8192, 80, 64, 8, 128, 28_672, 128_256, tied_head=False),
 }
 _LLAMA32 = {
-    "1B": _llama(2048, 16, 32, 8, 64, 8192, 128_256, tied_head=True),
-    "3B": _llama(3072, 28, 24, 8, 128, 8192, 128_256, tied_head=True),
+    "1B": Architecture(2048, 16, 32, 8, 64, 8192, 128_256, tied_head=True),
+    "3B": Architecture(3072, 28, 24, 8, 128, 8192, 128_256, tied_head=True),
 }
 _QWEN25 = {
-    "0.5B": _qwen2(896, 24, 14, 2, 64, 4864, 151_936, tied_head=True),
-    "1.5B": _qwen2(1536, 28, 12, 2, 128, 8960, 151_936, tied_head=True),
-    "3B": _qwen2(2048, 36, 16, 2, 128, 11_008, 151_936, tied_head=True),
-    "7B": _qwen2(3584, 28, 28, 4, 128, 18_944, 152_064, tied_head=False),
-    "14B": _qwen2(5120, 48, 40, 8, 128, 13_824, 152_064, tied_head=False),
-    "32B": _qwen2(5120, 64, 40, 8, 128, 27_648, 152_064, tied_head=False),
-    "72B": _qwen2(8192, 80, 64, 8, 128, 29_568, 152_064, tied_head=False),
+    "0.5B": Architecture(896, 24, 14, 2, 64, 4864, 151_936, tied_head=True, qkv_bias=True),
+    "1.5B": Architecture(1536, 28, 12, 2, 128, 8960, 151_936, tied_head=True, qkv_bias=True),
+    "3B": Architecture(2048, 36, 16, 2, 128, 11_008, 151_936, tied_head=True, qkv_bias=True),
+    "7B": Architecture(3584, 28, 28, 4, 128, 18_944, 152_064, tied_head=False, qkv_bias=True),
+    "14B": Architecture(5120, 48, 40, 8, 128, 13_824, 152_064, tied_head=False, qkv_bias=True),
+    "32B": Architecture(5120, 64, 40, 8, 128, 27_648, 152_064, tied_head=False, qkv_bias=True),
+    "72B": Architecture(8192, 80, 64, 8, 128, 29_568, 152_064, tied_head=False, qkv_bias=True),
 }
 _QWEN3 = {
-    "0.6B": _qwen3(1024, 28, 16, 8, 128, 3072, 151_936, tied_head=True),
-    "1.7B": _qwen3(2048, 28, 16, 8, 128, 6144, 151_936, tied_head=True),
-    "4B": _qwen3(2560, 36, 32, 8, 128, 9728, 151_936, tied_head=True),
-    "8B": _qwen3(4096, 36, 32, 8, 128, 12_288, 151_936, tied_head=False),
-    "14B": _qwen3(5120, 40, 40, 8, 128, 17_408, 151_936, tied_head=False),
-    "32B": _qwen3(5120, 64, 64, 8, 128, 25_600, 151_936, tied_head=False),
+    "0.6B": Architecture(1024, 28, 16, 8, 128, 3072, 151_936, tied_head=True, qk_norm=True),
+    "1.7B": Architecture(2048, 28, 16, 8, 128, 6144, 151_936, tied_head=True, qk_norm=True),
+    "4B": Architecture(2560, 36, 32, 8, 128, 9728, 151_936, tied_head=True, qk_norm=True),
+    "8B": Architecture(4096, 36, 32, 8, 128, 12_288, 151_936, tied_head=False, qk_norm=True),
+    "14B": Architecture(5120, 40, 40, 8, 128, 17_408, 151_936, tied_head=False, qk_norm=True),
+    "32B": Architecture(5120, 64, 64, 8, 128, 25_600, 151_936, tied_head=False, qk_norm=True),
 }
-_MISTRAL = {"7B": _llama(4096, 32, 32, 8, 128, 14_336, 32_768, tied_head=False)}
+_MISTRAL = {"7B": Architecture(4096, 32, 32, 8, 128, 14_336, 32_768, tied_head=False)}
 _GEMMA = {
-    "2b": _gemma(2048, 18, 8, 1, 256, 16_384, 256_000),
-    "7b": _gemma(3072, 28, 16, 16, 256, 24_576, 256_000),
+    "2b": Architecture(2048, 18, 8, 1, 256, 16_384, 256_000, tied_head=True),
+    "7b": Architecture(3072, 28, 16, 16, 256, 24_576, 256_000, tied_head=True),
 }
 _GEMMA2 = {
-    "2b": _gemma(2304, 26, 8, 4, 256, 9216, 256_000, norms=4),
-    "9b": _gemma(3584, 42, 16, 8, 256, 14_336, 256_000, norms=4),
-    "27b": _gemma(4608, 46, 32, 16, 128, 36_864, 256_000, norms=4),
+    "2b": Architecture(2304, 26, 8, 4, 256, 9216, 256_000, tied_head=True, norms=4),
+    "9b": Architecture(3584, 42, 16, 8, 256, 14_336, 256_000, tied_head=True, norms=4),
+    "27b": Architecture(4608, 46, 32, 16, 128, 36_864, 256_000, tied_head=True, norms=4),
 }
 _GEMMA3 = {
-    "270m": _gemma(640, 18, 4, 1, 256, 2048, 262_144, norms=4, qk_norm=True),
-    "1b": _gemma(1152, 26, 4, 1, 256, 6912, 262_144, norms=4, qk_norm=True),
+    "270m": Architecture(640, 18, 4, 1, 256, 2048, 262_144, tied_head=True, norms=4, qk_norm=True),
+    "1b": Architecture(1152, 26, 4, 1, 256, 6912, 262_144, tied_head=True, norms=4, qk_norm=True),
 }
 
 MODELS: dict[str, Entry] = {
