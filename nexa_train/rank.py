@@ -54,12 +54,12 @@ def _run(rundir: RunDir, rank: int) -> None:
     work = RankWork.from_dict(rundir.read_run())
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    _configure(work, local_rank)
+    configure(work, local_rank)
     if world > 1:
         # Flags and sums of a few bytes live on the CPU also where weights do not.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        context = _context(work, rank, world)
+        context = make_context(work, rank, world)
         facts = RunFacts(work.job, work.attempt, work.dataset, work.code, work.world_facts())
         store = open_store(work.store_uri)
         TrainingPipeline(context, facts, store, rundir, local_rank=local_rank).run()
@@ -68,7 +68,12 @@ def _run(rundir: RunDir, rank: int) -> None:
             dist.destroy_process_group()
 
 
-def _configure(work: RankWork, local_rank: int) -> None:
+def configure(work: RankWork, local_rank: int) -> None:
+    """Set up torch in this process as the job asks.
+
+    Raises:
+        ConfigError: this rank has no GPU.
+    """
     torch.set_num_threads(work.plan.threads)
     torch.use_deterministic_algorithms(work.job.spec.training.deterministic)
     if work.job.spec.cluster.gpus_per_node:
@@ -85,7 +90,8 @@ def _configure(work: RankWork, local_rank: int) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _context(work: RankWork, rank: int, world: int) -> RankContext:
+def make_context(work: RankWork, rank: int, world: int) -> RankContext:
+    """What one rank works with: its data mapped, its order of samples."""
     train = Split(work.data_folder, "train")
     total = work.plan.total_sequences
     assert total is not None  # noqa: S101 - the launcher prepared the data

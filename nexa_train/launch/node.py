@@ -27,7 +27,7 @@ from nexa_train.errors import ConfigError, NexaError, StoppedError
 from nexa_train.launch.work import RankWork, dataset_facts
 from nexa_train.models.locate import Located, architecture, check_model, locate
 from nexa_train.plan import make_plan, parse_quantity
-from nexa_train.provenance import code_facts
+from nexa_train.provenance import code_facts, has_bf16_units, processor
 from nexa_train.rundir import RunDir
 from nexa_train.store import Store, open_store
 
@@ -65,6 +65,7 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
     check_model(located, job.spec, tokenizer)
     prepared = prepare(job.spec, tokenizer)
     sizes, threads = architecture(job.spec.model, located), available_processors(job) // node.ranks or 1
+    precision = usable_precision(job)
     plan = make_plan(job.spec, num_sequences=prepared.num_sequences, architecture=sizes, threads=threads)
     found_out = {"microbatch": plan.microbatch, "threads": plan.threads}
     frozen = claim_run(store, job.run_id, _identity(job, prepared, located, tokenizer), frozen=found_out)
@@ -74,6 +75,7 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
         architecture=sizes,
         threads=frozen.get("threads", plan.threads),
         microbatch=frozen["microbatch"],
+        precision=precision,
     )
     work = RankWork(
         job,
@@ -130,7 +132,7 @@ def _start(work: RankWork, node: Node, rundir: RunDir, output: IO[bytes] | None)
             rank_command(rundir.path, node, run_id=work.job.run_id),
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
-            env=_environment(work, node),
+            env=rank_environment(work, node),
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which asks for a checkpoint.
         )
     finally:
@@ -182,6 +184,19 @@ def visible_devices(given: str | None, *, gpus_per_node: int, ranks: int) -> str
     return ",".join(allowed[:ranks])
 
 
+def usable_precision(job: Job) -> str:
+    """The number format of the forward pass: what the job asks for, but fp32 on a CPU that only emulates bf16."""
+    asked = job.spec.training.precision
+    if asked == "fp32" or job.spec.cluster.gpus_per_node or has_bf16_units():
+        return asked
+    print(
+        f"nexa: training.precision: fp32 instead of bf16, for which this processor ({processor()}) has no units",
+        file=sys.stderr,
+        flush=True,
+    )
+    return "fp32"
+
+
 def available_processors(job: Job) -> int:
     """Processors for the ranks of this node: what the job asks for, else what this process may use."""
     asked = job.spec.cluster.resources.cpu
@@ -198,7 +213,8 @@ def _identity(job: Job, prepared: Prepared, located: Located, tokenizer: ChatTok
     }
 
 
-def _environment(work: RankWork, node: Node) -> dict[str, str]:
+def rank_environment(work: RankWork, node: Node) -> dict[str, str]:
+    """Variables of every rank of a node: threads, and what equal bits need."""
     threads = str(work.plan.threads)
     fixed = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     # MKL may round differently from run to run by the alignment of memory unless told (its "Conditional
