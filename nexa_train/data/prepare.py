@@ -6,7 +6,8 @@ split), so it is made once and every rank of this machine maps the same pages. L
     train.ids.npy      int32 [tokens]     samples one after another
     train.targets.npy  uint8 [tokens]     1: this token is predicted, and counts in the loss
     train.starts.npy   int64 [samples+1]  where each sample begins
-    train.bins.npy     int64 [bins+1]     samples of each sequence (without packing: one each)
+    train.bins.npy     int64 [bins+1]     samples of each sequence (without packing one each; of a preference
+                                          two, the chosen and the rejected)
     validation.*       the same
     audit.json         what was counted on the way
 """
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Encoding
 
 from nexa_train.artifact.manifest import digest_of
 from nexa_train.cache import cache_folder, made_whole
@@ -38,7 +40,8 @@ class SplitAudit:
     """What became of the rows of one split.
 
     Attributes:
-        rows: read; dropped: cut so short that nothing was left to learn; truncated: cut, but kept.
+        rows: read; dropped: cut so short that nothing was left to learn, or pairs of which one side would be
+            cut; truncated: cut, but kept.
         tokens: kept; targets: of those, predicted; sequences: what a step counts (packed: several samples).
         without_end: samples whose end token is not learnt.
         doubled_start: samples that begin with two start tokens.
@@ -155,15 +158,18 @@ def _key(spec: JobSpec, tokenizer: ChatTokenizer, digest: str) -> dict[str, obje
 
 def _write(folder: Path, split: str, rows: list[Row], spec: JobSpec, tokenizer: ChatTokenizer) -> SplitAudit:
     rendered = list(render_rows(rows, data=spec.data, method=spec.method, tokenizer=tokenizer))
-    samples, counts = _tokenise(rendered, tokenizer, spec.model.max_seq_len)
+    a_row = 2 if spec.data.format == "preference" else 1
+    samples, counts = _tokenise(rendered, tokenizer, spec.model.max_seq_len, a_row)
     if rows and not samples:
         uri = (split == "validation" and spec.data.validation.uri) or spec.data.remote_uri
+        where = "on one side" if a_row > 1 else "before anything to learn begins"
         raise DataError(
             f"{uri}: all {len(rows)} {split} rows are longer than model.max_seq_len "
-            f"{spec.model.max_seq_len} before anything to learn begins; raise it"
+            f"{spec.model.max_seq_len} {where}; raise it"
         )
     lengths = [len(ids) for ids, _ in samples]
-    bins = pack(lengths, spec.model.max_seq_len) if spec.data.packing else [[i] for i in range(len(samples))]
+    each = [list(range(first, first + a_row)) for first in range(0, len(samples), a_row)]
+    bins = pack(lengths, spec.model.max_seq_len) if spec.data.packing else each
     order = [index for members in bins for index in members]
     ids = [samples[index][0] for index in order]
     targets = [samples[index][1] for index in order]
@@ -176,26 +182,37 @@ def _write(folder: Path, split: str, rows: list[Row], spec: JobSpec, tokenizer: 
 
 
 def _tokenise(
-    rendered: list[Rendered], tokenizer: ChatTokenizer, limit: int
+    rendered: list[Rendered], tokenizer: ChatTokenizer, limit: int, a_row: int
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict[str, int]]:
-    """Ids and target masks. A token is learnt if it begins inside a learnt span; the first one never is."""
+    """Ids and target masks. A token is learnt if it begins inside a learnt span; the first one never is.
+
+    Args:
+        a_row: samples of each row, kept or dropped together; several (a pair) are never cut.
+    """
     counts = {"dropped": 0, "truncated": 0, "without_end": 0, "doubled_start": 0}
     samples = []
     encoded = tokenizer.fast.encode_batch([each.text for each in rendered], add_special_tokens=False)
-    for each, encoding in zip(rendered, encoded, strict=True):
-        ids = np.asarray(encoding.ids, dtype=np.int32)
-        begins = np.asarray([start for start, _ in encoding.offsets], dtype=np.int64)
-        mask = np.zeros(len(ids), dtype=np.uint8)
-        for start, end in each.spans:
-            mask[(begins >= start) & (begins < end)] = 1
-        mask[:1] = 0  # Nothing comes before the first token to predict it from.
-        if len(ids) > limit:
-            ids, mask = ids[:limit], mask[:limit]
-            counts["truncated"] += int(mask.any())
-        if not mask.any():
+    masked = [_masked(each, encoding) for each, encoding in zip(rendered, encoded, strict=True)]
+    for first in range(0, len(masked), a_row):
+        found = masked[first : first + a_row]
+        kept = [(ids[:limit], mask[:limit]) for ids, mask in found]
+        cut = any(len(ids) > limit for ids, _ in found)
+        if (cut and a_row > 1) or not all(mask.any() for _, mask in kept):
             counts["dropped"] += 1
             continue
-        counts["without_end"] += int(not (mask[ids == tokenizer.eos_id]).any())
-        counts["doubled_start"] += int(len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id)
-        samples.append((ids, mask))
+        counts["truncated"] += int(cut)
+        for ids, mask in kept:
+            counts["without_end"] += int(not (mask[ids == tokenizer.eos_id]).any())
+            counts["doubled_start"] += int(len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id)
+        samples += kept
     return samples, counts
+
+
+def _masked(rendered: Rendered, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.asarray(encoding.ids, dtype=np.int32)
+    begins = np.asarray([start for start, _ in encoding.offsets], dtype=np.int64)
+    mask = np.zeros(len(ids), dtype=np.uint8)
+    for start, end in rendered.spans:
+        mask[(begins >= start) & (begins < end)] = 1
+    mask[:1] = 0  # Nothing comes before the first token to predict it from.
+    return ids, mask

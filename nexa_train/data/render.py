@@ -13,6 +13,8 @@ from nexa_train.errors import ConfigError, DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 
+TextAndSpans = tuple[str, tuple[tuple[int, int], ...]]
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -24,7 +26,7 @@ class Rendered:
 
 
 def render_rows(rows: list[Row], *, data: DataSpec, method: Method, tokenizer: ChatTokenizer) -> Iterator[Rendered]:
-    """Render every row.
+    """Render every row: one text each; of a preference two, the chosen and then the rejected.
 
     Raises:
         ConfigError: the format needs a chat template and the model has none.
@@ -35,15 +37,16 @@ def render_rows(rows: list[Row], *, data: DataSpec, method: Method, tokenizer: C
             f"data.format messages needs a chat template and {tokenizer.folder} has none; "
             "use prompt_completion or text, or put a chat_template.jinja there"
         )
-    train_on = getattr(method, "train_on", "all")
+    train_on = "assistant" if data.format == "preference" else getattr(method, "train_on", "all")
     for row in rows:
         try:
-            text, spans = _render(check_row(row, data), data.format, train_on, tokenizer)
+            rendered = _render(check_row(row, data), data.format, train_on, tokenizer)
         except DataError as exc:
             raise DataError(f"{row.where}: {exc}") from exc
-        if not any(start < end for start, end in spans):
-            raise DataError(f"{row.where}: nothing to learn from: no text of the trained kind ({train_on})")
-        yield Rendered(text, spans, row.where)
+        for text, spans in rendered:
+            if not any(start < end for start, end in spans):
+                raise DataError(f"{row.where}: nothing to learn from: no text of the trained kind ({train_on})")
+            yield Rendered(text, spans, row.where)
 
 
 def check_rows(rows: list[Row], data: DataSpec) -> None:
@@ -66,43 +69,57 @@ def check_row(row: Row, data: DataSpec) -> dict[str, Any]:
         DataError: a column is missing or holds another type.
     """
     found: dict[str, Any] = {}
+    expected = list if data.format == "messages" else str
     for field in COLUMNS[data.format]:
         column = data.columns.get(field, field)
         if column not in row.values:
             have = ", ".join(sorted(map(str, row.values))) or "none"
             raise DataError(f"no column {column!r} for format {data.format}; the row has: {have}")
         found[field] = row.values[column]
-        expected = list if field == "messages" else str
+        if field == "prompt" and data.format == "preference" and isinstance(found[field], list):
+            expected = list  # A prompt of messages has answers of messages.
         if not isinstance(found[field], expected):
             seen = type(found[field]).__name__
             raise DataError(f"column {column!r} holds {seen}, expected {expected.__name__}")
-    for index, message in enumerate(found.get("messages", ())):
-        _check_message(index, message)
+        if expected is list:
+            for index, message in enumerate(found[field]):
+                _check_message(f"{column}[{index}]", message)
     return found
 
 
-def _check_message(index: int, message: Any) -> None:
+def _check_message(place: str, message: Any) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise DataError(f"messages[{index}]: expected an object with role and content as text")
+        raise DataError(f"{place}: expected an object with role and content as text")
     if message.get("role") not in ROLES:
-        raise DataError(f"messages[{index}]: role {message.get('role')!r}, expected one of {', '.join(ROLES)}")
+        raise DataError(f"{place}: role {message.get('role')!r}, expected one of {', '.join(ROLES)}")
 
 
-def _render(
-    found: dict[str, Any], form: str, train_on: str, tokenizer: ChatTokenizer
-) -> tuple[str, tuple[tuple[int, int], ...]]:
+def _render(found: dict[str, Any], form: str, train_on: str, tokenizer: ChatTokenizer) -> list[TextAndSpans]:
     if form == "text":
-        return _plain("", found["text"], "all", tokenizer)
+        return [_plain("", found["text"], "all", tokenizer)]
     if form == "messages":
-        return _chat(found["messages"], train_on, tokenizer)
+        return [_chat(found["messages"], train_on, tokenizer)]
+    if form == "preference":
+        if found["chosen"] == found["rejected"]:
+            raise DataError("chosen and rejected are equal, which prefers nothing; take the row out")
+        return [_answer(found["prompt"], found[side], train_on, tokenizer) for side in ("chosen", "rejected")]
     prompt, completion = (found[field] for field in COLUMNS[form])
-    if form == "question_answer" and tokenizer.template is not None:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return _chat(turns, train_on, tokenizer)
-    return _plain(prompt, completion, train_on, tokenizer)
+    answered = _answer if form == "question_answer" else _plain
+    return [answered(prompt, completion, train_on, tokenizer)]
 
 
-def _plain(prompt: str, completion: str, train_on: str, tokenizer: ChatTokenizer) -> tuple[str, tuple[tuple[int, int]]]:
+def _answer(prompt: Any, answer: Any, train_on: str, tokenizer: ChatTokenizer) -> TextAndSpans:
+    """Both as text or both as messages; where the model chats, text becomes a turn of the user and one of it."""
+    if isinstance(prompt, str):
+        if tokenizer.template is None:
+            return _plain(prompt, answer, train_on, tokenizer)
+        prompt, answer = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
+    elif tokenizer.template is None:
+        raise DataError(f"messages need a chat template and {tokenizer.folder} has none; give text")
+    return _chat([*prompt, *answer], train_on, tokenizer, since=len(prompt))
+
+
+def _plain(prompt: str, completion: str, train_on: str, tokenizer: ChatTokenizer) -> TextAndSpans:
     if not completion:
         return "", ((0, 0),)
     head = (tokenizer.bos or "") + prompt
@@ -110,10 +127,8 @@ def _plain(prompt: str, completion: str, train_on: str, tokenizer: ChatTokenizer
     return text, ((0 if train_on == "all" else len(head), len(text)),)
 
 
-def _chat(
-    messages: list[dict[str, Any]], train_on: str, tokenizer: ChatTokenizer
-) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Spans by prefix difference: what the template adds when the assistant's turn is added.
+def _chat(messages: list[dict[str, Any]], train_on: str, tokenizer: ChatTokenizer, *, since: int = 0) -> TextAndSpans:
+    """Spans by prefix difference: what the template adds when the assistant's turn is added, from turn `since` on.
 
     Works for templates without generation marks; a template whose text for k messages is no prefix of its
     text for k + 1 is refused, never guessed at.
@@ -121,7 +136,7 @@ def _chat(
     text = tokenizer.render(messages)
     if train_on == "all":
         return text, ((0, len(text)),)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= since]
     if train_on == "last_turn":
         turns = turns[-1:]
     spans = []
