@@ -46,7 +46,7 @@ class TrainPlan:
         microbatch x accumulation x world_size = global_batch, in sequences.
         total_steps: optimiser steps; None until the number of sequences is known (epochs).
         total_sequences: consumed over the run; the last step may be partial. None like total_steps.
-        threads: CPU threads of a rank.
+        threads: CPU threads of a rank. precision: fp32 or bf16, as this machine can.
         memory, checkpoint_bytes: estimates; None where the model's sizes are not known without its weights.
     """
 
@@ -60,6 +60,7 @@ class TrainPlan:
     total_sequences: int | None
     save_every: int
     threads: int
+    precision: str
     memory: Memory | None
     checkpoint_bytes: int | None
 
@@ -71,6 +72,7 @@ def make_plan(
     architecture: Architecture | None = None,
     threads: int = 1,
     microbatch: int | None = None,
+    precision: str | None = None,
 ) -> TrainPlan:
     """Decide a run.
 
@@ -79,6 +81,7 @@ def make_plan(
         architecture: of the model, where known.
         threads: CPU threads of a rank where cluster.threads_per_rank does not say.
         microbatch: what `auto` resolved to when this run began; it is frozen from then on.
+        precision: what this machine can do of what the job asks for; None: all.
 
     Raises:
         ConfigError: a frozen microbatch does not divide what this world size leaves to each rank.
@@ -105,6 +108,7 @@ def make_plan(
         total_sequences=total,
         save_every=training.save_every_steps,
         threads=cluster.threads_per_rank or threads,
+        precision=precision or training.precision,
         memory=estimate_memory(spec, architecture, chosen) if architecture else None,
         checkpoint_bytes=estimate_checkpoint(spec, architecture) if architecture else None,
     )

@@ -14,6 +14,8 @@ from nexa_train.config.protocol import ENV_IMAGE
 
 PACKAGES = ("nexa-train", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 def code_facts() -> dict[str, Any]:
     """Revision and uncommitted changes of a checkout, package versions, Python, image."""
@@ -28,11 +30,27 @@ def code_facts() -> dict[str, Any]:
 
 def processor() -> str:
     """The kind of processor: bits are promised to be the same on the same kind only."""
+    return _cpuinfo("model name") or platform.machine()
+
+
+def has_bf16_units() -> bool:
+    """Whether this processor multiplies bfloat16 matrices itself (x86: AVX512-BF16 or AMX; Arm: BF16).
+
+    Others take hundreds of times as long for them as for float32.
+    """
+    flags = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
+    return not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(flags)
+
+
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first processor; empty where it says nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    return next(
+        (value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == key), ""
+    )
 
 
 def _version(package: str) -> str | None:

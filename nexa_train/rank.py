@@ -96,7 +96,7 @@ def make_context(work: RankWork, rank: int, world: int) -> RankContext:
     total = work.plan.total_sequences
     assert total is not None  # noqa: S101 - the launcher prepared the data
     return RankContext(
-        spec=work.job.spec,
+        spec=work.spec,
         plan=work.plan,
         located=work.located,
         tokenizer=load_tokenizer(work.located.folder),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nexa_train.config.job import Job
+from nexa_train.config.spec import JobSpec
 from nexa_train.data.prepare import Prepared
 from nexa_train.models.locate import Located
 from nexa_train.plan import Memory, TrainPlan
@@ -31,6 +32,12 @@ class RankWork:
     store_uri: str
     attempt: int
 
+    @property
+    def spec(self) -> JobSpec:
+        """What the job asks for, in the precision that this machine has."""
+        training = self.job.spec.training.model_copy(update={"precision": self.plan.precision})
+        return self.job.spec.model_copy(update={"training": training})
+
     def world_facts(self) -> dict[str, Any]:
         """The world that these bits hold for."""
         return {
@@ -41,7 +48,7 @@ class RankWork:
             "threads": self.plan.threads,
             "processor": processor(),
             "backend": self.job.spec.backend,
-            "precision": self.job.spec.training.precision,
+            "precision": self.plan.precision,
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ carries the weights, the hub's local cache, the hub.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -68,9 +69,10 @@ def locate(model: ModelSpec) -> Located:
         return _from_gguf(gguf, origin=f"package {entry.package}")
     hub_id = entry.hub_id if entry else model.name
     if hub_id is None or hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
-        known = ", ".join(sorted(MODELS))
+        close = difflib.get_close_matches(model.name.lower(), MODELS, n=3) or ["tiny", "llama-3.2-1b", "qwen3-4b"]
         raise NotFoundError(
-            f"model.name: {model.name} is neither a folder on this machine nor a known model ({known}) nor a hub id"
+            f"model.name: {model.name} is neither a folder on this machine nor a known model "
+            f"(such as {', '.join(close)}) nor a hub id"
         )
     return _from_hub(hub_id, model)
 

@@ -90,7 +90,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["smollm", "a/b/c", "./a", "/nowhere/model", "~/nowhere"])
 def test_an_unknown_name_lists_those_that_are_known(name: str) -> None:
-    with pytest.raises(NotFoundError, match=r"is neither a folder .* nor a known model \(.*tiny\) nor a hub id"):
+    with pytest.raises(NotFoundError, match=r"is neither a folder .* nor a known model \(such as .*\) nor a hub id"):
         locate(ModelSpec(name=name))
 
 
