@@ -1,6 +1,6 @@
 """The training loop of the native backends: one step is accumulate, check, clip, move. Nothing is hidden.
 
-Loss is summed over target tokens and divided by the target tokens of the whole step, over all ranks and
+Loss is summed over target tokens (or pairs) and divided by those of the whole step, over all ranks and
 microbatches: accumulation, packing and the number of ranks do not change it.
 """
 
@@ -53,7 +53,7 @@ class Engine:
             group["lr"] = rate
         micros = self.context.microbatches(step)
         batches = [self.context.train.batch(micro) for micro in micros]
-        denominator = self.context.step_targets(step)
+        denominator = self.context.step_weight(step)
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
             loss = batch_loss(self.module, batch)
@@ -83,7 +83,7 @@ class Engine:
 
 
 def mean_loss(module: nn.Module, split: Split, context: RankContext) -> float | None:
-    """Mean loss over the split's target tokens, shared out over the ranks; None where it is empty."""
+    """Mean loss over the split's target tokens or pairs, shared out over the ranks; None where it is empty."""
     if not split.num_sequences:
         return None
     module.eval()
@@ -95,7 +95,7 @@ def mean_loss(module: nn.Module, split: Split, context: RankContext) -> float | 
         for first in passes:
             total += batch_loss(module, split.batch(share[first : first + context.plan.microbatch])).double().cpu()
     module.train()
-    return float(summed(total, context.world)) / split.num_targets(range(split.num_sequences))
+    return float(summed(total, context.world)) / context.weight(split, range(split.num_sequences))
 
 
 def batch_loss(module: nn.Module, batch: Batch) -> Tensor:

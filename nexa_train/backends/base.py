@@ -6,7 +6,7 @@ plan and hands its state over as named tensors, so that any backend can go on fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,13 +48,17 @@ class RankContext:
         """The sequences of this rank in one step."""
         return [sequence for micro in self.microbatches(step) for sequence in micro]
 
-    def step_targets(self, step: int) -> int:
-        """Target tokens of one step over all ranks: what its summed loss is divided by.
+    def step_weight(self, step: int) -> int:
+        """What the summed loss of one step is divided by: its `weight`, over all ranks.
 
         Counted from the data, not exchanged: every rank maps the same data set.
         """
         ranks = (self._of_rank(step, rank) for rank in range(self.world))
-        return sum(self.train.num_targets(micro) for rank in ranks for micro in rank)
+        return sum(self.weight(self.train, micro) for rank in ranks for micro in rank)
+
+    def weight(self, split: Split, sequences: Sequence[int]) -> int:
+        """What a mean loss over these sequences counts: their target tokens; for dpo their pairs."""
+        return len(sequences) if self.spec.method.type == "dpo" else split.num_targets(sequences)
 
     def _of_rank(self, step: int, rank: int) -> list[list[int]]:
         return self.order.microbatches(
@@ -71,7 +75,7 @@ class StepMetrics:
     """One finished optimiser step, the same on every rank.
 
     Attributes:
-        step: steps done, from 1. loss: mean over the step's target tokens. grad_norm: before clipping.
+        step: steps done, from 1. loss: mean over the step's target tokens, or pairs. grad_norm: before clipping.
         tokens: real tokens over all ranks, without padding.
     """
 
