@@ -72,6 +72,7 @@ def make_plan(
     architecture: Architecture | None = None,
     threads: int = 1,
     microbatch: int | None = None,
+    too_large: int | None = None,
     precision: str | None = None,
 ) -> TrainPlan:
     """Decide a run.
@@ -81,14 +82,16 @@ def make_plan(
         architecture: of the model, where known.
         threads: CPU threads of a rank where cluster.threads_per_rank does not say.
         microbatch: what `auto` resolved to when this run began; it is frozen from then on.
+        too_large: the smallest microbatch that ran out of memory since then; `auto` stays below it.
         precision: what this machine can do of what the job asks for; None: all.
 
     Raises:
-        ConfigError: a frozen microbatch does not divide what this world size leaves to each rank.
+        ConfigError: a frozen microbatch does not divide what this world size leaves to each rank; or not even
+            one sequence at a time fits into memory.
     """
     cluster, training = spec.cluster, spec.training
-    chosen = _microbatch(spec, architecture, microbatch)
     per_rank = training.global_batch_size // cluster.world_size
+    chosen = _below(per_rank, _microbatch(spec, architecture, microbatch), too_large)
     if per_rank % chosen:
         raise ConfigError(
             f"training.microbatch_size_per_gpu: this run began with {chosen}, which does not divide the "
@@ -170,6 +173,18 @@ def _microbatch(spec: JobSpec, architecture: Architecture | None, frozen: int | 
         return 1
     budget = _budget(spec)
     return next((size for size in divisors if estimate_memory(spec, architecture, size).total <= budget), 1)
+
+
+def _below(per_rank: int, microbatch: int, too_large: int | None) -> int:
+    """The microbatch, or the largest that divides a rank's share and is smaller than what did not fit."""
+    if too_large is None or microbatch < too_large:
+        return microbatch
+    if too_large == 1:
+        raise ConfigError(
+            "training.microbatch_size_per_gpu: auto came down to 1 and even that ran out of memory; lower "
+            "model.max_seq_len, set training.activation_checkpointing, or use more ranks or memory"
+        )
+    return max(size for size in range(1, too_large) if per_rank % size == 0)
 
 
 def _budget(spec: JobSpec) -> float:

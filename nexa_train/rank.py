@@ -18,7 +18,7 @@ import torch.distributed as dist
 import transformers
 
 from nexa_train.backends.base import RankContext
-from nexa_train.config.protocol import Termination
+from nexa_train.config.protocol import OUT_OF_MEMORY, Termination
 from nexa_train.data.batches import Split
 from nexa_train.data.cursor import Order
 from nexa_train.data.tokenizer import load_tokenizer
@@ -41,13 +41,33 @@ def main(folder: str) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         _run(rundir, rank)
-    except NexaError as exc:
+    except Exception as exc:  # noqa: BLE001 - a rank must say what ended it, whatever it was
+        return _ended_by(exc, rundir, rank)
+    return 0
+
+
+def _ended_by(exc: Exception, rundir: RunDir, rank: int) -> int:
+    if ran_out_of_memory(exc):
+        work = RankWork.from_dict(rundir.read_run())
+        message = out_of_memory_message(work, rank, str(exc))
+        return _last_words(rundir, rank, 1, OUT_OF_MEMORY, message, retryable=work.adapts_microbatch)
+    if isinstance(exc, NexaError):
         cause = "Stopped" if isinstance(exc, StoppedError) else type(exc).__name__
         return _last_words(rundir, rank, exc.exit_code, cause, str(exc), retryable=exc.retryable)
-    except Exception as exc:  # noqa: BLE001 - a rank must say what ended it, whatever it was
-        traceback.print_exc()
-        return _last_words(rundir, rank, 1, type(exc).__name__, str(exc), retryable=True)
-    return 0
+    traceback.print_exception(exc)
+    return _last_words(rundir, rank, 1, type(exc).__name__, str(exc), retryable=True)
+
+
+def ran_out_of_memory(exc: Exception) -> bool:
+    """Whether torch or Python had no memory to give; torch's allocator on the CPU has no class for it."""
+    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: " in str(exc)
+
+
+def out_of_memory_message(work: RankWork, rank: int, told: str) -> str:
+    """What is said of it: with how many sequences, by whom, and what to do."""
+    advice = "" if work.adapts_microbatch else "; set training.microbatch_size_per_gpu lower, or to auto"
+    cut = " ".join(told.split())[:300]
+    return f"rank {rank} ran out of memory with {work.plan.microbatch} sequences at once: {cut}{advice}"
 
 
 def _run(rundir: RunDir, rank: int) -> None:

@@ -32,6 +32,8 @@ RDZV_PORT = 29500
 PROGRESS_PORT = 8080
 TERMINATION_LOG = "/dev/termination-log"
 TERMINATION_LOG_BYTES = 4096
+OUT_OF_MEMORY = "OutOfMemory"
+"""The cause of a rank's end that a smaller microbatch may mend."""
 EXIT_STALLED = 70
 """The entrypoint's own code: no step came within the deadline, stacks are in the log."""
 
@@ -81,7 +83,7 @@ class Termination(Message):
     attempt: int = 0
     exit_code: int
     cause: str
-    """Succeeded, Stopped, Stalled, Killed, or the name of the error's class."""
+    """Succeeded, Stopped, Stalled, Killed, OutOfMemory, or the name of the error's class."""
     message: Annotated[str, AfterValidator(_sayable)] = ""
     retryable: bool = True
     step: int = 0

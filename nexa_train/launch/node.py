@@ -19,11 +19,12 @@ from typing import IO
 
 from nexa_train.artifact.publish import claim_run, manifest_uri, newest_valid
 from nexa_train.config.job import Job
-from nexa_train.config.protocol import EXIT_STALLED, CheckpointRef, Progress, Termination
+from nexa_train.config.protocol import EXIT_STALLED, OUT_OF_MEMORY, CheckpointRef, Progress, Termination
 from nexa_train.config.support import check_supported
 from nexa_train.data.prepare import Prepared, prepare
 from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nexa_train.errors import ConfigError, NexaError, StoppedError
+from nexa_train.launch.memory import out_of_memory_kills, remember_too_large, smallest_too_large
 from nexa_train.launch.work import RankWork, dataset_facts
 from nexa_train.models.locate import Located, architecture, check_model, locate
 from nexa_train.plan import make_plan, parse_quantity
@@ -75,6 +76,7 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
         architecture=sizes,
         threads=frozen.get("threads", plan.threads),
         microbatch=frozen["microbatch"],
+        too_large=smallest_too_large(store, job.run_id),
         precision=precision,
     )
     work = RankWork(
@@ -107,20 +109,42 @@ def run_node(
     Raises:
         NexaError: see `make_ready`; StoppedError: a stop was asked for before a rank ran.
     """
-    ready = make_ready(job, node)
-    if isinstance(ready, Termination):
-        return ready
-    rundir.write_run(ready.to_dict())
+    while True:
+        ready = make_ready(job, node)
+        if isinstance(ready, Termination):
+            return ready
+        ended = _run_ranks(ready, node, rundir, output, on_progress)
+        if ended.cause != OUT_OF_MEMORY or not ready.adapts_microbatch:
+            return ended
+        remember_too_large(open_store(ready.store_uri), ready)
+        if node.count > 1:
+            return ended  # the other nodes' ranks ended too: all begin again with the next attempt
+        print(f"nexa: {ended.message}; trying fewer", file=sys.stderr, flush=True)
+
+
+def _run_ranks(
+    work: RankWork,
+    node: Node,
+    rundir: RunDir,
+    output: IO[bytes] | None,
+    on_progress: Callable[[Progress], None] | None,
+) -> Termination:
+    rundir.write_run(work.to_dict())
     if rundir.stop_asked():
-        raise StoppedError(f"{job.run_id} was stopped before the first step; run again to go on")
-    ranks = _start(ready, node, rundir, output)
+        raise StoppedError(f"{work.job.run_id} was stopped before the first step; run again to go on")
+    killed_before = out_of_memory_kills()
+    ranks = _start(work, node, rundir, output)
     try:
-        return _watch(ranks, job, rundir, on_progress)
+        ended = _watch(ranks, work.job, rundir, on_progress)
     finally:
         if ranks.poll() is None:
             os.killpg(ranks.pid, signal.SIGKILL)
             ranks.wait()
         rundir.drop_tensors()
+    if ended.cause == "Killed" and out_of_memory_kills() > killed_before:
+        message = f"the kernel killed a rank for memory with {work.plan.microbatch} sequences at once"
+        return ended.model_copy(update={"cause": OUT_OF_MEMORY, "message": message})
+    return ended
 
 
 def _start(work: RankWork, node: Node, rundir: RunDir, output: IO[bytes] | None) -> subprocess.Popen[bytes]:

@@ -38,6 +38,12 @@ class RankWork:
         training = self.job.spec.training.model_copy(update={"precision": self.plan.precision})
         return self.job.spec.model_copy(update={"training": training})
 
+    @property
+    def adapts_microbatch(self) -> bool:
+        """Whether another attempt may take fewer sequences at once."""
+        training = self.job.spec.training
+        return training.microbatch_size_per_gpu == "auto" and training.grad_accumulation_steps == "auto"
+
     def world_facts(self) -> dict[str, Any]:
         """The world that these bits hold for."""
         return {

@@ -51,6 +51,24 @@ def test_whatever_auto_chooses_multiplies_out(batch: int, nodes: int, memory: st
     assert found.microbatch * found.accumulation * found.world_size == batch * nodes
 
 
+@pytest.mark.parametrize(("too_large", "left"), [(64, 32), (32, 16), (7, 4), (2, 1)])
+def test_auto_stays_below_what_ran_out_of_memory_and_the_global_batch_stays(too_large: int, left: int) -> None:
+    job = spec(training={"global_batch_size": 64})
+    assert make_plan(job, architecture=TINY).microbatch == 64
+    found = make_plan(job, architecture=TINY, microbatch=64, too_large=too_large)
+    assert (found.microbatch, found.accumulation, found.global_batch) == (left, 64 // left, 64)
+
+
+def test_what_ran_out_of_memory_does_not_matter_to_a_smaller_microbatch() -> None:
+    job = spec(training={"global_batch_size": 64})
+    assert make_plan(job, architecture=TINY, microbatch=8, too_large=16).microbatch == 8
+
+
+def test_a_job_that_does_not_fit_sequence_by_sequence_is_told_what_would_help() -> None:
+    with pytest.raises(ConfigError, match=r"auto came down to 1 and even that.*lower model.max_seq_len"):
+        make_plan(spec(), architecture=TINY, microbatch=4, too_large=1)
+
+
 def test_auto_takes_the_largest_microbatch_that_fits_and_no_larger_one() -> None:
     job = spec(training={"global_batch_size": 64}, cluster={"resources": {"memory": "1Gi"}})
     chosen = make_plan(job, architecture=TINY).microbatch
