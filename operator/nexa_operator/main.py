@@ -65,7 +65,9 @@ async def run(settings: Settings) -> None:
         log.info("started", metrics_port=port, namespace=settings.watch_namespace or "all")
         cluster = KubernetesCluster(api)
         reader = ProgressReader(on_news=queue.add, client=http)
-        defaults = Defaults(image=settings.trainer_image, storage=settings.default_storage)
+        defaults = Defaults(
+            image=settings.trainer_image, heavy_image=settings.trainer_heavy_image, storage=settings.default_storage
+        )
         reconciler = Reconciler(cluster=cluster, queue=queue, progress=reader, metrics=metrics, defaults=defaults)
         lease = Lease(cluster=cluster, namespace=settings.lease_namespace, identity=settings.identity)
         gate = asyncio.Event()

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 
 from nexa_operator import naming
+from nexa_operator.errors import RuntimeUnavailableError
 from nexa_train.config import Job
 from nexa_train.config.protocol import (
     ENV_ATTEMPT,
@@ -19,9 +20,10 @@ from nexa_train.config.spec import ClusterSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What the administrator chose for jobs that do not say."""
+    """What the administrator chose for jobs that do not say; `heavy_image`: for those on backend axolotl."""
 
     image: str
+    heavy_image: str = ""
     storage: str = ""
 
 
@@ -45,9 +47,13 @@ class RunPlan:
 
 
 def make_plan(job: Job, *, owner_uid: str, attempt: int, defaults: Defaults) -> RunPlan:
-    """The same job and attempt always give the same plan."""
+    """The same job and attempt always give the same plan.
+
+    Raises:
+        RuntimeUnavailableError: see `image_of`.
+    """
     name, namespace = job.metadata.name, job.metadata.namespace
-    image = job.spec.image or defaults.image
+    image = image_of(job, defaults)
     return RunPlan(
         job_name=name,
         namespace=namespace,
@@ -69,6 +75,21 @@ def make_plan(job: Job, *, owner_uid: str, attempt: int, defaults: Defaults) -> 
         priority_class=job.spec.schedule.priority,
         active_deadline_seconds=job.spec.schedule.active_deadline_seconds,
     )
+
+
+def image_of(job: Job, defaults: Defaults) -> str:
+    """The trainer's image: the job's own, or the administrator's for its backend.
+
+    Raises:
+        RuntimeUnavailableError: there is none with Axolotl in it.
+    """
+    chosen = job.spec.image or (defaults.heavy_image if job.spec.backend == "axolotl" else defaults.image)
+    if not chosen:
+        raise RuntimeUnavailableError(
+            "backend axolotl needs an image of its own, and this operator knows none: name one in spec.image, or have "
+            "the administrator set trainerHeavyImage in the chart"
+        )
+    return chosen
 
 
 def _as_json(job: Job) -> str:

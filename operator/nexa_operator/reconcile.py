@@ -32,7 +32,7 @@ from nexa_operator.decide import (
 from nexa_operator.errors import ApiError, ConflictError, RuntimeUnavailableError
 from nexa_operator.metrics import Metrics
 from nexa_operator.observe import Body, Observed, observe
-from nexa_operator.plan import Defaults, RunPlan, make_plan
+from nexa_operator.plan import Defaults, RunPlan, image_of, make_plan
 from nexa_operator.progress import ProgressReader, Target
 from nexa_operator.runtimes import job as job_runtime
 from nexa_operator.spec import is_ours, parse
@@ -145,6 +145,7 @@ class Reconciler:
     def _decide(self, body: Body, seen: Observed) -> tuple[Job | None, Decision]:
         try:
             job = parse(body)
+            image_of(job, self.defaults)
         except (ConfigError, RuntimeUnavailableError) as exc:
             if seen.record.finished:
                 return None, rest(seen, ttl_seconds=None, now=self.clock())

@@ -3,6 +3,7 @@
 | variable | meaning | default |
 |---|---|---|
 | NEXA_TRAINER_IMAGE | image of jobs that name none | required |
+| NEXA_TRAINER_HEAVY_IMAGE | the same for jobs on backend axolotl | none |
 | NEXA_WATCH_NAMESPACE | the only namespace looked at; empty: all | empty |
 | NEXA_DEFAULT_STORAGE | storage profile of jobs with an s3:// URI that name none | none |
 | NEXA_PROGRESS_INTERVAL_SECONDS | between two looks at a job's progress, so at most one status write in it | 10 |
@@ -27,6 +28,7 @@ class Settings:
     """What an administrator decides for all jobs."""
 
     trainer_image: str
+    trainer_heavy_image: str = ""
     watch_namespace: str = ""
     default_storage: str = ""
     progress_interval_seconds: float = 10.0
@@ -45,6 +47,7 @@ class Settings:
             raise SettingsError("NEXA_TRAINER_IMAGE is not set: it names the image of jobs that name none")
         return cls(
             trainer_image=image,
+            trainer_heavy_image=environment.get("NEXA_TRAINER_HEAVY_IMAGE", ""),
             watch_namespace=environment.get("NEXA_WATCH_NAMESPACE", ""),
             default_storage=environment.get("NEXA_DEFAULT_STORAGE", ""),
             progress_interval_seconds=_number(environment, "NEXA_PROGRESS_INTERVAL_SECONDS", 10.0),

@@ -450,6 +450,10 @@ def test_what_passes_the_crd_and_not_the_models_becomes_a_condition_and_no_crash
     assert "wandb are not built into this version" in failed["message"]
     ns.submit("elsewhere", schedule={"runtime": "jobset"})
     assert ns.wait_true("elsewhere", "Failed")["reason"] == "RuntimeUnavailable"
+    ns.submit("no-image", backend="axolotl")
+    failed = ns.wait_true("no-image", "Failed")
+    assert failed["reason"] == "RuntimeUnavailable"
+    assert "trainerHeavyImage" in failed["message"]
     assert operator.process.poll() is None
 
 

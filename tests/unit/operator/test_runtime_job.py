@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nexa_operator.errors import RuntimeUnavailableError
 from nexa_operator.naming import rendezvous_endpoint
 from nexa_operator.plan import Defaults, make_plan
 from nexa_operator.runtimes import job as runtime
@@ -39,6 +40,22 @@ def test_the_gang_lives_and_dies_as_one():
     assert (spec["backoffLimit"], spec["podReplacementPolicy"]) == (0, "TerminatingOrFailed")
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
     assert not {"podFailurePolicy", "backoffLimitPerIndex", "activeDeadlineSeconds"} & set(spec)
+
+
+def test_a_job_on_axolotl_runs_the_image_that_has_it():
+    heavy = Defaults(image="trainer:1", heavy_image="heavy:1")
+    for defaults, groups, image in (
+        (heavy, {}, "trainer:1"),
+        (heavy, {"backend": "axolotl"}, "heavy:1"),
+        (DEFAULTS, {"backend": "axolotl", "image": "own:1"}, "own:1"),
+    ):
+        (container,) = made(defaults=defaults, **groups)["spec"]["template"]["spec"]["containers"]
+        assert container["image"] == image
+
+
+def test_a_job_on_axolotl_without_an_image_is_refused_with_what_would_help():
+    with pytest.raises(RuntimeUnavailableError, match=r"name one in spec\.image, or .* trainerHeavyImage"):
+        made(backend="axolotl")
 
 
 def test_a_plan_is_the_same_every_time():
