@@ -3,7 +3,7 @@
 Before: `nexa_train.checkpoint` has the files on disk and a `ManifestDraft`. After: `nexa_train.store` holds
 them. Bytes go first, each object created only if absent, under a folder of this attempt alone; the manifest
 goes last and is the commit. So an attempt that was thought dead can never touch what its successor committed,
-and a crash leaves either a whole checkpoint or none.
+and a crash leaves either a whole checkpoint or none. `steps` says which name commits; `retention` deletes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +27,16 @@ from nexa_train.artifact.manifest import (
     ManifestDraft,
     canonical_json,
     check_path,
-    parse_step_folder,
     run_folder,
     step_folder,
 )
+from nexa_train.artifact.steps import StepState, manifest_name, step_state, step_states
 from nexa_train.errors import (
     AlreadyExistsError,
     ConfigError,
     DamagedError,
     NotFoundError,
+    RefusedError,
     SupersededError,
 )
 from nexa_train.store.base import Store, Stored
@@ -44,6 +45,8 @@ _RUN_SCHEMA = "1.0"
 _CHUNK_BYTES = 1 << 20
 # Hashing a file takes one core; more threads than this only queue at the disk or the network.
 _THREADS = min(8, 2 * (os.cpu_count() or 1))
+# Each further look means that another attempt has committed or deleted in the meantime.
+_LOOKS = 50
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -107,14 +110,30 @@ class Publisher:
     """Commits the checkpoints of one attempt at one run.
 
     Safe to call again for a step that failed half-way: what is there already and is ours counts as written.
+
+    Args:
+        nonce: the same on all ranks of an attempt, so that their files lie in one folder; None: a fresh one.
     """
 
-    def __init__(self, store: Store, run_id: str, attempt: str) -> None:
-        self._store = store
-        self._run_id = run_id
+    def __init__(self, store: Store, run_id: str, attempt: str, *, nonce: str | None = None) -> None:
+        self.store = store
+        self.run_id = run_id
         # Two attempts may bear one name (a pod started twice); the nonce still keeps their bytes apart.
-        self._writer = check_path(f"{attempt}-{secrets.token_hex(4)}")
+        self._writer = check_path(f"{attempt}-{nonce or secrets.token_hex(4)}")
+        self._given_up: dict[int, int] = {}
         run_folder(run_id)
+
+    def resume(self) -> Found:
+        """The checkpoint to go on from; damaged newer ones are given up, so that this attempt can commit them anew.
+
+        For the one who commits. A step that another attempt gives up from now on is closed to this one.
+
+        Raises:
+            RefusedError: the store could not be read or written: that says nothing about the checkpoints.
+            ConfigError: a manifest was written by a later major version of Nexa.
+        """
+        found, self._given_up = _look(self.store, self.run_id, give_up=True)
+        return found
 
     def publish(self, step: int, files: Mapping[str, Path], draft: ManifestDraft) -> Committed:
         """Upload `files` (logical path to file on disk), then commit them with the manifest.
@@ -124,40 +143,66 @@ class Publisher:
             RefusedError: the store said no; nothing was committed.
             ValueError: the draft or a path is not valid; nothing was uploaded.
         """
-        folder = step_folder(self._run_id, step)
         for path in files:
             check_path(path)
-        entries = _parallel(lambda item: self._upload(folder, *item), sorted(files.items()))
-        manifest = draft.complete(run_id=self._run_id, step=step, files=entries)
-        key = f"{folder}/{MANIFEST_NAME}"
-        self._commit(key, manifest)
-        return Committed(manifest=manifest, digest=manifest.digest, key=key)
+        entries = parallel(lambda item: self.upload(step, *item), sorted(files.items()))
+        return self.commit(step, entries, draft)
 
-    def _upload(self, folder: str, path: str, source: Path) -> FileEntry:
-        relative = f"data/{self._writer}/{path}"
-        with source.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        key = f"{folder}/{relative}"
+    def upload(self, step: int, path: str, source: bytes | Path, *, sha256: str | None = None) -> FileEntry:
+        """Write one file of a step, which nobody sees before `commit`.
+
+        Args:
+            path: its logical name. sha256: of `source`, where that is known already.
+
+        Raises:
+            RefusedError: the store said no.
+            ValueError: the path is not valid; nothing was uploaded.
+        """
+        relative = f"data/{self._writer}/{check_path(path)}"
+        sha256 = sha256 or _sha256(source)
+        key = f"{step_folder(self.run_id, step)}/{relative}"
         try:
-            stored = self._store.create(key, source)
+            stored = self.store.create(key, source)
         except AlreadyExistsError:
             stored = self._own(key, sha256)
         return FileEntry(path=path, object=relative, size=stored.size, sha256=sha256, version_id=stored.version_id)
 
+    def commit(self, step: int, entries: Sequence[FileEntry], draft: ManifestDraft) -> Committed:
+        """Make a step of what was uploaded: the manifest goes last.
+
+        Raises:
+            SupersededError: another attempt committed this step with other content, or gave it up.
+            RefusedError: the store said no; nothing was committed.
+            ValueError: the draft or an entry is not valid.
+        """
+        manifest = draft.complete(run_id=self.run_id, step=step, files=entries)
+        generation = self._given_up.get(step, 0) + 1
+        key = f"{manifest.folder}/{manifest_name(generation)}"
+        self._create(key, manifest)
+        # The name may have been free because a successor went past it and has deleted what was there.
+        if step_now(self.store, manifest.folder).generation > generation:
+            raise SupersededError(f"{key} came too late: another attempt gave this step up; end this one")
+        return Committed(manifest=manifest, digest=manifest.digest, key=key)
+
     def _own(self, key: str, sha256: str) -> Stored:
         """What an earlier call of this very publisher wrote: nobody else knows the nonce."""
-        with self._store.open(key) as stream:
+        with self.store.open(key) as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
             if found != sha256:
                 raise DamagedError(f"{key} holds sha256 {found}, expected {sha256}: the file changed between tries")
             return stream.stored
 
-    def _commit(self, key: str, manifest: Manifest) -> None:
+    def _create(self, key: str, manifest: Manifest) -> None:
         content = manifest.to_bytes()
         try:
-            self._store.create(key, content)
+            self.store.create(key, content)
         except AlreadyExistsError as exc:
-            winner = _read(self._store, key)
+            winner = _read_or_nothing(self.store, key)
+            if not winner:
+                raise SupersededError(
+                    f"step {manifest.step} of {manifest.run_id} was given up by another attempt, which has committed "
+                    "a later one; end this one"
+                ) from exc
             if winner != content:
                 raise SupersededError(
                     f"step {manifest.step} of {manifest.run_id} was committed by another attempt "
@@ -176,8 +221,16 @@ def read_manifest(store: Store, folder: str) -> Committed:
         ConfigError: it was written by a later major version of Nexa.
     """
     place = folder.strip("/")
-    key = f"{place}/{MANIFEST_NAME}".lstrip("/")
-    content = _read(store, key)
+    if not place:
+        return _read_manifest(store, MANIFEST_NAME)
+    state = step_now(store, place)
+    if not state.committed:
+        raise NotFoundError(f"no checkpoint is committed at {place} in {store.uri}")
+    return _read_manifest(store, state.key)
+
+
+def _read_manifest(store: Store, key: str) -> Committed:
+    content, place = _read(store, key), key.rpartition("/")[0]
     try:
         manifest = Manifest.from_bytes(content)
     except DamagedError as exc:
@@ -187,51 +240,105 @@ def read_manifest(store: Store, folder: str) -> Committed:
     return Committed(manifest=manifest, digest=hashlib.sha256(content).hexdigest(), key=key)
 
 
-def manifest_uri(store: Store, run_id: str, step: int) -> str:
-    """Where the manifest of a step is, for people and for `verify`."""
-    return f"{store.uri.rstrip('/')}/{step_folder(run_id, step)}/{MANIFEST_NAME}"
+def manifest_uri(store: Store, committed: Committed) -> str:
+    """Where the manifest of a checkpoint is, for people and for `verify`."""
+    return f"{store.uri.rstrip('/')}/{committed.key}"
 
 
 def committed_folders(store: Store, run_id: str) -> list[str]:
-    """The folders of the run that hold a manifest, oldest step first. What has none does not exist."""
-    names = (stored.key.rpartition("/") for stored in store.list(run_folder(run_id)))
-    steps = {folder: parse_step_folder(folder) for folder, _, name in names if name == MANIFEST_NAME}
-    committed = {folder: parsed[1] for folder, parsed in steps.items() if parsed}
-    return sorted(committed, key=lambda folder: committed[folder])
+    """The folders of the run's committed checkpoints, oldest step first. What has no manifest does not exist."""
+    return [state.folder for state in run_steps(store, run_id) if state.committed]
 
 
-def newest_valid(store: Store, run_id: str, *, set_aside: bool = False) -> Found:
-    """The newest checkpoint of the run that is whole, every byte of it read and checked.
+def run_steps(store: Store, run_id: str) -> list[StepState]:
+    """Every step of the run that has an object, lowest first."""
+    return [state for state in step_states(store.list(run_folder(run_id))) if state.number >= 0]
 
-    Args:
-        set_aside: rename the manifests of damaged newer ones to `damaged-DIGEST.json`, so that the steps can
-            be committed again. For the one who resumes the run, not for those who look.
+
+def newest_valid(store: Store, run_id: str) -> Found:
+    """The newest checkpoint of the run that is whole, every byte of it read and checked. Changes nothing.
 
     Raises:
         RefusedError: the store could not be read: that says nothing about the checkpoints.
         ConfigError: a manifest was written by a later major version of Nexa.
     """
+    return _look(store, run_id, give_up=False)[0]
+
+
+class _Moved(Exception):
+    """A step is no longer what the listing said: another attempt commits or deletes at this moment."""
+
+
+def _look(store: Store, run_id: str, *, give_up: bool) -> tuple[Found, dict[int, int]]:
+    """The newest whole checkpoint, and how many names of each later step are used up."""
+    for _ in range(_LOOKS):
+        with contextlib.suppress(_Moved):  # then only a new listing says what is the newest
+            return _look_once(store, run_steps(store, run_id), give_up=give_up)
+    raise RefusedError(
+        f"the checkpoints of {run_id} in {store.uri} changed {_LOOKS} times while they were read: end other attempts"
+    )
+
+
+def _look_once(store: Store, steps: Sequence[StepState], *, give_up: bool) -> tuple[Found, dict[int, int]]:
     damaged: list[str] = []
-    for folder in reversed(committed_folders(store, run_id)):
-        try:
-            committed = read_manifest(store, folder)
-            for problem in check_files(store, committed):
-                raise DamagedError(problem)
-        except NotFoundError:
-            continue  # deleted since it was listed
-        except DamagedError as exc:
-            damaged.append(str(exc))
-            if set_aside:
-                _set_aside(store, folder)
-        else:
-            return Found(committed=committed, damaged=damaged)
-    return Found(committed=None, damaged=damaged)
+    used: dict[int, int] = {}
+    for step in reversed(steps):
+        if step.committed:
+            problem, committed = _examine(store, step)
+            if committed:
+                return Found(committed=committed, damaged=damaged), used
+            damaged.append(problem)
+        used[step.number] = _give_up(store, step) if give_up and step.committed else step.generation
+    return Found(committed=None, damaged=damaged), used
+
+
+def _examine(store: Store, step: StepState) -> tuple[str, Committed | None]:
+    try:
+        committed = _read_manifest(store, step.key)
+        problems = check_files(store, committed)
+    except (DamagedError, NotFoundError) as exc:
+        problems = [str(exc)]
+    else:
+        if not problems:
+            return "", committed
+    _check_unmoved(store, step)
+    return problems[0], None
+
+
+def still_there(store: Store, committed: Committed) -> bool:
+    """Whether a checkpoint is committed still: one that retention deletes while it is read is not damaged."""
+    return not committed.folder or step_now(store, committed.folder).key == committed.key
+
+
+def _check_unmoved(store: Store, step: StepState) -> None:
+    now = step_now(store, step.folder)
+    if (now.generation, now.committed) != (step.generation, step.committed):
+        raise _Moved
+
+
+def step_now(store: Store, folder: str) -> StepState:
+    return step_state(folder, store.list(folder))
+
+
+def _give_up(store: Store, step: StepState) -> int:
+    """Take the name after a damaged manifest's, and keep that as evidence under another."""
+    content = _read_or_nothing(store, step.key)
+    if not content:
+        raise _Moved
+    with contextlib.suppress(AlreadyExistsError):  # by one who did not live to do the rest
+        store.create(f"{step.folder}/damaged-{hashlib.sha256(content).hexdigest()}.json", content)
+    try:
+        store.create(f"{step.folder}/{manifest_name(step.generation + 1)}", b"")
+    except AlreadyExistsError:
+        raise _Moved from None
+    store.delete(step.key)
+    return step.generation + 1
 
 
 def check_files(store: Store, committed: Committed) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each; empty if every byte is as committed."""
     entries = committed.manifest.files
-    found = _parallel(lambda entry: _problem(lambda: _hash(store, committed, entry)), entries)
+    found = parallel(lambda entry: _problem(lambda: _hash(store, committed, entry)), entries)
     return [problem for problem in found if problem]
 
 
@@ -245,30 +352,27 @@ def fetch(store: Store, committed: Committed, into: Path) -> Path:
         NotFoundError: an object, or the version of it that was committed, is gone.
     """
     into.mkdir(parents=True, exist_ok=True)
-    _parallel(lambda entry: _download(store, committed, entry, into), committed.manifest.files)
+    parallel(lambda entry: _download(store, committed, entry, into), committed.manifest.files)
     return into
 
 
-def apply_retention(store: Store, run_id: str, keep_last: int) -> list[int]:
-    """Delete all but the newest `keep_last` checkpoints, oldest first, and return the steps that went.
-
-    A manifest goes before its data: a crash in between leaves no checkpoint that lacks bytes.
-
-    Raises:
-        ConfigError: `keep_last` is less than one, which would delete the newest.
-    """
-    if keep_last < 1:
-        raise ConfigError(f"keep_last is {keep_last}, expected at least 1: the newest checkpoint always stays")
-    surplus = committed_folders(store, run_id)[:-keep_last]
-    for folder in surplus:
-        store.delete(f"{folder}/{MANIFEST_NAME}")
-        _parallel(lambda stored: store.delete(stored.key), store.list(folder))
-    return [parsed[1] for folder in surplus if (parsed := parse_step_folder(folder))]
+def _sha256(source: bytes | Path) -> str:
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(store: Store, key: str) -> bytes:
     with store.open(key) as stream:
         return stream.read()
+
+
+def _read_or_nothing(store: Store, key: str) -> bytes:
+    try:
+        return _read(store, key)
+    except NotFoundError:  # deleted since, by a successor that went past it
+        return b""
 
 
 def _run_document(content: bytes, *, key: str) -> dict[str, Any]:
@@ -305,7 +409,7 @@ def _shown(value: object) -> str:
     return "not set" if value is _ABSENT else json.dumps(value, ensure_ascii=False)[:80]
 
 
-def _parallel(call: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+def parallel(call: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         return list(pool.map(call, items))
 
@@ -348,11 +452,3 @@ def _copy(store: Store, committed: Committed, entry: FileEntry, *, write: Callab
             write(chunk)
     if size != entry.size or digest.hexdigest() != entry.sha256:
         raise DamagedError(f"{name} has sha256 {digest.hexdigest()}, expected {entry.sha256}")
-
-
-def _set_aside(store: Store, folder: str) -> None:
-    key = f"{folder}/{MANIFEST_NAME}"
-    content = _read(store, key)
-    with contextlib.suppress(AlreadyExistsError):  # set aside before by one who did not live to delete it
-        store.create(f"{folder}/damaged-{hashlib.sha256(content).hexdigest()}.json", content)
-    store.delete(key)

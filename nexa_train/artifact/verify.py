@@ -13,10 +13,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from nexa_train.artifact.manifest import CHECKPOINTS, MANIFEST_NAME
-from nexa_train.artifact.publish import Committed, check_files, committed_folders, read_manifest
+from nexa_train.artifact.publish import Committed, check_files, committed_folders, read_manifest, still_there
+from nexa_train.artifact.steps import step_states
 from nexa_train.errors import ConfigError, DamagedError, NotFoundError
 from nexa_train.store import open_store
-from nexa_train.store.base import Store
+from nexa_train.store.base import Store, Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,8 @@ class Report:
 def verify(uri: str) -> Report:
     """Check every checkpoint at or below `uri`: manifest, place, parent, and each file's size and sha256.
 
-    A parent that retention has deleted is no problem: its absence counts only where an older step is there.
+    A parent that retention has deleted is no problem: its absence counts only where an older step is there. Nor is a
+    checkpoint that retention deletes while it is read.
 
     Raises:
         NotFoundError: there is no manifest at or below `uri`.
@@ -66,8 +68,12 @@ def verify(uri: str) -> Report:
     if not folders:
         raise NotFoundError(f"no {MANIFEST_NAME} at or below {uri}")
     committed, problems = _read_all(store, folders)
-    for one in committed:
-        problems += check_files(store, one)
+    for one in list(committed):
+        found = check_files(store, one)
+        if found and not still_there(store, one):
+            committed.remove(one)
+        else:
+            problems += found
     problems += _parent_problems(store, committed)
     files = [entry for one in committed for entry in one.manifest.files]
     return Report(
@@ -115,14 +121,13 @@ def _folders(store: Store, key: str) -> list[str]:
     if key == MANIFEST_NAME:
         return [""] if _holds(store, MANIFEST_NAME) else []
     below = store.list(key.removesuffix(f"/{MANIFEST_NAME}"))
-    found = [stored.key.rpartition("/") for stored in below]
-    # A checkpoint may hold a file of its own called manifest.json: only the depth tells them apart.
-    return [folder for folder, _, name in found if name == MANIFEST_NAME and (not folder or _is_step_place(folder))]
+    if not key and any(stored.key == MANIFEST_NAME for stored in below):
+        return ["", *_committed(below)]
+    return _committed(below)
 
 
-def _is_step_place(folder: str) -> bool:
-    segments = folder.split("/")
-    return len(segments) == 3 and segments[0] == CHECKPOINTS
+def _committed(listing: Iterable[Stored]) -> list[str]:
+    return [state.folder for state in step_states(listing) if state.committed]
 
 
 def _holds(store: Store, key: str) -> bool:
@@ -138,6 +143,8 @@ def _read_all(store: Store, folders: Iterable[str]) -> tuple[list[Committed], li
     for folder in folders:
         try:
             committed.append(read_manifest(store, folder))
+        except NotFoundError:
+            continue  # deleted since it was listed
         except (DamagedError, ConfigError) as exc:
             problems.append(str(exc))
     return committed, problems

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nexa_train.artifact.publish import Publisher, apply_retention, claim_run, fetch, newest_valid
+from nexa_train.artifact.publish import Publisher, claim_run, fetch, newest_valid
+from nexa_train.artifact.retention import apply_retention
 from nexa_train.artifact.verify import verify
 from nexa_train.errors import SupersededError
 from nexa_train.store import open_store

@@ -18,7 +18,6 @@ import pytest
 from nexa_train.artifact.manifest import canonical_json, step_folder
 from nexa_train.artifact.publish import (
     Publisher,
-    apply_retention,
     check_files,
     claim_run,
     committed_folders,
@@ -26,6 +25,7 @@ from nexa_train.artifact.publish import (
     newest_valid,
     read_manifest,
 )
+from nexa_train.artifact.retention import apply_retention
 from nexa_train.errors import (
     ConfigError,
     DamagedError,
@@ -220,12 +220,14 @@ def test_a_damaged_step_that_was_set_aside_can_be_committed_again(store: Store, 
     chain = publish_chain(store, tmp_path / "first", 50, 100)
     damage(store, chain[1].folder, kind)
     before = store.open(chain[1].key).read()
-    newest_valid(store, RUN, set_aside=True)
+    publisher = Publisher(store, RUN, "a2")
+    assert publisher.resume().committed == chain[0]
 
     files = files_in(tmp_path / "again", {"model.safetensors": b"00000100"})
-    again = Publisher(store, RUN, "a2").publish(100, files, draft(parent=chain[0].digest))
+    again = publisher.publish(100, files, draft(parent=chain[0].digest))
 
-    assert newest_valid(store, RUN).committed == again
+    assert again.key.endswith("/manifest-3.json")
+    assert newest_valid(store, RUN).committed == again == read_manifest(store, chain[1].folder)
     assert newest_valid(store, RUN).damaged == []
     evidence = [key for key in keys(store) if "/damaged-" in key]
     assert [store.open(key).read() for key in evidence] == [before]
@@ -280,7 +282,8 @@ def test_retention_deletes_the_oldest_and_keeps_the_rest_whole(store: Store, tmp
     assert apply_retention(store, RUN, 2) == []
 
     assert committed_folders(store, RUN) == [chain[2].folder, chain[3].folder]
-    assert all(key.startswith((chain[2].folder, chain[3].folder)) for key in keys(store))
+    left = [stored for stored in store.list() if not stored.key.startswith((chain[2].folder, chain[3].folder))]
+    assert [(stored.key.rpartition("/")[2], stored.size) for stored in left] == [("manifest-2.json", 0)] * 2
     assert check_files(store, chain[2]) == []
 
 

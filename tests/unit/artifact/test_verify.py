@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nexa_train.artifact.manifest import canonical_json, step_folder
-from nexa_train.artifact.publish import Committed, Publisher, apply_retention, claim_run
+from nexa_train.artifact.publish import Committed, Publisher, claim_run
+from nexa_train.artifact.retention import apply_retention
 from nexa_train.artifact.verify import split_artifact_uri, verify
 from nexa_train.errors import ConfigError, NotFoundError
 from nexa_train.store import open_store

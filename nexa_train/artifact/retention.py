@@ -1,0 +1,87 @@
+"""Deleting checkpoints that are too many, and bytes that no checkpoint needs.
+
+Before: `nexa_train.pipeline` has committed a step. After: nothing; what is gone is gone.
+
+No clock and no lease says here which attempt is alive: a paused process wakes up whenever it likes. Instead a step is
+closed before a byte of it goes, by taking the name (`steps`) under which it could still be committed:
+
+- A step that holds a manifest is closed by the name after it, so readers do not see it any more.
+- A step that holds none, below the newest committed one, is closed by the name that its commit would need. An attempt
+  that is still uploading there is behind another one and learns it when it commits: it is superseded.
+- Above the newest committed step nothing is touched: it may be the next step of an attempt that lives.
+
+Only objects are deleted that were listed before the step was closed. An attempt that may still commit the step began
+after that, and its objects are not among them, because their folder bears its own nonce. So there is no moment at
+which a committed manifest lacks bytes, whoever is killed or paused, and whatever request arrives late.
+A step that was closed keeps one empty object, its name, for the life of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nexa_train.artifact.publish import parallel, read_manifest, run_steps, step_now
+from nexa_train.artifact.steps import StepState, manifest_name
+from nexa_train.errors import AlreadyExistsError, ConfigError, DamagedError, NotFoundError
+from nexa_train.store.base import Store
+
+
+def apply_retention(store: Store, run_id: str, keep_last: int | None = None) -> list[int]:
+    """Delete all but the newest `keep_last` checkpoints, oldest first, and return the steps that went.
+
+    Data of attempts that never committed goes too, up to the newest committed step. Call it after a commit.
+
+    Args:
+        keep_last: None: every committed checkpoint stays.
+
+    Raises:
+        ConfigError: `keep_last` is less than one, which would delete the newest.
+        RefusedError: the store said no half-way; the next call goes on.
+    """
+    if keep_last is not None and keep_last < 1:
+        raise ConfigError(f"keep_last is {keep_last}, expected at least 1: the newest checkpoint always stays")
+    steps = run_steps(store, run_id)
+    committed = [step for step in steps if step.committed]
+    if not committed:
+        return []
+    kept = committed[-keep_last:] if keep_last else committed
+    older = [step for step in steps if step.number < kept[-1].number and step not in kept]
+    for step in kept:
+        _sweep_losers(store, step)
+    return [step.number for step in older if _retire(store, step) and step.committed]
+
+
+def _retire(store: Store, step: StepState) -> bool:
+    """Close a step and delete what was seen in it; False: nothing was there, or another attempt is at it."""
+    if not step.committed and not step.others:
+        return False
+    try:
+        store.create(f"{step.folder}/{manifest_name(step.generation + 1)}", b"")
+    except AlreadyExistsError:
+        return False
+    if step.generation:
+        store.delete(step.key)
+    _delete(store, step.others)
+    return True
+
+
+def _sweep_losers(store: Store, step: StepState) -> None:
+    """Delete what others uploaded to a committed step. They cannot commit it: its name is taken.
+
+    Unless it was given up in the meantime, so the step is looked at once more: an attempt that may commit it again
+    began after that, and so did its uploads.
+    """
+    data = [key for key in step.others if key.startswith(f"{step.folder}/data/")]
+    if len({key.removeprefix(f"{step.folder}/data/").partition("/")[0] for key in data}) < 2:
+        return
+    try:
+        files = read_manifest(store, step.folder).manifest.files
+    except (DamagedError, NotFoundError):
+        return  # for the next attempt to judge
+    named = {f"{step.folder}/{entry.object}" for entry in files}
+    if step_now(store, step.folder).key == step.key:
+        _delete(store, (key for key in data if key not in named))
+
+
+def _delete(store: Store, keys: Iterable[str]) -> None:
+    parallel(store.delete, keys)
