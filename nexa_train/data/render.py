@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from nexa_train.config.spec import COLUMNS, DataSpec, Method
 from nexa_train.data.read import Row
-from nexa_train.data.tokenizer import ChatTokenizer
+from nexa_train.data.tokenizer import BEGIN, END, ChatTokenizer
 from nexa_train.errors import ConfigError, DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -25,7 +26,7 @@ class Rendered:
     where: str
 
 
-def render_rows(rows: list[Row], *, data: DataSpec, method: Method, tokenizer: ChatTokenizer) -> Iterator[Rendered]:
+def render_rows(rows: Iterable[Row], *, data: DataSpec, method: Method, tokenizer: ChatTokenizer) -> Iterator[Rendered]:
     """Render every row: one text each; of a preference two, the chosen and then the rejected.
 
     Raises:
@@ -49,7 +50,7 @@ def render_rows(rows: list[Row], *, data: DataSpec, method: Method, tokenizer: C
             yield Rendered(text, spans, row.where)
 
 
-def check_rows(rows: list[Row], data: DataSpec) -> None:
+def check_rows(rows: Iterable[Row], data: DataSpec) -> None:
     """Check every row's columns, without a tokenizer.
 
     Raises:
@@ -84,31 +85,43 @@ def check_row(row: Row, data: DataSpec) -> dict[str, Any]:
         if expected is list:
             for index, message in enumerate(found[field]):
                 _check_message(f"{column}[{index}]", message)
+    if expected is list and (tools := row.values.get("tools")):
+        if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise DataError(f"column 'tools' holds {type(tools).__name__}, expected a list of objects")
+        found["tools"] = tools
     return found
 
 
 def _check_message(place: str, message: Any) -> None:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise DataError(f"{place}: expected an object with role and content as text")
-    if message.get("role") not in ROLES:
-        raise DataError(f"{place}: role {message.get('role')!r}, expected one of {', '.join(ROLES)}")
+    if not isinstance(message, dict):
+        raise DataError(f"{place}: expected an object with role and content as text, found {type(message).__name__}")
+    if (role := message.get("role")) not in ROLES:
+        raise DataError(f"{place}: role {role!r}, expected one of {', '.join(ROLES)}")
+    content, calls = message.get("content"), message.get("tool_calls")
+    if not isinstance(content, str) and not (content is None and calls and role == "assistant"):
+        raise DataError(
+            f"{place}: expected an object with role and content as text, found content as {type(content).__name__}"
+        )
 
 
 def _render(found: dict[str, Any], form: str, train_on: str, tokenizer: ChatTokenizer) -> list[TextAndSpans]:
     if form == "text":
         return [_plain("", found["text"], "all", tokenizer)]
     if form == "messages":
-        return [_chat(found["messages"], train_on, tokenizer)]
+        return [_chat(found["messages"], train_on, tokenizer, tools=found.get("tools"))]
     if form == "preference":
         if found["chosen"] == found["rejected"]:
             raise DataError("chosen and rejected are equal, which prefers nothing; take the row out")
-        return [_answer(found["prompt"], found[side], train_on, tokenizer) for side in ("chosen", "rejected")]
+        tools = found.get("tools")
+        return [_answer(found["prompt"], found[side], train_on, tokenizer, tools) for side in ("chosen", "rejected")]
     prompt, completion = (found[field] for field in COLUMNS[form])
     answered = _answer if form == "question_answer" else _plain
     return [answered(prompt, completion, train_on, tokenizer)]
 
 
-def _answer(prompt: Any, answer: Any, train_on: str, tokenizer: ChatTokenizer) -> TextAndSpans:
+def _answer(
+    prompt: Any, answer: Any, train_on: str, tokenizer: ChatTokenizer, tools: list[dict[str, Any]] | None = None
+) -> TextAndSpans:
     """Both as text or both as messages; where the model chats, text becomes a turn of the user and one of it."""
     if isinstance(prompt, str):
         if tokenizer.template is None:
@@ -116,7 +129,7 @@ def _answer(prompt: Any, answer: Any, train_on: str, tokenizer: ChatTokenizer) -
         prompt, answer = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
     elif tokenizer.template is None:
         raise DataError(f"messages need a chat template and {tokenizer.folder} has none; give text")
-    return _chat([*prompt, *answer], train_on, tokenizer, since=len(prompt))
+    return _chat([*prompt, *answer], train_on, tokenizer, since=len(prompt), tools=tools)
 
 
 def _plain(prompt: str, completion: str, train_on: str, tokenizer: ChatTokenizer) -> TextAndSpans:
@@ -127,27 +140,92 @@ def _plain(prompt: str, completion: str, train_on: str, tokenizer: ChatTokenizer
     return text, ((0 if train_on == "all" else len(head), len(text)),)
 
 
-def _chat(messages: list[dict[str, Any]], train_on: str, tokenizer: ChatTokenizer, *, since: int = 0) -> TextAndSpans:
-    """Spans by prefix difference: what the template adds when the assistant's turn is added, from turn `since` on.
-
-    Works for templates without generation marks; a template whose text for k messages is no prefix of its
-    text for k + 1 is refused, never guessed at.
-    """
-    text = tokenizer.render(messages)
+def _chat(
+    messages: list[dict[str, Any]],
+    train_on: str,
+    tokenizer: ChatTokenizer,
+    *,
+    since: int = 0,
+    tools: list[dict[str, Any]] | None = None,
+) -> TextAndSpans:
+    """The conversation and the spans of the assistant's turns, from turn `since` on: as the template marks them,
+    else by prefix difference, never by guessing."""
+    _check_all_is_read(messages, tools, tokenizer)
+    text = tokenizer.render(messages, tools=tools)
+    marks: tuple[tuple[int, int], ...] = ()
+    if tokenizer.marks_turns:
+        text, marks = _marked(text)
     if train_on == "all":
         return text, ((0, len(text)),)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= since]
+    spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [index for index in spoken if index >= since]
     if train_on == "last_turn":
         turns = turns[-1:]
+    if not tokenizer.marks_turns:
+        return text, _differences(messages, turns, text, tokenizer, tools)
+    if turns == spoken:
+        return text, marks
+    if len(marks) != len(spoken):
+        raise DataError(
+            f"the chat template marks {len(marks)} parts for {len(spoken)} turns of the assistant, so the last turn "
+            "cannot be told apart; use method.train_on assistant, or another template"
+        )
+    return text, marks[len(marks) - len(turns) :]
+
+
+def _check_all_is_read(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: ChatTokenizer
+) -> None:
+    """Refuse what the template would leave out of the text without a word."""
+    if tools and not tokenizer.reads("tools"):
+        raise DataError("column 'tools': the chat template does not read it; take it out, or use another template")
+    given = json.dumps([messages, tools], ensure_ascii=False) if tokenizer.marks_turns else ""
+    if BEGIN in given or END in given:
+        raise DataError("holds U+FDD0 or U+FDD1, which Unicode keeps out of texts; the chat template's marks use them")
+    for index, message in enumerate(messages):
+        if message.get("tool_calls") and not tokenizer.reads("tool_calls"):
+            raise DataError(f"messages[{index}]: the chat template does not read tool_calls; use another template")
+
+
+def _marked(rendered: str) -> TextAndSpans:
+    """Text without marks, and what stood between them."""
+    before, *parts = rendered.split(BEGIN)
+    text, spans = [before], []
+    at = len(before)
+    for part in parts:
+        inside, *after = part.split(END)
+        if len(after) != 1:
+            raise DataError("the chat template's marks of what the assistant says stand within each other")
+        spans.append((at, at + len(inside)))
+        text += [inside, after[0]]
+        at += len(inside) + len(after[0])
+    return "".join(text), tuple(spans)
+
+
+def _differences(
+    messages: list[dict[str, Any]],
+    turns: list[int],
+    text: str,
+    tokenizer: ChatTokenizer,
+    tools: list[dict[str, Any]] | None,
+) -> tuple[tuple[int, int], ...]:
+    """What the template adds when a turn is added to those before it.
+
+    A template whose text for k messages is no prefix of its text for k + 1 is refused.
+    """
     spans = []
     for turn in turns:
-        before = tokenizer.render(messages[:turn], add_generation_prompt=True)
-        until = tokenizer.render(messages[: turn + 1])
+        before = tokenizer.render(messages[:turn], add_generation_prompt=True, tools=tools)
+        until = text if turn + 1 == len(messages) else tokenizer.render(messages[: turn + 1], tools=tools)
         if not (until.startswith(before) and text.startswith(until)):
             raise DataError(
-                f"messages[{turn}]: the chat template rewrites earlier text when this turn is added, "
-                "so what the assistant said cannot be told apart; use method.train_on all, or another template"
+                f"messages[{turn}]: the chat template rewrites earlier text when this turn is added, so what the "
+                "assistant said cannot be told apart; use method.train_on last_turn or all, or another template"
             )
-        if messages[turn]["content"]:
+        content = messages[turn].get("content") or ""
+        if content or messages[turn].get("tool_calls"):
             spans.append((len(before), len(until)))
-    return text, tuple(spans)
+        # Its last word stands in the text whatever the template does to thoughts and white space.
+        if (words := content.rsplit(None, 1)) and words[-1] not in until[len(before) :]:
+            raise DataError(f"messages[{turn}]: the chat template leaves out what the assistant says")
+    return tuple(spans)
