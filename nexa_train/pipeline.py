@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import shutil
 import time
 from collections import deque
@@ -22,17 +23,16 @@ from nexa_train.artifact.manifest import ManifestDraft, step_folder
 from nexa_train.artifact.publish import (
     Committed,
     Publisher,
-    apply_retention,
     fetch,
     manifest_uri,
-    newest_valid,
     read_manifest,
 )
 from nexa_train.backends import make_backend
 from nexa_train.backends.base import RankContext, StepMetrics
-from nexa_train.checkpoint import read_checkpoint, weights_digest, write_checkpoint
+from nexa_train.checkpoint import Saved, Saver
 from nexa_train.config.job import Job
 from nexa_train.config.protocol import CheckpointRef, Progress
+from nexa_train.data.tokenizer import FILES as TOKENIZER_FILES
 from nexa_train.errors import DamagedError, NotFoundError, StoppedError
 from nexa_train.rundir import RunDir
 from nexa_train.store import Store
@@ -71,7 +71,15 @@ class TrainingPipeline:
         self.speaks = local_rank == 0
         self.run_id = facts.job.run_id
         self.backend = make_backend(context)
-        self.publisher = Publisher(store, self.run_id, f"a{facts.attempt}")
+        nonce = self._from_first(secrets.token_bytes(4)).hex()
+        self.publisher = Publisher(store, self.run_id, f"a{facts.attempt}", nonce=nonce)
+        self.saver = Saver(
+            self.publisher,
+            rundir,
+            rank=context.rank,
+            world=context.world,
+            keep_last=facts.job.spec.artifacts.keep_last,
+        )
         self.record = _Record()
         self.checkpoint: CheckpointRef | None = None
         self.step = 0
@@ -84,23 +92,33 @@ class TrainingPipeline:
             StoppedError: a stop was asked for; a checkpoint is committed.
             NexaError: anything else that ended it.
         """
-        self._tell("preparing")
-        self._prepare()
-        if self.step == 0 and self.context.validation.num_sequences:
-            self._tell("validating")
-            self.record.validation_loss = self.record.initial_validation_loss = self.backend.validate()
-        self._tell("training")
-        self.record.recent.append((time.monotonic(), 0))
-        if not self.stop_agreed():
-            self.backend.train(self._after_step)
+        try:
+            self._tell("preparing")
+            self._prepare()
+            if self.step == 0 and self.context.validation.num_sequences:
+                self._tell("validating")
+                self.record.validation_loss = self.record.initial_validation_loss = self.backend.validate()
+            self._tell("training")
+            self.record.recent.append((time.monotonic(), 0))
+            if not self.stop_agreed():
+                self.backend.train(self._after_step)
+        finally:
+            self.saver.close()  # what was trained before a failure is worth keeping
         self._finish()
 
     def stop_agreed(self) -> bool:
-        """Whether any rank's node was asked to stop; the same answer on every rank."""
-        asked = torch.tensor(int(self.rundir.stop_asked()))
+        """Whether any rank's node was asked to stop; the same answer on every rank.
+
+        Raises:
+            NexaError: a rank's save has failed; on every rank, what it failed with.
+        """
+        done, failed = self.saver.is_done, self.saver.has_failed
+        flags = torch.tensor([self.rundir.stop_asked(), failed], dtype=torch.int32)
         if self.context.world > 1:
-            dist.all_reduce(asked)
-        self.stopping = bool(asked.item())
+            dist.all_reduce(flags)
+        self.stopping = bool(flags[0])
+        if flags[1] or done:
+            self._collect_save()
         return self.stopping
 
     def _prepare(self) -> None:
@@ -113,14 +131,11 @@ class TrainingPipeline:
             shutil.rmtree(folder, ignore_errors=True)
             self._fetch(newest, folder)
         self._barrier()
-        self.backend.restore(read_checkpoint(folder))
+        self.backend.restore(Saved(folder))
         self._barrier()
         if self.speaks:
             shutil.rmtree(folder)
         self._adopt(newest)
-        metrics = newest.manifest.metrics
-        self.record.loss, self.record.validation_loss = metrics.get("loss"), metrics.get("validation_loss")
-        self.record.initial_validation_loss = metrics.get("initial_validation_loss")
 
     def _fetch(self, newest: Committed, folder: Path) -> None:
         try:
@@ -133,14 +148,12 @@ class TrainingPipeline:
         """The checkpoint to go on from. Rank 0 decides: another rank might list a moment later, and see more."""
         found = None
         if self.context.rank == 0:
-            found = newest_valid(self.store, self.run_id, set_aside=True).committed
+            found = self.publisher.resume().committed
         if self.context.world == 1:
             return found
-        message = torch.zeros(40, dtype=torch.uint8)
-        if found is not None:
-            message = _encode(found.manifest.step.to_bytes(8, "big") + bytes.fromhex(found.digest))
-        dist.broadcast(message, src=0)
-        step, digest = int.from_bytes(_decode(message)[:8], "big"), _decode(message)[8:].hex()
+        said = found.manifest.step.to_bytes(8, "big") + bytes.fromhex(found.digest) if found else bytes(40)
+        message = self._from_first(said)
+        step, digest = int.from_bytes(message[:8], "big"), message[8:].hex()
         if not step:
             return None
         mine = read_manifest(self.store, step_folder(self.run_id, step))
@@ -159,33 +172,37 @@ class TrainingPipeline:
             self._tell("validating")
             self.record.validation_loss = self.backend.validate()
         if last or stop or metrics.step % self.context.plan.save_every == 0:
-            self._commit()
+            self._save()
+        if last or stop:
+            self._tell("saving")
+            self._collect_save()
         self._tell("training")
         return stop
 
-    def _commit(self) -> None:
-        """Save, publish, and let every node know; rank 0's failure ends all ranks."""
-        self._tell("saving")
-        state = self.backend.state()
-        message = torch.zeros(64, dtype=torch.uint8)
-        if self.context.rank == 0:
-            digest = weights_digest(state.weights)
-            folder = self.rundir.saving(state.step)
-            shutil.rmtree(folder, ignore_errors=True)
-            extra = self.backend.describe()
-            files = write_checkpoint(folder, state, extra=extra, tokenizer=self.context.located.folder)
-            committed = self.publisher.publish(state.step, files, self._draft(digest))
-            shutil.rmtree(folder)
-            message = _encode(bytes.fromhex(committed.digest) + bytes.fromhex(digest))
-            if keep := self.facts.job.spec.artifacts.keep_last:
-                apply_retention(self.store, self.run_id, keep)
-        if self.context.world > 1:
-            dist.broadcast(message, src=0)
-        digests = _decode(message)
-        self.checkpoint = self._ref(digests[:32].hex(), digests[32:].hex())
+    def _save(self) -> None:
+        """Hand the state over to the background, once the save before is committed."""
+        if self.saver.flight:
+            self._tell("saving")
+        began = time.monotonic()
+        self._collect_save()
+        staged = self.backend.stage()
+        self.record.logs[-1]["save_stall_seconds"] = round(time.monotonic() - began, 4)
+        self.saver.start(staged, self._small_files(), self._draft())
         self.record.logs.clear()
 
-    def _draft(self, digest: str) -> ManifestDraft:
+    def _collect_save(self) -> None:
+        """Wait for the save in flight; its failure on any rank is raised on all."""
+        if done := self.saver.wait():
+            self.checkpoint = done.checkpoint
+            if self.record.logs:
+                self.record.logs[-1]["save_background_seconds"] = round(done.seconds, 3)
+
+    def _small_files(self) -> dict[str, bytes]:
+        folder = self.context.located.folder
+        tokenizer = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        return {**self.backend.describe(), **tokenizer}
+
+    def _draft(self) -> ManifestDraft:
         record = self.record
         metrics = {
             "loss": record.loss,
@@ -195,7 +212,6 @@ class TrainingPipeline:
         }
         return ManifestDraft(
             config=json.loads(self.facts.job.spec.model_dump_json()),
-            weights_digest=digest,
             parent=self.checkpoint.digest if self.checkpoint else None,
             metrics={name: value for name, value in metrics.items() if value is not None},
             dataset=self.facts.dataset,
@@ -206,12 +222,16 @@ class TrainingPipeline:
         )
 
     def _adopt(self, committed: Committed) -> None:
-        self.step = committed.manifest.step
-        self.checkpoint = self._ref(committed.digest, committed.manifest.weights_digest or "")
-
-    def _ref(self, digest: str, weights: str) -> CheckpointRef:
-        uri = manifest_uri(self.store, self.run_id, self.step)
-        return CheckpointRef(step=self.step, uri=uri, digest=digest, weights_digest=weights)
+        manifest, metrics = committed.manifest, committed.manifest.metrics
+        self.step = manifest.step
+        self.checkpoint = CheckpointRef(
+            step=manifest.step,
+            uri=manifest_uri(self.store, committed),
+            digest=committed.digest,
+            weights_digest=manifest.weights_digest or "",
+        )
+        self.record.loss, self.record.validation_loss = metrics.get("loss"), metrics.get("validation_loss")
+        self.record.initial_validation_loss = metrics.get("initial_validation_loss")
 
     def _finish(self) -> None:
         if self.stopping and self.step < self.context.total_steps:
@@ -254,10 +274,10 @@ class TrainingPipeline:
         if self.context.world > 1:
             dist.barrier()
 
-
-def _encode(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).clone()
-
-
-def _decode(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.tolist())
+    def _from_first(self, said: bytes) -> bytes:
+        """What rank 0 said; all must say equally much."""
+        if self.context.world == 1:
+            return said
+        message = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        dist.broadcast(message, src=0)
+        return message.numpy().tobytes()

@@ -4,7 +4,7 @@
     stop                 exists: commit a checkpoint and end (launcher -> ranks)
     progress.json        `protocol.Progress` of this node (local rank 0 -> launcher)
     outcome-RANK.json    `protocol.Termination` of a rank that failed (ranks -> launcher)
-    save-STEP, restore-STEP   files of a checkpoint on their way to or from the store (ranks alone)
+    save-STEP-RANK, restore-STEP   files of a checkpoint on their way to or from the store (ranks alone)
 
 Files are replaced in one rename, so a reader never sees half of one.
 """
@@ -31,8 +31,10 @@ class RunDir:
     path: Path
 
     def write_run(self, document: dict[str, Any]) -> Path:
-        """Hand the ranks their work. A stop that was asked for before stays asked for."""
+        """Hand the ranks their work and forget what earlier ones told. A stop that was asked for stays asked for."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for path in [*self.path.glob("outcome-*.json"), self.path / "progress.json"]:
+            path.unlink(missing_ok=True)
         _replace(self.path / "run.json", json.dumps(document))
         return self.path / "run.json"
 
@@ -58,9 +60,9 @@ class RunDir:
         """Whether `ask_to_stop` was called."""
         return (self.path / "stop").exists()
 
-    def saving(self, step: int) -> Path:
-        """Where the files of a checkpoint are written before they are published."""
-        return self.path / f"save-{step}"
+    def saving(self, step: int, rank: int) -> Path:
+        """Where a rank writes its files of a checkpoint before they are published."""
+        return self.path / f"save-{step}-{rank}"
 
     def restoring(self, step: int) -> Path:
         """Where the files of a checkpoint are fetched to."""

@@ -1,14 +1,14 @@
 """What a backend is: model, optimiser and parallelism behind five calls. Above it: `pipeline.py`.
 
 A backend knows nothing of stores, artifacts, progress or signals. It takes a model through the steps of the
-plan and hands its state over as named tensors, so that any backend can go on from what another one saved.
+plan and hands its state over as pieces of named tensors, so that any backend can go on from what another one saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -18,6 +18,9 @@ from nexa_train.data.cursor import Order
 from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.models.locate import Located
 from nexa_train.plan import TrainPlan
+
+if TYPE_CHECKING:
+    from nexa_train.checkpoint.files import Saved
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,34 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
-class TrainState:
-    """What a checkpoint holds: whole tensors in float32 on the CPU; empty on every rank but 0.
+class Piece:
+    """What one rank holds of one tensor, on the CPU, where training does not touch it.
+
+    Attributes:
+        tensor: contiguous; elements [start, start + tensor.numel()) of the whole tensor flattened. None is fine.
+        start: of rows [first, last) of dim 0 it is first * (elements of a row).
+        shape: of the whole tensor.
+    """
+
+    tensor: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """One rank's pieces of the state after a step. Over all ranks they cover each tensor exactly once.
+
+    So of what is whole on several ranks, one of them stages it.
 
     Attributes:
         weights: the trained ones, by their names in the transformers model (adapters: by PEFT's names).
-        moments: `exp_avg.NAME`, `exp_avg_sq.NAME` for each of them.
+        optimizer: `KEY.NAME` of every tensor that the optimiser keeps for a weight, as in `exp_avg.NAME`.
         step: optimiser steps done.
     """
 
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    weights: dict[str, Piece]
+    optimizer: dict[str, Piece]
     step: int
 
 
@@ -107,8 +127,12 @@ class Backend(Protocol):
     def setup(self) -> None:
         """Build model and optimiser, with the weights of the base model."""
 
-    def restore(self, state: TrainState) -> None:
-        """Go on from `state`, which holds all tensors on every rank."""
+    def restore(self, saved: Saved) -> None:
+        """Go on from `saved`; each rank reads its own part of every tensor.
+
+        Raises:
+            DamagedError: tensors, or shapes, are not those of this model and optimiser.
+        """
 
     def validate(self) -> float | None:
         """Mean loss over the validation split's target tokens; None: nothing is held out."""
@@ -120,8 +144,11 @@ class Backend(Protocol):
             NonFiniteLossError: loss or gradient norm is NaN or infinite; before the optimiser moved.
         """
 
-    def state(self) -> TrainState:
-        """A copy of the state after the last step, gathered on rank 0."""
+    def stage(self) -> Staged:
+        """Copy this rank's pieces of the state after the last step: no collective, no wait but for the copy.
+
+        The memory may be that of the call before, whose pieces are written by then.
+        """
 
     def describe(self) -> dict[str, bytes]:
         """Small files that make the saved weights loadable elsewhere: config.json or adapter_config.json."""

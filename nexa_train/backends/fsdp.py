@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from nexa_train.backends.base import RankContext, StepMetrics, TrainState
-from nexa_train.checkpoint import TorchState, adapter_files, model_files
+from nexa_train.backends.base import RankContext, Staged, StepMetrics
+from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files
 from nexa_train.config.spec import LoraTuning
 from nexa_train.loop import Engine
 from nexa_train.losses import CausalLoss
@@ -47,13 +47,19 @@ class FsdpBackend:
         else:
             module.to(_device())
         self.optimizer = make_optimizer(spec.optimizer, module.named_parameters())
-        self.torch_state = TorchState(self.causal, self.optimizer, adapter=self.lora is not None)
+        self.torch_state = TorchState(
+            self.causal,
+            self.optimizer,
+            adapter=self.lora is not None,
+            rank=self.context.rank,
+            world=self.context.world,
+        )
         self.engine = Engine(self.context, module, self.optimizer)
 
-    def restore(self, state: TrainState) -> None:
-        """Each rank takes its shards out of the whole tensors."""
-        self.done = state.step
-        self.torch_state.load(state)
+    def restore(self, saved: Saved) -> None:
+        """See `checkpoint.TorchState.restore`."""
+        self.done = saved.step
+        self.torch_state.restore(saved)
 
     def validate(self) -> float | None:
         """See `Engine.validate`."""
@@ -68,9 +74,9 @@ class FsdpBackend:
 
         self.engine.train(self.done, counted)
 
-    def state(self) -> TrainState:
-        """See `checkpoint.TorchState.gather`."""
-        return self.torch_state.gather(self.done, keep=self.context.rank == 0)
+    def stage(self) -> Staged:
+        """See `base.Backend.stage`."""
+        return self.torch_state.stage(self.done)
 
     def describe(self) -> dict[str, bytes]:
         """See `base.Backend.describe`."""

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from nexa_train.backends.base import RankContext, StepMetrics, TrainState
+from nexa_train.backends.base import RankContext, Staged, StepMetrics
 from nexa_train.cache import cache_folder
-from nexa_train.checkpoint import TorchState, adapter_files, model_files
+from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files
 from nexa_train.config.spec import FullTuning
 from nexa_train.errors import NonFiniteLossError
 from nexa_train.loop import derived_seed, mean_loss
@@ -50,12 +50,18 @@ class HfBackend:
         if torch.cuda.is_available() and spec.tuning.type != "qlora":
             self.model.to("cuda")
         self.optimizer = make_optimizer(spec.optimizer, self.causal.named_parameters())
-        self.torch_state = TorchState(self.causal, self.optimizer, adapter=self.lora is not None)
+        self.torch_state = TorchState(
+            self.causal,
+            self.optimizer,
+            adapter=self.lora is not None,
+            rank=self.context.rank,
+            world=self.context.world,
+        )
 
-    def restore(self, state: TrainState) -> None:
+    def restore(self, saved: Saved) -> None:
         """See `base.Backend.restore`."""
-        self.done = state.step
-        self.torch_state.load(state)
+        self.done = saved.step
+        self.torch_state.restore(saved)
 
     def validate(self) -> float | None:
         """See `loop.mean_loss`."""
@@ -68,9 +74,9 @@ class HfBackend:
         trainer.remove_callback(PrinterCallback)  # prints a dictionary at the end; progress is told elsewhere
         trainer.train()
 
-    def state(self) -> TrainState:
-        """See `base.Backend.state`."""
-        return self.torch_state.gather(self.done, keep=True)
+    def stage(self) -> Staged:
+        """See `base.Backend.stage`."""
+        return self.torch_state.stage(self.done)
 
     def describe(self) -> dict[str, bytes]:
         """See `base.Backend.describe`."""

@@ -1,0 +1,186 @@
+"""Tensors of a torch model and its optimiser: out into this rank's pieces, and back.
+
+Before: a backend built model and optimiser. After: `saver` writes what was staged; `files.Saved` gives it back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers import PreTrainedModel
+
+from nexa_train.backends.base import Piece, Staged
+from nexa_train.checkpoint.files import Saved
+from nexa_train.errors import DamagedError
+from nexa_train.models.locate import Located
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+class Buffers:
+    """Memory on the CPU, pinned where a GPU copies into it, and kept: fresh pages cost as much as the copy."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def copy(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of all `sources`, in the memory that the last call returned for the same names."""
+        cuda = any(source.is_cuda for source in sources.values())
+        stream = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            copies = {
+                name: self._buffer(name, source).copy_(source, non_blocking=True) for name, source in sources.items()
+            }
+        if stream is not None:
+            stream.synchronize()
+        return copies
+
+    def _buffer(self, name: str, source: Tensor) -> Tensor:
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != source.shape or kept.dtype != source.dtype:
+            kept = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._kept[name] = kept
+        return kept
+
+
+class TorchState:
+    """Weights and optimiser of a torch model, whole or sharded along dim 0.
+
+    Of the optimiser every tensor is taken that it keeps for a parameter, but for `step`: that is the run's own
+    for every parameter.
+
+    Args:
+        causal: the transformers model, adapters injected. adapter: whether only those are trained.
+        rank, world: tensors that are whole on every rank are staged by one of them.
+    """
+
+    def __init__(
+        self, causal: nn.Module, optimizer: torch.optim.Optimizer, *, adapter: bool, rank: int, world: int
+    ) -> None:
+        self.causal, self.optimizer, self.adapter = causal, optimizer, adapter
+        self.rank, self.world = rank, world
+        self.buffers = Buffers()
+
+    @torch.no_grad()
+    def stage(self, step: int) -> Staged:
+        """See `Backend.stage`."""
+        weights = dict(self._trained())
+        kept = {
+            f"{key}.{name}": tensor
+            for name, parameter in weights.items()
+            for key, tensor in self._kept(parameter).items()
+        }
+        pieces = self._pieces({**weights, **kept})
+        return Staged(
+            {name: piece for name, piece in pieces.items() if name in weights},
+            {name: piece for name, piece in pieces.items() if name in kept},
+            step,
+        )
+
+    @torch.no_grad()
+    def restore(self, saved: Saved) -> None:
+        """See `Backend.restore`.
+
+        Raises:
+            DamagedError: tensors, or shapes, are not those of this model and optimiser.
+        """
+        self._make_optimizer_state()
+        places: dict[str, Tensor] = {}
+        for name, parameter in self._trained():
+            places[name] = parameter
+            places |= {f"{key}.{name}": tensor for key, tensor in self._kept(parameter).items()}
+        if differences := sorted(saved.names ^ places.keys()):
+            shown = ", ".join(differences[:5])
+            raise DamagedError(
+                f"{saved.folder}: the checkpoint and the job differ in {len(differences)} tensors: {shown}"
+            )
+        for name, tensor in places.items():
+            _fill(tensor, saved, name)
+        for state in self.optimizer.state.values():
+            state["step"] = torch.full_like(state["step"], saved.step)
+
+    def _pieces(self, tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+        sources, starts = {}, {}
+        for number, (name, tensor) in enumerate(tensors.items()):
+            if self.world > 1 and not _is_sharded(tensor) and number % self.world != self.rank:
+                continue
+            sources[name], starts[name] = local_part(tensor)
+        copies = self.buffers.copy(sources)
+        return {name: Piece(copies[name], starts[name], tuple(tensors[name].shape)) for name in copies}
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.causal.named_parameters():
+            if parameter.requires_grad:
+                # Adapters as PEFT's files spell them.
+                saved = f"base_model.model.{name.replace('.default.', '.')}" if self.adapter else name
+                yield saved, parameter
+
+    def _kept(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(parameter, {})
+        return {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
+
+    def _make_optimizer_state(self) -> None:
+        """Have the optimiser make its state in its own form: a step with no gradient at no learning rate."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, int]:
+    """What this rank holds of a tensor, and at which element of the flattened whole it begins.
+
+    Raises:
+        TypeError: it is sharded otherwise than along dim 0 over one mesh dimension.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    if not _is_sharded(tensor):
+        return tensor.to_local(), 0
+    if tensor.placements != (Shard(0),):
+        raise TypeError(f"a tensor is placed as {tensor.placements}, expected shards along dim 0")
+    rows = tensor.shape[0]
+    first = min(rows, tensor.device_mesh.get_local_rank() * -(-rows // tensor.device_mesh.size()))
+    return tensor.to_local(), first * (tensor.numel() // max(1, rows))
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor) and any(placement != Replicate() for placement in tensor.placements)
+
+
+def _fill(tensor: Tensor, saved: Saved, name: str) -> None:
+    if saved.shape(name) != tuple(tensor.shape):
+        raise DamagedError(f"{saved.folder}: {name} is {saved.shape(name)}, the job's is {tuple(tensor.shape)}")
+    local, start = local_part(tensor)
+    local.copy_(saved.elements(name, start, local.numel()).view(local.shape))
+
+
+def model_files(model: PreTrainedModel) -> dict[str, bytes]:
+    """config.json of a whole model."""
+    return {"config.json": model.config.to_json_string(use_diff=True).encode()}
+
+
+def adapter_files(config: LoraConfig, located: Located) -> dict[str, bytes]:
+    """adapter_config.json of an adapter; sets serialise in stable order, the base by its origin."""
+    values: dict[str, Any] = {key: _plain(value) for key, value in config.to_dict().items()}
+    values["base_model_name_or_path"] = located.origin
+    return {"adapter_config.json": json.dumps(values, indent=2, sort_keys=True).encode()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value.value if hasattr(value, "value") else value
