@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nexa_train.backends.base import RankContext, StepMetrics
 from nexa_train.data.batches import Batch, Split
 from nexa_train.errors import NonFiniteLossError
 from nexa_train.optim import learning_rate
+
+NORM_ELEMENTS = 1 << 12
+"""Elements whose norm is taken at once on a CPU, where torch adds them up in float32 one after the other: six digits
+are left of so many, three of an embedding's twelve million."""
 
 
 class Engine:
@@ -67,9 +72,7 @@ class Engine:
         return StepMetrics(step + 1, float(sums[0]) / denominator, norm, rate, int(sums[1]))
 
     def _clip(self) -> float:
-        limit = self.context.spec.optimizer.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return clip_gradients(self.parameters, self.context.spec.optimizer.max_grad_norm)
 
     def _check_finite(self, step: int, loss: float, norm: float, batches: list[Batch]) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -103,6 +106,27 @@ def batch_loss(module: nn.Module, batch: Batch) -> Tensor:
     device = next(module.parameters()).device
     loss: Tensor = module(*(part.to(device) for part in (batch.input_ids, batch.position_ids, batch.targets)))
     return loss
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
+    """Scale gradients down to a norm of `limit` where it is beyond (0: never); returns the norm before, over all ranks.
+
+    As `torch.nn.utils.clip_grad_norm_`, but exact, and so the same for any number of ranks.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    chunks = [chunk for shard in shards for chunk in (_chunks(shard) if shard.is_cpu else [shard])]
+    squared = nn.utils.get_total_norm(chunks).double().square().cpu()
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        dist.all_reduce(squared)
+    norm = math.sqrt(float(squared))
+    if limit and norm > limit:
+        torch._foreach_mul_(shards, limit / (norm + 1e-6))
+    return norm
+
+
+def _chunks(tensor: Tensor) -> Sequence[Tensor]:
+    return torch.split(tensor.flatten(), NORM_ELEMENTS)
 
 
 def derived_seed(*parts: int) -> int:
