@@ -21,4 +21,8 @@ def make_backend(context: RankContext) -> Backend:
         from nexa_train.backends.hf import HfBackend  # noqa: PLC0415
 
         return HfBackend(context)
+    if name == "axolotl":
+        from nexa_train.backends.axolotl import AxolotlBackend  # noqa: PLC0415
+
+        return AxolotlBackend(context)
     raise ConfigError(f"backend: {name} is not built into this version")

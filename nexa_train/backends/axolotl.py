@@ -1,0 +1,129 @@
+"""Axolotl, in an environment of its own (`make axolotl-env`, or the image trainer_image/heavy).
+
+Its loader builds model and adapters from the configuration of `backend_config/axolotl.py`, its trainers
+(`axolotl_trainer.py`) take the steps. Its own checkpoints are not used: they are pickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import TrainDatasetMeta
+from axolotl.train import setup_model_and_trainer
+from pydantic import ValidationError
+from transformers import AutoTokenizer
+
+from nexa_train.backend_config.axolotl import axolotl_config
+from nexa_train.backends.axolotl_trainer import Microbatches, Summed
+from nexa_train.backends.base import RankContext, Staged, StepMetrics
+from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files
+from nexa_train.config.spec import FullTuning
+from nexa_train.errors import ConfigError
+from nexa_train.loop import mean_loss
+from nexa_train.models.build import build_model, keep_trainable
+
+
+class AxolotlBackend:
+    """See `base.Backend`."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.context = context
+        self.done = 0
+
+    def setup(self) -> None:
+        """Have Axolotl check its configuration, then build model and trainer; the optimiser is made now, too."""
+        self.folder = TemporaryDirectory(prefix="nexa-axolotl-")
+        cfg = self._checked_config(Path(self.folder.name))
+        torch.manual_seed(self.context.spec.training.seed)  # fresh adapters
+        data = TrainDatasetMeta(Microbatches(self.context, 0), None, self.context.total_steps)
+        self.trainer, *_ = setup_model_and_trainer(cfg, data)
+        keep_trainable(self.trainer.model)
+        self.lora = _peft_config(self.trainer.model)
+        self.causal = self.trainer.model if self.lora is None else self.trainer.model.get_base_model()
+        self._check_targets()
+        self.trainer.prepare(self.context)
+        self.torch_state = TorchState(
+            self.causal,
+            self.trainer.optimizer.optimizer,
+            adapter=self.lora is not None,
+            rank=self.context.rank,
+            world=self.context.world,
+        )
+
+    def restore(self, saved: Saved) -> None:
+        """See `base.Backend.restore`."""
+        self.done = saved.step
+        self.torch_state.restore(saved)
+
+    def validate(self) -> float | None:
+        """See `loop.mean_loss`."""
+        return mean_loss(Summed(self.trainer), self.context.validation, self.context)
+
+    def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
+        """Let Axolotl's trainer take the remaining steps."""
+
+        def counted(metrics: StepMetrics) -> bool:
+            self.done = metrics.step
+            return after_step(metrics)
+
+        self.trainer.go_on(self.done, counted)
+
+    def stage(self) -> Staged:
+        """See `base.Backend.stage`."""
+        return self.torch_state.stage(self.done)
+
+    def describe(self) -> dict[str, bytes]:
+        """See `base.Backend.describe`."""
+        return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
+
+    def _checked_config(self, folder: Path) -> Any:
+        """Our configuration as Axolotl takes it: checked, with its defaults.
+
+        Raises:
+            ConfigError: with all that Axolotl has against it.
+        """
+        spec, plan = self.context.spec, self.context.plan
+        base = self._base_model(folder)
+        values = axolotl_config(spec, plan, base_model=str(base), output=str(folder / "output"))
+        values["special_tokens"] = {"pad_token": AutoTokenizer.from_pretrained(base, local_files_only=True).eos_token}
+        file = folder / "axolotl.yaml"
+        file.write_text(yaml.safe_dump(values), encoding="utf-8")
+        try:
+            cfg = load_cfg(str(file))
+        except ValidationError as exc:
+            raise ConfigError(f"backend: axolotl refuses what this job makes of it: {_complaints(exc)}") from exc
+        cfg.torch_dtype = torch.float32  # weights; with bf16 the products run in it, as on every backend
+        return cfg
+
+    def _base_model(self, folder: Path) -> Path:
+        """Where the weights are; fresh ones are written first, the same on every rank."""
+        located = self.context.located
+        if located.scratch is None:
+            return located.folder
+        made = folder / "base"
+        build_model(self.context.spec, located, self.context.tokenizer).save_pretrained(made)
+        AutoTokenizer.from_pretrained(located.folder, local_files_only=True).save_pretrained(made)
+        return made
+
+    def _check_targets(self) -> None:
+        tuning = self.context.spec.tuning
+        if isinstance(tuning, FullTuning):
+            return
+        adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in self.causal.named_parameters()}
+        if missing := [target for target in tuning.target_modules if target not in adapted]:
+            raise ConfigError(f"tuning.target_modules: {', '.join(missing)} match no linear layer")
+
+
+def _complaints(exc: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, error['loc'])) or 'together'}: {error['msg']}" for error in exc.errors())
+
+
+def _peft_config(model: Any) -> Any:
+    """Of the adapters that are trained; None: all weights are."""
+    return model.peft_config["default"] if hasattr(model, "peft_config") else None
