@@ -4,9 +4,8 @@ Before: `open_store("s3://BUCKET/PREFIX")`. After: nothing. Creating is one `PUT
 Endpoint and credentials come from the environment alone (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, or a web identity); no message shows them.
 
-Two clients, so that one layer retries: reads, listings and deletes are retried by obstore; a create never is,
-because an answer "exists" to a repeated request cannot tell our own bytes from another's. `_Creation` retries
-it and remembers whether a reply was lost.
+One layer retries, and it is here: obstore's own retries are off. They would hide a lost reply to a create, after which
+"exists" may mean our own bytes (`_Creation` remembers and compares), and they end where the body of an answer begins.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import mmap
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
@@ -35,29 +34,30 @@ from nexa_train.errors import AlreadyExistsError, ConfigError, NexaError, NotFou
 from nexa_train.store.base import RESERVED, Opened, Stored, check_key, check_prefix
 
 if TYPE_CHECKING:
-    from obstore import BytesStream, GetOptions
+    from obstore import BytesStream, GetOptions, GetResult
     from obstore.store import ClientConfig, RetryConfig
 
 _MAX_PUT_BYTES = 5 * 1024**3  # AWS' limit for one PUT; obstore sets no condition on a multipart upload
 _CHUNK_BYTES = 4 * 1024**2
-_CREATE_ATTEMPTS = 5
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([\w.]+)</Code>")
 _DETAIL = re.compile(r"<Message>([^<]{1,200})</Message>")
 _NO_BUCKET = "NoSuchBucket"
+_NEVER: RetryConfig = {"max_retries": 0, "retry_timeout": timedelta(0)}
 _UNVERSIONED = ("", "null")  # what a bucket without versioning, or with it suspended, answers
 
 _log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class _Patience:
-    """How long one client waits: for a connection, for a whole request, and over how many tries."""
+    """How long to wait: for a connection, for a whole request, and over how many tries."""
 
     connect_seconds: float
     request_seconds: float
-    retries: int
-    retry_seconds: float
+    tries: int
 
     @property
     def client_options(self) -> ClientConfig:
@@ -67,15 +67,23 @@ class _Patience:
             "read_timeout": timedelta(seconds=min(60, self.request_seconds)),
         }
 
-    @property
-    def retry_config(self) -> RetryConfig:
-        return {"max_retries": self.retries, "retry_timeout": timedelta(seconds=self.retry_seconds)}
+    def ask(self, call: Callable[[], _T]) -> _T:
+        """Try until there is a clear answer; the last unclear one is raised as it came."""
+        try:
+            for attempt in stamina.retry_context(
+                on=_Again, attempts=self.tries, timeout=None, wait_initial=0.2, wait_max=10, wait_jitter=0.5
+            ):
+                with attempt:
+                    return _unclear_as_again(call)
+        except _Again as exc:
+            raise exc.__cause__ or exc from None
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-_READING = _Patience(connect_seconds=5, request_seconds=3600, retries=5, retry_seconds=60)
-_CREATING = _Patience(connect_seconds=5, request_seconds=3600, retries=0, retry_seconds=0)
-# A probe answers a person who waits: at most two tries of three seconds.
-_PROBING = _Patience(connect_seconds=3, request_seconds=4, retries=1, retry_seconds=4)
+# Ten tries are some forty seconds: a server that restarts, not one that is gone.
+_WORKING = _Patience(connect_seconds=5, request_seconds=3600, tries=10)
+# A probe answers a person who waits.
+_PROBING = _Patience(connect_seconds=3, request_seconds=4, tries=2)
 
 
 class S3Store:
@@ -86,8 +94,7 @@ class S3Store:
         self.prefix = check_prefix(prefix)
         self.uri = f"s3://{bucket}/{self.prefix}".rstrip("/")
         self._endpoint = _endpoint()
-        self._reader = self._client(_READING)
-        self._creator = self._client(_CREATING)
+        self._working = self._client(_WORKING)
 
     def __repr__(self) -> str:
         return f"S3Store({self.uri!r})"
@@ -98,57 +105,58 @@ class S3Store:
         Raises:
             RefusedError: also for more than 5 GiB, the most that one conditional write may hold.
         """
-        return self._create(check_key(key), source, client=self._creator)
+        return self._create(check_key(key), source, self._working, _WORKING)
 
     def open(self, key: str, *, version_id: str | None = None) -> Opened:
-        """See `Store.open`."""
-        check_key(key)
-        options: GetOptions = {"version": version_id} if version_id else {}
-        with self._translated("read", key):
-            answer = obstore.get(self._reader, key, options=options)
-            meta = answer.meta
-            stream = answer.stream(min_chunk_size=_CHUNK_BYTES)
-        stored = Stored(key=key, size=meta["size"], version_id=_version(meta["version"]))
-        return Opened(_Body(stream, store=self, key=key), stored=stored, buffer_size=_CHUNK_BYTES)
+        """See `Store.open`. A connection that breaks half-way is taken up again where it broke."""
+        body = _Body(self, check_key(key), {"version": version_id} if version_id else {})
+        return Opened(body, stored=body.stored, buffer_size=_CHUNK_BYTES)
 
     def list(self, prefix: str = "") -> builtins.list[Stored]:
         """See `Store.list`."""
         folder = check_prefix(prefix)
         with self._translated("list", folder or "."):
-            found = [meta for page in obstore.list(self._reader, folder or None) for meta in page]
-        kept = [meta for meta in found if not meta["path"].startswith(f"{RESERVED}/")]
+            pages = _WORKING.ask(lambda: list(obstore.list(self._working, folder or None)))
+        kept = [meta for page in pages for meta in page if not meta["path"].startswith(f"{RESERVED}/")]
         return sorted((Stored(key=meta["path"], size=meta["size"]) for meta in kept), key=lambda stored: stored.key)
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
-        with self._translated("delete", check_key(key)):
-            try:
-                obstore.delete(self._reader, key)
-            except FileNotFoundError as exc:
-                if _found(_CODE, str(exc)) == _NO_BUCKET:
-                    raise
+        self._delete(check_key(key), self._working, _WORKING)
 
     def probe(self) -> None:
         """See `Store.probe`; answers within ten seconds."""
-        client = self._client(_PROBING)
-        key = f"{RESERVED}/probe/{secrets.token_hex(8)}"
-        with self._translated("write", key):
-            proven = _refuses_to_overwrite(client, key)
-            obstore.delete(client, key)
-        if proven:
+        client, key = self._client(_PROBING), f"{RESERVED}/probe/{secrets.token_hex(8)}"
+        self._create(key, b"first", client, _PROBING)
+        try:
+            self._create(key, b"second", client, _PROBING)
+        except AlreadyExistsError:
             return
+        finally:
+            self._delete(key, client, _PROBING)
         raise RefusedError(
             f"bucket {self.bucket} on {self._host} overwrites what exists: it ignores 'If-None-Match: *', so "
             "checkpoints there would not be safe; use a store with conditional writes (AWS S3, MinIO)"
         )
 
-    def _create(self, key: str, source: bytes | Path, *, client: obstore.store.S3Store) -> Stored:
+    def _create(self, key: str, source: bytes | Path, client: obstore.store.S3Store, patience: _Patience) -> Stored:
         creation = _Creation(store=client, key=key, body=_body(source, key=key))
         with self._translated("write", key):
             try:
-                return creation.run()
+                return patience.ask(creation.attempt)
             except _Taken:
                 raise AlreadyExistsError(f"{key} already exists in {self.uri}; nothing was overwritten") from None
+
+    def _delete(self, key: str, client: obstore.store.S3Store, patience: _Patience) -> None:
+        with self._translated("delete", key):
+            try:
+                patience.ask(lambda: obstore.delete(client, key))
+            except FileNotFoundError as exc:
+                if _found(_CODE, str(exc)) == _NO_BUCKET:
+                    raise
+
+    def _get(self, key: str, options: GetOptions) -> GetResult:
+        return obstore.get(self._working, key, options=options)
 
     @property
     def _host(self) -> str:
@@ -165,7 +173,7 @@ class S3Store:
                 prefix=self.prefix or None,
                 config=config,
                 client_options={"allow_http": self._endpoint.startswith("http://"), **patience.client_options},
-                retry_config=patience.retry_config,
+                retry_config=_NEVER,
             )
         except refusals.BaseError as exc:
             message = f"cannot open {self.uri} with the AWS_ variables of the environment: {_summary(str(exc))}"
@@ -206,37 +214,38 @@ class _Taken(Exception):
     """The key holds another writer's bytes."""
 
 
+def _unclear_as_again(call: Callable[[], _T]) -> _T:
+    try:
+        return call()
+    except refusals.GenericError as exc:
+        if _is_final(str(exc)):
+            raise
+        raise _Again(_summary(str(exc))) from exc
+
+
 @dataclass
 class _Creation:
-    """One create with its retries: what is unknown after a lost reply is settled by reading back."""
+    """One create over its tries: what is unknown after a lost reply is settled by reading back."""
 
     store: obstore.store.S3Store
     key: str
     body: bytes | memoryview
     reply_lost: bool = field(default=False, init=False)
 
-    def run(self) -> Stored:
-        """Try until the store has given a clear answer; the last unclear one is raised as it came."""
-        try:
-            for attempt in stamina.retry_context(
-                on=_Again, attempts=_CREATE_ATTEMPTS, timeout=300, wait_initial=0.2, wait_max=5
-            ):
-                with attempt:
-                    return self._try()
-        except _Again as exc:
-            raise exc.__cause__ or exc from None
-        raise AssertionError("unreachable: the last attempt returns or raises")
+    def attempt(self) -> Stored:
+        """Ask once.
 
-    def _try(self) -> Stored:
+        Raises:
+            _Taken: by another writer's bytes.
+            GenericError: an answer that is none, or a refusal.
+        """
         try:
             result = obstore.put(self.store, self.key, self.body, mode="create", use_multipart=False)
         except refusals.AlreadyExistsError as exc:
             return self._settle(exc)
-        except refusals.GenericError as exc:
-            if _is_final(str(exc)):
-                raise
+        except refusals.GenericError:
             self.reply_lost = True
-            raise _Again(_summary(str(exc))) from exc
+            raise
         return Stored(key=self.key, size=len(self.body), version_id=_version(result["version"]))
 
     def _settle(self, exc: refusals.AlreadyExistsError) -> Stored:
@@ -245,8 +254,6 @@ class _Creation:
             answer = obstore.get(self.store, self.key)
         except FileNotFoundError:
             raise _Again("the store was busy with another write to the key") from exc
-        except refusals.GenericError as unread:
-            raise _Again(_summary(str(unread))) from unread
         if not self.reply_lost or answer.meta["size"] != len(self.body):
             raise _Taken from exc
         if not _same(answer.stream(min_chunk_size=_CHUNK_BYTES), self.body):
@@ -256,13 +263,16 @@ class _Creation:
 
 
 class _Body(io.RawIOBase):
-    """The body of a response as a raw stream; a connection that breaks half-way raises RefusedError."""
+    """The bytes of one object as a raw stream, of one version of it from the first to the last."""
 
-    def __init__(self, chunks: BytesStream, *, store: S3Store, key: str) -> None:
-        self._chunks = chunks
-        self._store = store
-        self._key = key
-        self._rest = memoryview(b"")
+    def __init__(self, store: S3Store, key: str, options: GetOptions) -> None:
+        self._store, self._key = store, key
+        self._rest, self._offset = memoryview(b""), 0
+        with store._translated("read", key):
+            answer = _WORKING.ask(lambda: store._get(key, options))
+        self._chunks: BytesStream | None = answer.stream(min_chunk_size=_CHUNK_BYTES)
+        self._same: GetOptions = {**options, "if_match": answer.meta["e_tag"]}
+        self.stored = Stored(key=key, size=answer.meta["size"], version_id=_version(answer.meta["version"]))
 
     def readable(self) -> bool:
         """Always: this is what the stream is for."""
@@ -270,23 +280,26 @@ class _Body(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Fill `buffer` with what has come, at most one chunk."""
-        if not self._rest:
+        if not self._rest and self._offset < self.stored.size:
             with self._store._translated("read", self._key):
-                self._rest = memoryview(next(self._chunks, b""))
+                self._rest = _WORKING.ask(self._next)
+            self._offset += len(self._rest)
         size = min(len(buffer), len(self._rest))
         buffer[:size] = self._rest[:size]
         self._rest = self._rest[size:]
         return size
 
-
-def _refuses_to_overwrite(client: obstore.store.S3Store, key: str) -> bool:
-    try:
-        # An "exists" to the first is proof too: its reply was lost, and obstore asked again.
-        obstore.put(client, key, b"first", mode="create", use_multipart=False)
-        obstore.put(client, key, b"second", mode="create", use_multipart=False)
-    except refusals.AlreadyExistsError:
-        return True
-    return False
+    def _next(self) -> memoryview:
+        if self._chunks is None:
+            options: GetOptions = {**self._same, "range": {"offset": self._offset}}
+            self._chunks = self._store._get(self._key, options).stream(min_chunk_size=_CHUNK_BYTES)
+        try:
+            if chunk := memoryview(next(self._chunks, b"")):
+                return chunk
+            raise refusals.GenericError(f"the answer ended after {self._offset} of {self.stored.size} bytes")
+        except refusals.BaseError:
+            self._chunks = None
+            raise
 
 
 def _same(chunks: Iterator[bytes], expected: bytes | memoryview) -> bool:

@@ -26,7 +26,7 @@ def server() -> Iterator[SmallS3]:
 
 @pytest.fixture(autouse=True)
 def retry_at_once() -> Iterator[None]:
-    with stamina.set_testing(True, attempts=5):
+    with stamina.set_testing(True, attempts=10, cap=True):
         yield
 
 
@@ -86,19 +86,19 @@ def test_a_conflict_after_which_something_is_there_was_lost(server: SmallS3, sto
         store.create("k", b"ours!!")
 
 
-def test_a_busy_server_is_asked_five_times(server: SmallS3, store: Store) -> None:
-    server.faults = ["busy"] * 4
+def test_a_busy_server_is_asked_ten_times(server: SmallS3, store: Store) -> None:
+    server.faults = ["busy"] * 9
     store.create("k", b"ours")
-    server.faults = ["busy"] * 5
+    server.faults = ["busy"] * 10
 
     with pytest.raises(RefusedError, match="503 SlowDown"):
         store.create("other", b"ours")
 
-    assert server.writes == 10
+    assert server.writes == 20
 
 
 def test_a_conflict_without_end_is_reported_as_such(server: SmallS3, store: Store) -> None:
-    server.faults = ["conflict"] * 5
+    server.faults = ["conflict"] * 10
 
     with pytest.raises(RefusedError, match="409 ConditionalRequestConflict"):
         store.create("k", b"ours")
