@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+ABANDONED_SECONDS = 24 * 3600
+"""A half-made folder in which nothing was written for so long belongs to a process that was killed."""
 
 
 def cache_folder(*parts: str) -> Path:
@@ -24,10 +28,12 @@ def cache_folder(*parts: str) -> Path:
 def made_whole(target: Path) -> Iterator[Path]:
     """Yield a folder to fill that becomes `target` in one rename, or disappears if the body fails.
 
-    Two processes may fill the same target at once: the first to finish wins, and both see whole content.
+    Two processes may fill the same target at once: the first to finish wins, and both see whole content. What
+    killed processes left half-made beside it is removed once it is old.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    _sweep(target.parent)
+    draft = _beside(target)
     draft.mkdir()
     try:
         yield draft
@@ -38,3 +44,23 @@ def made_whole(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that `made_whole` made, in one moment for whoever looks for it."""
+    doomed = _beside(folder)
+    with suppress(FileNotFoundError):  # another process was faster
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+
+
+def _sweep(folder: Path) -> None:
+    for draft in folder.glob(".*.????????"):
+        with suppress(FileNotFoundError):  # it was finished, or swept by another
+            touched = max(path.stat().st_mtime for path in (draft, *draft.rglob("*")))
+            if time.time() - touched > ABANDONED_SECONDS:
+                shutil.rmtree(draft, ignore_errors=True)

@@ -22,7 +22,7 @@ from nexa_train.__main__ import guarded
 from nexa_train.config import Job
 from nexa_train.config.load import load_job
 from nexa_train.config.support import check_supported
-from nexa_train.errors import ConfigError, NotFoundError
+from nexa_train.errors import ConfigError
 from nexa_train.launch.node import num_gpus
 from nexa_train.registry import SIZES, family
 
@@ -51,25 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def dry_run(job: Job) -> int:
     """Check that every row can be read and, where the model's tokenizer is here, learnt from."""
-    from nexa_train.data.prepare import prepare  # noqa: PLC0415
-    from nexa_train.data.read import read_rows  # noqa: PLC0415
-    from nexa_train.data.render import check_rows  # noqa: PLC0415
-    from nexa_train.data.tokenizer import load_tokenizer  # noqa: PLC0415
-    from nexa_train.models.locate import locate  # noqa: PLC0415
+    from nexa_train.cli.data import check_data  # noqa: PLC0415
 
     print(f"configuration     valid, run id {job.run_id}")
-    try:
-        tokenizer = load_tokenizer(locate(job.spec.model).folder)
-    except NotFoundError as exc:
-        rows = read_rows(job.spec.data.remote_uri).rows
-        check_rows(rows, job.spec.data)
-        print(f"data              {len(rows)} rows can be read; not tokenised, because: {exc}")
-    else:
-        for split, audit in prepare(job.spec, tokenizer).audit.items():
-            print(
-                f"{split + ' data':<18}{audit.rows} rows, {audit.sequences} sequences, {audit.tokens} tokens, "
-                f"{audit.targets} learnt; {audit.truncated} truncated, {audit.dropped} dropped"
-            )
+    for line in check_data(job):
+        name, _, what = line.partition(": ")
+        print(f"{name:<18}{what}")
     print("dry run           nothing was trained")
     return 0
 

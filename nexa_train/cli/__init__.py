@@ -38,6 +38,7 @@ JobFile = Annotated[Path | None, typer.Argument(help="Job file: a NexaTrainingJo
 Recipe = Annotated[str | None, typer.Option("--config-mode", help="A shipped recipe instead of a file, such as v1.")]
 RunName = Annotated[str | None, typer.Option("--run-name", help="Name of the run; default: the job's.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value of the spec, such as training.seed=1.")]
+WithData = Annotated[bool, typer.Option("--data", help="Also read, tokenise and audit its data, as a run would.")]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="text for people, json for programs.")]
 
 
@@ -61,13 +62,15 @@ def validate(
     job: JobFile = None,
     config_mode: Recipe = None,
     sets: Sets = None,
+    data: WithData = False,
     output: OutputOption = Output.text,
 ) -> int:
     """Check a job file; names file, line, key and what is allowed."""
     from nexa_train.cli.check import validate_job
     from nexa_train.config.load import load_job
 
-    return validate_job(load_job(job, recipe=config_mode, sets=sets or ()), as_json=output is Output.json)
+    found = load_job(job, recipe=config_mode, sets=sets or ())
+    return validate_job(found, with_data=data, as_json=output is Output.json)
 
 
 @app.command()

@@ -15,13 +15,19 @@ from nexa_train.models.locate import architecture
 from nexa_train.plan import GIB, TrainPlan, make_plan
 
 
-def validate_job(job: Job, *, as_json: bool) -> int:
-    """Print that a job is valid; the errors were raised on the way here."""
+def validate_job(job: Job, *, with_data: bool, as_json: bool) -> int:
+    """Print that a job is valid, with what became of its data where asked; errors are raised on the way here."""
     check_supported(job.spec)
+    notes = None
+    if with_data:
+        from nexa_train.cli.data import check_data  # noqa: PLC0415 - reads everything, and only where it is asked for
+
+        notes = check_data(job)
     if as_json:
-        _print_json({"valid": True, "name": job.metadata.name, "run_id": job.run_id})
+        found = {"valid": True, "name": job.metadata.name, "run_id": job.run_id}
+        _print_json(found if notes is None else {**found, "data": notes})
     else:
-        print(f"{job.metadata.name} is valid; its run id is {job.run_id}")
+        print("\n".join([f"{job.metadata.name} is valid; its run id is {job.run_id}", *(notes or ())]))
     return 0
 
 

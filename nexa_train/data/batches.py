@@ -56,14 +56,27 @@ class Split:
         return ids, np.where(self._targets[span] == 1, ids, IGNORE)
 
     def batch(self, sequences: Sequence[int]) -> Batch:
-        """The tensors of some sequences. None at all gives one token without a target, so that a rank with
-        nothing left to do still takes part in the collectives."""
+        """The tensors of some sequences, [1, tokens]: one after another, without padding. None at all gives one
+        token without a target, so that a rank with nothing left to do still takes part in the collectives."""
+        rows = [self._row(sequence) for sequence in sequences] or [_nothing()]
+        parts = [np.concatenate(part)[None] for part in zip(*rows, strict=True)]
+        return self._batch(parts, sequences)
+
+    def padded(self, sequences: Sequence[int]) -> Batch:
+        """The same as [sequences, longest], as other libraries' trainers take it."""
         rows = [self._row(sequence) for sequence in sequences] or [_nothing()]
         length = max(len(row[0]) for row in rows)
-        stacked = np.stack([np.stack([_padded(part, length, index) for index, part in enumerate(row)]) for row in rows])
-        input_ids, positions, targets = torch.from_numpy(stacked).unbind(dim=1)
-        tokens = sum(len(row[0]) for row in rows) if sequences else 0
-        return Batch(input_ids, positions, targets, tokens, int((targets != IGNORE).sum()), tuple(sequences))
+        padded = [[_padded(part, length, index) for index, part in enumerate(row)] for row in rows]
+        return self._batch([np.stack(part) for part in zip(*padded, strict=True)], sequences)
+
+    def samples(self, sequences: Sequence[int]) -> list[int]:
+        """The samples that these sequences hold, by their numbers in the prepared data set."""
+        return [sample for each in sequences for sample in range(self._bins[each], self._bins[each + 1])]
+
+    def _batch(self, parts: list[np.ndarray], sequences: Sequence[int]) -> Batch:
+        input_ids, positions, targets = map(torch.from_numpy, parts)
+        num_targets = int((targets != IGNORE).sum())
+        return Batch(input_ids, positions, targets, self.num_tokens(sequences), num_targets, tuple(sequences))
 
     def _row(self, sequence: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64 [length] each: ids, positions, targets (shifted by one, so that position t predicts t + 1)."""

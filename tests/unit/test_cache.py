@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from nexa_train.cache import cache_folder, made_whole
+from nexa_train.cache import ABANDONED_SECONDS, cache_folder, discard, made_whole
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,37 @@ def test_of_two_that_fill_one_folder_the_first_to_finish_wins(tmp_path: Path) ->
             (fast / "a").write_text("fast")
     assert (target / "a").read_text() == "fast"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_process_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    script = f"""
+import os, signal
+from pathlib import Path
+from nexa_train.cache import made_whole
+with made_whole(Path({str(tmp_path)!r}) / "target") as draft:
+    (draft / "a").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    [left] = tmp_path.iterdir()
+    with made_whole(tmp_path / "other"):
+        assert left.is_dir()  # It may still be written to.
+    old = time.time() - ABANDONED_SECONDS - 60
+    os.utime(left, (old, old))
+    with made_whole(tmp_path / "another"):
+        assert left.is_dir()  # A file in it is young.
+    os.utime(left / "a", (old, old))
+    with made_whole(tmp_path / "target") as draft:
+        (draft / "a").write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "other", "another"}
+
+
+def test_a_discarded_folder_is_gone_and_discarding_again_is_no_error(tmp_path: Path) -> None:
+    with made_whole(tmp_path / "target") as draft:
+        (draft / "a").write_text("1")
+    for _ in range(2):
+        discard(tmp_path / "target")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:

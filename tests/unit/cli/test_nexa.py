@@ -148,6 +148,18 @@ def test_validate_answers_in_json_with_the_run_id(nexa: Nexa, job: Path) -> None
     assert answer == {"valid": True, "name": "demo", "run_id": load_job(job).run_id}
 
 
+def test_validate_reads_the_data_too_where_asked(nexa: Nexa, job: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    done = nexa("validate", job, "--data", "--set", f"data.remote_uri={rows}", "--set", "model.name=tiny")
+    assert done.stdout.splitlines()[1:] == ["train data: 1 rows, 1 sequences, 18 tokens, 27.8 % learnt"]
+    rows.write_text('{"text": "Hi."}')
+    done = nexa("validate", job, "--data", "--set", f"data.remote_uri={rows}", "--set", "model.name=tiny")
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "rows.jsonl row 1: no column 'messages'" in done.stderr
+
+
 def test_plan_answers_in_json_with_what_is_decided(nexa: Nexa, job: Path) -> None:
     answer = json.loads(nexa("plan", job, "-o", "json", "--set", "cluster.num_nodes=2").stdout)
     decided = {key: answer[key] for key in ("world_size", "global_batch", "microbatch", "accumulation", "total_steps")}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nexa_train.config import JobSpec
-from nexa_train.data.prepare import Prepared, pack, prepare, split_rows
+from nexa_train.data.prepare import Prepared, held_out_rows, prepare
 from nexa_train.data.read import read_rows
 from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.errors import DataError
@@ -95,11 +94,70 @@ def test_held_out_rows_that_are_all_too_long_are_named_by_their_own_file(tmp_pat
         prepare(spec(rows, data={"validation": {"uri": str(held_out)}}), tiny)
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [flip, shorten, Path.unlink], ids=["a bit", "the end", "all of it"])
+@pytest.mark.parametrize("name", ["train.ids.npy", "validation.targets.npy", "train.bins.npy", "audit.json"])
+def test_prepared_data_that_was_damaged_is_said_and_made_anew(
+    tmp_path: Path, tiny: ChatTokenizer, name: str, damage: Callable[[Path], None]
+) -> None:
+    job = spec(numbered(tmp_path / "a.jsonl", 12), data={"validation": {"rows": 3}})
+    first = prepare(job, tiny)
+    whole = bytes_of(first)
+    damage(first.folder / name)
+    again = prepare(job, tiny)
+    assert bytes_of(again) == whole
+    assert again.notes[0].startswith(f"warning: the prepared data in {first.folder} was damaged and is made anew: ")
+    assert list(first.folder.parent.iterdir()) == [first.folder]
+    assert prepare(job, tiny) == first
+
+
+@pytest.mark.parametrize("what", ["train", "audit.json"])
+def test_counts_that_were_changed_are_damage(tmp_path: Path, tiny: ChatTokenizer, what: str) -> None:
+    job = spec(numbered(tmp_path / "a.jsonl", 3))
+    seal = prepare(job, tiny).folder / "audit.json"
+    seal.write_text(seal.read_text().replace('"sequences": 3', '"sequences": 2') if what == "train" else "[]")
+    found = prepare(job, tiny)
+    assert (found.num_sequences, len(found.notes)) == (3, 2)
+
+
+def test_rows_that_change_while_they_are_read_leave_nothing(
+    tmp_path: Path, tiny: ChatTokenizer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = numbered(tmp_path / "a.jsonl", 5)
+    raw = read_rows(str(rows))
+    numbered(rows, 6)
+    monkeypatch.setattr("nexa_train.data.prepare.read_rows", lambda _: raw)
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(spec(rows, data={"validation": {"rows": 1}}), tiny)
+    assert list((cache / "data").iterdir()) == []
+
+
 def test_data_that_failed_leaves_nothing_half_prepared(tmp_path: Path, tiny: ChatTokenizer, cache: Path) -> None:
     rows = jsonl(tmp_path / "a.jsonl", chat(), chat(("user", "nobody answers")))
     with pytest.raises(DataError, match=r"a.jsonl row 2: nothing to learn from"):
         prepare(spec(rows), tiny)
     assert list((cache / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("chars", [1, 500])
+def test_the_size_of_chunks_changes_no_byte(
+    tmp_path: Path, tiny: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, packing: bool, chars: int
+) -> None:
+    job = spec(numbered(tmp_path / "a.jsonl", 30), data={"packing": packing, "validation": {"fraction": 0.2}})
+    at_once = prepare(job, tiny)
+    monkeypatch.setenv("NEXA_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr("nexa_train.data.prepare.CHUNK_CHARS", chars)
+    assert bytes_of(prepare(job, tiny)) == bytes_of(at_once)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -141,29 +199,6 @@ def test_what_decides_the_bytes_decides_the_key_and_nothing_else_does(tmp_path: 
     assert key(optimizer={"lr": 1e-3}, training={"max_steps": 3}, cluster={"num_nodes": 2}) == keys[0]
 
 
-@given(
-    lengths=st.lists(st.integers(1, 64), max_size=80),
-    capacity=st.integers(64, 128),
-)
-def test_packed_bins_hold_every_sample_once_and_never_too_much(lengths: list[int], capacity: int) -> None:
-    bins = pack(lengths, capacity)
-    assert sorted(sample for members in bins for sample in members) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[sample] for sample in members) <= capacity for members in bins)
-    assert pack(lengths, capacity) == bins
-
-
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=80))
-def test_packing_needs_at_most_twice_the_bins_that_the_tokens_would_fill(lengths: list[int]) -> None:
-    fewest_possible = -(-sum(lengths) // 100)
-    large = sum(length > 50 for length in lengths)
-    # Any two bins together hold more than one bin takes, or they would be one.
-    assert max(fewest_possible, large) <= len(pack(lengths, 100)) <= 2 * fewest_possible
-
-
-def test_a_perfect_fit_is_found() -> None:
-    assert pack([3, 5, 2, 6], 8) == [[3, 2], [1, 0]]
-
-
 def test_packing_keeps_every_sample_and_saves_sequences(tmp_path: Path, tiny: ChatTokenizer) -> None:
     rows = numbered(tmp_path / "a.jsonl", 40)
     loose, packed = (prepare(spec(rows, data={"packing": packing}), tiny) for packing in (False, True))
@@ -171,9 +206,10 @@ def test_packing_keeps_every_sample_and_saves_sequences(tmp_path: Path, tiny: Ch
     assert packed.num_sequences < loose.num_sequences == 40
 
 
-def split(job: JobSpec) -> tuple[list[str], list[str]]:
-    train, held_out = split_rows(job, read_rows(job.data.remote_uri), None)
-    return [row.where for row in train], [row.where for row in held_out]
+def split(job: JobSpec) -> tuple[list[int], list[int]]:
+    """Numbers of the rows to train on and of those held out."""
+    held_out = held_out_rows(job, read_rows(job.data.remote_uri))
+    return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 
 @pytest.mark.parametrize(
@@ -184,7 +220,7 @@ def split(job: JobSpec) -> tuple[list[str], list[str]]:
 def test_a_split_holds_out_as_many_rows_as_asked(tmp_path: Path, validation: dict[str, float], count: int) -> None:
     train, held_out = split(spec(numbered(tmp_path / "a.jsonl", 20), data={"validation": validation}))
     assert (len(train), len(held_out)) == (20 - count, count)
-    assert sorted([*train, *held_out]) == sorted(f"a.jsonl row {n}" for n in range(1, 21))
+    assert sorted([*train, *held_out]) == list(range(20))
 
 
 def test_a_split_is_the_same_every_time_and_another_for_another_seed(tmp_path: Path) -> None:
@@ -196,20 +232,16 @@ def test_a_split_is_the_same_every_time_and_another_for_another_seed(tmp_path: P
     assert set(once[1]) != set(other[1])
 
 
-def test_each_part_of_a_split_stays_in_the_order_of_the_file(tmp_path: Path) -> None:
-    for part in split(spec(numbered(tmp_path / "a.jsonl", 30), data={"validation": {"rows": 10}})):
-        numbers = [int(where.rpartition(" ")[2]) for where in part]
-        assert numbers == sorted(numbers)
+def numbers(found: Prepared, split: str, tokenizer: ChatTokenizer) -> list[int]:
+    """The rows that `numbered` wrote, as they stand in a split."""
+    texts = (decode(tokenizer, ids) for ids, _ in samples(found, split))
+    return [int(text.partition("Row ")[2].partition("?")[0]) for text in texts]
 
 
-@pytest.mark.parametrize("validation", [{"rows": 3}, {"rows": 4}, {"fraction": 0.99}], ids=["all", "more", "rounded"])
-def test_a_split_that_leaves_nothing_to_train_on_is_an_error(tmp_path: Path, validation: dict[str, float]) -> None:
-    with pytest.raises(DataError, match=r"a.jsonl: 3 rows, of which data.validation takes \d: none is left"):
-        split(spec(numbered(tmp_path / "a.jsonl", 3), data={"validation": validation}))
-
-
-def test_held_out_rows_may_come_from_a_file_of_their_own(tmp_path: Path, tiny: ChatTokenizer) -> None:
-    rows, held_out = numbered(tmp_path / "a.jsonl", 4), numbered(tmp_path / "v.jsonl", 2)
-    found = prepare(spec(rows, data={"validation": {"uri": str(held_out)}}), tiny)
-    assert {name: audit.rows for name, audit in found.audit.items()} == {"train": 4, "validation": 2}
-    assert found.digest != prepare(spec(rows), tiny).digest
+def test_each_part_of_a_split_stays_in_the_order_of_the_file(
+    tmp_path: Path, tiny: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexa_train.data.prepare.CHUNK_CHARS", 300)
+    job = spec(numbered(tmp_path / "a.jsonl", 30), data={"validation": {"rows": 10}})
+    found = prepare(job, tiny)
+    assert (numbers(found, "train", tiny), numbers(found, "validation", tiny)) == split(job)

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from nexa_train.data.read import read_rows
+from nexa_train.data.read import Row, read_rows
 from nexa_train.errors import ConfigError, DataError, NotFoundError
 from tests.unit.data.builders import jsonl
+
+
+def read(uri: Path | str) -> list[Row]:
+    return list(read_rows(str(uri)).rows())
+
 
 BROKEN: dict[str, tuple[bytes, str]] = {
     "not JSON": (b'{"a": 1}\n{"a": \n', "train.jsonl row 2: not valid JSON: Expecting value at column"),
@@ -33,7 +38,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 def test_a_broken_file_is_named_with_its_row(tmp_path: Path, content: bytes, expected: str) -> None:
     (tmp_path / "train.jsonl").write_bytes(content)
     with pytest.raises(DataError) as caught:
-        read_rows(str(tmp_path / "train.jsonl"))
+        read(tmp_path / "train.jsonl")
     assert expected in str(caught.value)
 
 
@@ -57,25 +62,25 @@ def test_a_uri_of_another_kind_is_refused(uri: str) -> None:
 
 def test_blank_lines_are_skipped_and_still_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('\n{"a": 1}\n\n{"a": 2}')
-    rows = read_rows(str(tmp_path / "a.jsonl")).rows
+    rows = read(tmp_path / "a.jsonl")
     assert [(row.values["a"], row.where) for row in rows] == [(1, "a.jsonl row 2"), (2, "a.jsonl row 4")]
 
 
 def test_lines_end_at_newlines_only_not_at_what_unicode_calls_a_line_end(tmp_path: Path) -> None:
     text = "a\u2028b\x0bc\x85d"
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    assert [row.values for row in read_rows(str(tmp_path / "a.jsonl")).rows] == [{"text": text}]
+    assert [row.values for row in read(tmp_path / "a.jsonl")] == [{"text": text}]
 
 
 def test_a_pair_of_surrogate_escapes_is_one_character(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
-    assert read_rows(str(tmp_path / "a.jsonl")).rows[0].values == {"text": "😀"}
+    assert read(tmp_path / "a.jsonl")[0].values == {"text": "😀"}
 
 
 def test_a_folder_is_read_in_order_of_names_through_all_its_folders(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a/z.jsonl", "c.jsonl"):
         jsonl(tmp_path / name, {"from": name})
-    rows = read_rows(str(tmp_path)).rows
+    rows = read(tmp_path)
     assert [row.values["from"] for row in rows] == ["a/z.jsonl", "b.jsonl", "c.jsonl"]
     assert rows[0].where == "a/z.jsonl row 1"
 
@@ -95,3 +100,19 @@ def test_another_byte_or_another_name_is_another_digest(tmp_path: Path) -> None:
     one, other = (jsonl(tmp_path / folder / "a.jsonl", values) for folder, values in rows.items())
     renamed = jsonl(tmp_path / "c" / "b.jsonl", {"a": 1})
     assert len({read_rows(str(path)).digest for path in (one, other, renamed)}) == 3
+
+
+def test_rows_can_be_read_again(tmp_path: Path) -> None:
+    raw = read_rows(str(jsonl(tmp_path / "a.jsonl", {"a": 1}, {"a": 2})))
+    assert raw.num_rows == 2
+    assert list(raw.rows()) == list(raw.rows())
+
+
+@pytest.mark.parametrize("later", [({"a": 1},), ({"a": 1}, {"a": 3}), ({"a": 1}, {"a": 2}, {"a": 3})])
+def test_rows_that_changed_since_they_were_counted_are_an_error(
+    tmp_path: Path, later: tuple[dict[str, int], ...]
+) -> None:
+    raw = read_rows(str(jsonl(tmp_path / "a.jsonl", {"a": 1}, {"a": 2})))
+    jsonl(tmp_path / "a.jsonl", *later)
+    with pytest.raises(DataError, match=r"a.jsonl: changed while it was read; run again"):
+        list(raw.rows())
