@@ -86,7 +86,10 @@ class Engine:
 
 
 def mean_loss(module: nn.Module, split: Split, context: RankContext) -> float | None:
-    """Mean loss over the split's target tokens or pairs, shared out over the ranks; None where it is empty."""
+    """Mean loss over the split's target tokens or pairs, shared out over the ranks.
+
+    None where it is empty, or a stop came in between.
+    """
     if not split.num_sequences:
         return None
     module.eval()
@@ -94,10 +97,14 @@ def mean_loss(module: nn.Module, split: Split, context: RankContext) -> float | 
     share = range(context.rank, split.num_sequences, context.world)
     # Every rank runs as many passes as rank 0, which has most: under FSDP each is a collective.
     passes = range(0, -(-split.num_sequences // context.world), context.plan.microbatch)
-    with torch.no_grad():
-        for first in passes:
-            total += batch_loss(module, split.batch(share[first : first + context.plan.microbatch])).double().cpu()
-    module.train()
+    try:
+        with torch.no_grad():
+            for first in passes:
+                if context.should_stop():
+                    return None
+                total += batch_loss(module, split.batch(share[first : first + context.plan.microbatch])).double().cpu()
+    finally:
+        module.train()
     return float(summed(total, context.world)) / context.weight(split, range(split.num_sequences))
 
 

@@ -12,8 +12,7 @@ import secrets
 import shutil
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,10 +66,11 @@ class TrainingPipeline:
     """One attempt at a run, as one rank sees it."""
 
     def __init__(self, context: RankContext, facts: RunFacts, store: Store, rundir: RunDir, *, local_rank: int) -> None:
-        self.context, self.facts, self.store, self.rundir = context, facts, store, rundir
+        self.context = replace(context, should_stop=self.stop_agreed)
+        self.facts, self.store, self.rundir = facts, store, rundir
         self.speaks = local_rank == 0
         self.run_id = facts.job.run_id
-        self.backend = make_backend(context)
+        self.backend = make_backend(self.context)
         nonce = self._from_first(secrets.token_bytes(4)).hex()
         self.publisher = Publisher(store, self.run_id, f"a{facts.attempt}", nonce=nonce)
         self.saver = Saver(
@@ -123,13 +123,9 @@ class TrainingPipeline:
 
     def _prepare(self) -> None:
         self.backend.setup()
-        newest = self._newest()
+        newest, folder = self._newest(), self.rundir.restoring
         if newest is None:
             return
-        folder = self.rundir.restoring(newest.manifest.step)
-        if self.speaks:
-            shutil.rmtree(folder, ignore_errors=True)
-            self._fetch(newest, folder)
         self._barrier()
         self.backend.restore(Saved(folder))
         self._barrier()
@@ -137,47 +133,52 @@ class TrainingPipeline:
             shutil.rmtree(folder)
         self._adopt(newest)
 
-    def _fetch(self, newest: Committed, folder: Path) -> None:
-        try:
-            fetch(self.store, newest, folder)
-        except NotFoundError as exc:
-            # Another attempt may have retired it since it was listed; the next look finds a newer one.
-            raise DamagedError(f"step {newest.manifest.step} of {self.run_id} went while it was read: {exc}") from exc
-
     def _newest(self) -> Committed | None:
-        """The checkpoint to go on from. Rank 0 decides: another rank might list a moment later, and see more."""
+        """Fetch the checkpoint to go on from, once a node.
+
+        Rank 0 decides which: another rank might list a moment later, and see more.
+        """
         found = None
         if self.context.rank == 0:
-            found = self.publisher.resume().committed
-        if self.context.world == 1:
-            return found
+            looked = self.publisher.resume(self.rundir.restoring)
+            for problem in looked.damaged:
+                self.rundir.warn(f"a damaged checkpoint is not used: {problem}")
+            found = looked.committed
         said = found.manifest.step.to_bytes(8, "big") + bytes.fromhex(found.digest) if found else bytes(40)
         message = self._from_first(said)
         step, digest = int.from_bytes(message[:8], "big"), message[8:].hex()
-        if not step:
-            return None
+        if not step or found is not None:
+            return found
         mine = read_manifest(self.store, step_folder(self.run_id, step))
         if mine.digest != digest:
             raise DamagedError(f"step {step} of {self.run_id}: manifest {mine.digest} here, {digest} on rank 0")
+        if self.speaks:
+            self._fetch(mine)
         return mine
+
+    def _fetch(self, newest: Committed) -> None:
+        try:
+            fetch(self.store, newest, self.rundir.restoring)
+        except NotFoundError as exc:
+            # Another attempt may have retired it since it was listed; the next look finds a newer one.
+            raise DamagedError(f"step {newest.manifest.step} of {self.run_id} went while it was read: {exc}") from exc
 
     def _after_step(self, metrics: StepMetrics) -> bool:
         self.step, self.record.loss = metrics.step, metrics.loss
         self.record.logs.append(asdict(metrics))
         self.record.recent.append((time.monotonic(), metrics.tokens))
         last = metrics.step == self.context.total_steps
-        stop = self.stop_agreed()
-        every = self.facts.job.spec.training.eval_every_steps
+        every, stop = self.facts.job.spec.training.eval_every_steps, self.stop_agreed()
         if last or (every and metrics.step % every == 0):
             self._tell("validating")
-            self.record.validation_loss = self.backend.validate()
-        if last or stop or metrics.step % self.context.plan.save_every == 0:
+            self.record.validation_loss = None if stop else self.backend.validate()
+        if last or self.stopping or metrics.step % self.context.plan.save_every == 0:
             self._save()
-        if last or stop:
+        if last or self.stopping:
             self._tell("saving")
             self._collect_save()
         self._tell("training")
-        return stop
+        return self.stopping
 
     def _save(self) -> None:
         """Hand the state over to the background, once the save before is committed."""
@@ -234,7 +235,8 @@ class TrainingPipeline:
         self.record.initial_validation_loss = metrics.get("initial_validation_loss")
 
     def _finish(self) -> None:
-        if self.stopping and self.step < self.context.total_steps:
+        not_validated = self.record.validation_loss is None and self.context.validation.num_sequences
+        if self.stopping and (self.step < self.context.total_steps or not_validated):
             where = self.checkpoint.uri if self.checkpoint else "no step was done yet"
             raise StoppedError(
                 f"stopped at step {self.step} of {self.context.total_steps}, {where}; run again to go on"

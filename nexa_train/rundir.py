@@ -4,7 +4,8 @@
     stop                 exists: commit a checkpoint and end (launcher -> ranks)
     progress.json        `protocol.Progress` of this node (local rank 0 -> launcher)
     outcome-RANK.json    `protocol.Termination` of a rank that failed (ranks -> launcher)
-    save-STEP-RANK, restore-STEP   files of a checkpoint on their way to or from the store (ranks alone)
+    warnings             what a person should read (ranks -> launcher)
+    save-STEP-RANK, restore   files of a checkpoint on their way to or from the store (ranks alone)
 
 Files are replaced in one rename, so a reader never sees half of one.
 """
@@ -64,13 +65,14 @@ class RunDir:
         """Where a rank writes its files of a checkpoint before they are published."""
         return self.path / f"save-{step}-{rank}"
 
-    def restoring(self, step: int) -> Path:
-        """Where the files of a checkpoint are fetched to."""
-        return self.path / f"restore-{step}"
+    @property
+    def restoring(self) -> Path:
+        """Where the files of the checkpoint to go on from are fetched to."""
+        return self.path / "restore"
 
     def drop_tensors(self) -> None:
         """Remove what ranks that were killed left of both; they may be many gigabytes."""
-        for folder in [*self.path.glob("save-*"), *self.path.glob("restore-*")]:
+        for folder in [*self.path.glob("save-*"), self.restoring]:
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_progress(self, progress: Progress) -> None:
@@ -86,6 +88,16 @@ class RunDir:
             return None
         silent = round(max(0.0, time.time() - written), 3)
         return Progress.model_validate_json(text).model_copy(update={"seconds_since_last_step": silent})
+
+    def warn(self, message: str) -> None:
+        """Tell the person at the launcher, of this node, one line."""
+        with (self.path / "warnings").open("a", encoding="utf-8") as file:
+            file.write(f"{message}\n")
+
+    def warnings(self) -> list[str]:
+        """All that `warn` told so far."""
+        path = self.path / "warnings"
+        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
     def write_outcome(self, rank: int, outcome: Termination) -> None:
         """A rank's last words; the first ones stay."""

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,16 +124,20 @@ class Publisher:
         self._given_up: dict[int, int] = {}
         run_folder(run_id)
 
-    def resume(self) -> Found:
+    def resume(self, into: Path | None = None) -> Found:
         """The checkpoint to go on from; damaged newer ones are given up, so that this attempt can commit them anew.
 
         For the one who commits. A step that another attempt gives up from now on is closed to this one.
+
+        Args:
+            into: the folder that its files are downloaded to, checked on the way; None: they are checked alone.
 
         Raises:
             RefusedError: the store could not be read or written: that says nothing about the checkpoints.
             ConfigError: a manifest was written by a later major version of Nexa.
         """
-        found, self._given_up = _look(self.store, self.run_id, give_up=True)
+        read = _fetching(self.store, into) if into else _checking(self.store)
+        found, self._given_up = _look(self.store, self.run_id, read, give_up=True)
         return found
 
     def publish(self, step: int, files: Mapping[str, Path], draft: ManifestDraft) -> Committed:
@@ -262,29 +267,49 @@ def newest_valid(store: Store, run_id: str) -> Found:
         RefusedError: the store could not be read: that says nothing about the checkpoints.
         ConfigError: a manifest was written by a later major version of Nexa.
     """
-    return _look(store, run_id, give_up=False)[0]
+    return _look(store, run_id, _checking(store), give_up=False)[0]
+
+
+_Read = Callable[[Committed], None]
+"""Reads every byte of a checkpoint; raises DamagedError or NotFoundError where one is not as committed."""
 
 
 class _Moved(Exception):
     """A step is no longer what the listing said: another attempt commits or deletes at this moment."""
 
 
-def _look(store: Store, run_id: str, *, give_up: bool) -> tuple[Found, dict[int, int]]:
-    """The newest whole checkpoint, and how many names of each later step are used up."""
+def _checking(store: Store) -> _Read:
+    def check(committed: Committed) -> None:
+        for problem in check_files(store, committed):
+            raise DamagedError(problem)
+
+    return check
+
+
+def _fetching(store: Store, into: Path) -> _Read:
+    def download(committed: Committed) -> None:
+        shutil.rmtree(into, ignore_errors=True)
+        fetch(store, committed, into)
+
+    return download
+
+
+def _look(store: Store, run_id: str, read: _Read, *, give_up: bool) -> tuple[Found, dict[int, int]]:
+    """The newest checkpoint that `read` finds whole, and how many names of each later step are used up."""
     for _ in range(_LOOKS):
         with contextlib.suppress(_Moved):  # then only a new listing says what is the newest
-            return _look_once(store, run_steps(store, run_id), give_up=give_up)
+            return _look_once(store, run_steps(store, run_id), read, give_up=give_up)
     raise RefusedError(
         f"the checkpoints of {run_id} in {store.uri} changed {_LOOKS} times while they were read: end other attempts"
     )
 
 
-def _look_once(store: Store, steps: Sequence[StepState], *, give_up: bool) -> tuple[Found, dict[int, int]]:
+def _look_once(store: Store, steps: Sequence[StepState], read: _Read, *, give_up: bool) -> tuple[Found, dict[int, int]]:
     damaged: list[str] = []
     used: dict[int, int] = {}
     for step in reversed(steps):
         if step.committed:
-            problem, committed = _examine(store, step)
+            problem, committed = _examine(store, step, read)
             if committed:
                 return Found(committed=committed, damaged=damaged), used
             damaged.append(problem)
@@ -292,17 +317,14 @@ def _look_once(store: Store, steps: Sequence[StepState], *, give_up: bool) -> tu
     return Found(committed=None, damaged=damaged), used
 
 
-def _examine(store: Store, step: StepState) -> tuple[str, Committed | None]:
+def _examine(store: Store, step: StepState, read: _Read) -> tuple[str, Committed | None]:
     try:
         committed = _read_manifest(store, step.key)
-        problems = check_files(store, committed)
+        read(committed)
     except (DamagedError, NotFoundError) as exc:
-        problems = [str(exc)]
-    else:
-        if not problems:
-            return "", committed
-    _check_unmoved(store, step)
-    return problems[0], None
+        _check_unmoved(store, step)
+        return str(exc), None
+    return "", committed
 
 
 def still_there(store: Store, committed: Committed) -> bool:

@@ -36,6 +36,8 @@ class RankContext:
     order: Order
     rank: int
     world: int
+    should_stop: Callable[[], bool] = lambda: False
+    """Whether to end, the same on every rank; a collective, so every rank asks equally often."""
 
     @property
     def total_steps(self) -> int:
@@ -135,7 +137,7 @@ class Backend(Protocol):
         """
 
     def validate(self) -> float | None:
-        """Mean loss over the validation split's target tokens; None: nothing is held out."""
+        """Mean loss over the validation split's target tokens; None: nothing is held out, or a stop came between."""
 
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """Take the remaining steps; ends early when `after_step` returns True.

@@ -11,13 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from types import FrameType
+from typing import IO, Any
 
-from nexa_train.artifact.publish import claim_run, manifest_uri, newest_valid
+from nexa_train.artifact.manifest import step_folder
+from nexa_train.artifact.publish import claim_run, committed_folders, manifest_uri, newest_valid
 from nexa_train.config.job import Job
 from nexa_train.config.protocol import EXIT_STALLED, OUT_OF_MEMORY, CheckpointRef, Progress, Termination
 from nexa_train.config.support import check_supported
@@ -110,7 +112,7 @@ def run_node(
         NexaError: see `make_ready`; StoppedError: a stop was asked for before a rank ran.
     """
     while True:
-        ready = make_ready(job, node)
+        ready = _made_ready(job, node, rundir)
         if isinstance(ready, Termination):
             return ready
         ended = _run_ranks(ready, node, rundir, output, on_progress)
@@ -131,7 +133,7 @@ def _run_ranks(
 ) -> Termination:
     rundir.write_run(work.to_dict())
     if rundir.stop_asked():
-        raise StoppedError(f"{work.job.run_id} was stopped before the first step; run again to go on")
+        raise _stopped_early(work.job)
     killed_before = out_of_memory_kills()
     ranks = _start(work, node, rundir, output)
     try:
@@ -145,6 +147,44 @@ def _run_ranks(
         message = f"the kernel killed a rank for memory with {work.plan.microbatch} sequences at once"
         return ended.model_copy(update={"cause": OUT_OF_MEMORY, "message": message})
     return ended
+
+
+class _Signalled(BaseException):
+    """Not an Exception: no library may swallow it."""
+
+
+def _made_ready(job: Job, node: Node, rundir: RunDir) -> RankWork | Termination:
+    """`make_ready`, ended where a stop is asked for: what is half made then has no name yet."""
+    if rundir.stop_asked():
+        raise _stopped_early(job)
+    try:
+        with _ended_by_signals():
+            return make_ready(job, node)
+    except _Signalled:
+        raise _stopped_early(job) from None
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Raise _Signalled after whatever a signal does already."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        before[number](number, frame)
+        raise _Signalled
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in before:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stopped_early(job: Job) -> StoppedError:
+    return StoppedError(f"{job.run_id} was stopped before the first step; run again to go on")
 
 
 def _start(work: RankWork, node: Node, rundir: RunDir, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
@@ -254,15 +294,18 @@ def rank_environment(work: RankWork, node: Node) -> dict[str, str]:
 
 
 def _finished(work: RankWork, store: Store) -> Termination | None:
-    """How the run ended, if its last step is committed and whole."""
-    found = newest_valid(store, work.job.run_id)
+    """How the run ended, if its last step is committed and whole. Any other is read by the ranks, once."""
+    run_id, total = work.job.run_id, work.plan.total_steps
+    if total is None or step_folder(run_id, total) not in committed_folders(store, run_id):
+        return None
+    found = newest_valid(store, run_id)
     for problem in found.damaged:
-        print(f"nexa: warning: a damaged checkpoint is not used: {problem}", file=sys.stderr, flush=True)
+        _warn(f"a damaged checkpoint is not used: {problem}")
     newest = found.committed
-    if newest is None or newest.manifest.step != work.plan.total_steps:
+    if newest is None or newest.manifest.step != total:
         return None
     manifest = newest.manifest
-    uri = manifest_uri(store, manifest.run_id, manifest.step)
+    uri = manifest_uri(store, newest)
     return Termination(
         run_id=manifest.run_id,
         attempt=work.attempt,
@@ -282,25 +325,36 @@ def _finished(work: RankWork, store: Store) -> Termination | None:
 def _watch(
     ranks: subprocess.Popen[bytes], job: Job, rundir: RunDir, on_progress: Callable[[Progress], None] | None
 ) -> Termination:
-    deadline = job.spec.recovery.progress_deadline_seconds
+    deadline, warned = job.spec.recovery.progress_deadline_seconds, 0
     # Monotonic, and not the age of a file: a machine that slept has not stalled.
     stood, since = None, time.monotonic()
-    while (code := ranks.poll()) is None:
-        progress = rundir.read_progress()
+
+    def look() -> Progress | None:
+        nonlocal warned
+        progress, warnings = rundir.read_progress(), rundir.warnings()
         if progress and on_progress:
             on_progress(progress)
+        for message in warnings[warned:]:
+            _warn(message)
+        warned = len(warnings)
+        return progress
+
+    while (code := ranks.poll()) is None:
+        progress = look()
         if (now_at := progress and (progress.phase, progress.step)) != stood:
             stood, since = now_at, time.monotonic()
         if progress and progress.phase == "training" and time.monotonic() - since > deadline:
             return _end_stalled(ranks, progress, deadline)
         time.sleep(POLL_SECONDS)
-    progress = rundir.read_progress()
-    if progress and on_progress:
-        on_progress(progress)
+    progress = look()
     if code == 0 and progress:
         return _ended(job.run_id, progress, 0, "Succeeded", "")
     outcomes = rundir.read_outcomes()
     return outcomes[0] if outcomes else _killed(job, progress, code)
+
+
+def _warn(message: str) -> None:
+    print(f"nexa: warning: {message}", file=sys.stderr, flush=True)
 
 
 def _end_stalled(ranks: subprocess.Popen[bytes], progress: Progress, deadline: int) -> Termination:
