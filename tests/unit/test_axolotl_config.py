@@ -122,7 +122,7 @@ def test_a_step_is_the_global_batch() -> None:
 
 
 def test_a_fractional_alpha_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="tuning.alpha: 2.5"):
+    with pytest.raises(ConfigError, match=r"tuning\.alpha: 2\.5"):
         config_of(tuning={"type": "lora", "rank": 4, "alpha": 2.5})
 
 
