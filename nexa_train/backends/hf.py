@@ -1,4 +1,4 @@
-"""transformers.Trainer with TRL's SFTTrainer; full tuning, LoRA and QLoRA by PEFT. One rank.
+"""transformers.Trainer with TRL's SFTTrainer; full tuning, LoRA and QLoRA by PEFT; DDP over ranks.
 
 TRL runs the steps; which sequences, which learning rate and what is saved come from the plan, as on every
 backend. Trainer's own checkpoints are not used: they are pickles.
@@ -7,28 +7,28 @@ backend. Trainer's own checkpoints are not used: they are pickles.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from nexa_train.backend_config.trl import trl_config
 from nexa_train.backends.base import RankContext, Staged, StepMetrics
-from nexa_train.cache import cache_folder
 from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files
 from nexa_train.config.spec import FullTuning
 from nexa_train.errors import NonFiniteLossError
-from nexa_train.loop import derived_seed, mean_loss
+from nexa_train.loop import clip_gradients, derived_seed, mean_loss, summed
 from nexa_train.losses import CausalLoss
 from nexa_train.models.build import build_model, lora_config
 from nexa_train.optim import learning_rate, make_optimizer
 
-NEVER_CLIP = 1e30
-"""Trainer measures the gradient's norm only where it clips."""
+Inputs = dict[str, Tensor]
 
 
 class HfBackend:
@@ -43,7 +43,7 @@ class HfBackend:
         """Base model, adapters, optimiser; the Trainer itself is made when training starts."""
         spec = self.context.spec
         self.causal = build_model(spec, self.context.located, self.context.tokenizer)
-        self.model = self.causal
+        self.model: Any = self.causal
         if not isinstance(spec.tuning, FullTuning):
             self.lora = lora_config(spec.tuning, self.causal)
             self.model = get_peft_model(self.causal, self.lora)
@@ -70,9 +70,10 @@ class HfBackend:
 
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """Let TRL take the remaining steps."""
-        trainer = _Trainer(self, after_step)
-        trainer.remove_callback(PrinterCallback)  # prints a dictionary at the end; progress is told elsewhere
-        trainer.train()
+        if self.done < self.context.total_steps:
+            trainer = _Tuning(self, after_step)
+            trainer.remove_callback(PrinterCallback)  # prints a dictionary at the end; progress is told elsewhere
+            trainer.train()
 
     def stage(self) -> Staged:
         """See `base.Backend.stage`."""
@@ -83,109 +84,125 @@ class HfBackend:
         return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
 
 
-class _Trainer(SFTTrainer):
-    """TRL's trainer, fed in the plan's order from the step where the run stands."""
+class _Planned(Trainer):
+    """What TRL's trainers are taught: the plan's microbatches, from the step where the run stands, and the plan's
+    loss, summed over all ranks and divided by the weight of the step."""
 
-    def __init__(self, backend: HfBackend, after_step: Callable[[StepMetrics], bool]) -> None:
+    loss_is_scaled_for_ga = True
+    columns: tuple[str, ...]
+    """Of a row, as TRL looks for them; it looks at one and is given microbatches after that."""
+
+    def __init__(self, backend: HfBackend, after_step: Callable[[StepMetrics], bool], **given: Any) -> None:
         context = backend.context
         self.backend, self.context, self.start = backend, context, backend.done
-        self.step_loss, self.step_norm, self.microbatches_done = 0.0, 0.0, 0
+        self.step_loss, self.step_norm, self.step_tokens, self.microbatches_done = 0.0, 0.0, 0, 0
         spec = context.spec.optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(
             backend.optimizer,
             lambda step: learning_rate(spec, step + self.start, context.total_steps) / spec.lr,
         )
+        # TRL casts the adapters of a quantised model to bfloat16, whatever the job says and a checkpoint held.
+        self.trained = [parameter for parameter in backend.causal.parameters() if parameter.requires_grad]
+        before = [parameter.data for parameter in self.trained]
         super().__init__(
             model=backend.model,
-            args=sft_config(context, steps=context.total_steps - self.start),
-            train_dataset=_rows(context),
+            train_dataset=Dataset.from_dict({column: [[0]] for column in self.columns}),
             processing_class=_pad_token(AutoTokenizer.from_pretrained(context.located.folder, local_files_only=True)),
             optimizers=(backend.optimizer, schedule),
             callbacks=[_AfterStep(self, after_step)],
+            **given,
         )
+        for parameter, data in zip(self.trained, before, strict=True):
+            parameter.data = data
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> list[int]:
-        order, batch = self.context.order, self.context.plan.global_batch
-        found = (order.at(position) for position in range(self.start * batch, order.total))
-        return [sequence for sequence in found if sequence is not None]
+    def collate(self, sequences: list[int]) -> Inputs:
+        """One microbatch, perhaps an empty one, as this trainer's loss reads it."""
+        raise NotImplementedError
+
+    def get_train_dataloader(self) -> DataLoader[Inputs]:
+        """This rank's own microbatches, so that accelerate must not deal them out again."""
+        return DataLoader(_Microbatches(self), batch_size=None, pin_memory=self.args.dataloader_pin_memory)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Inputs], device: torch.device) -> Tensor:
+        return torch.tensor(self.context.step_weight(self.state.global_step), device=device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.microbatches_done == 0:
             # As in `loop.py`: dropout draws the same in a resumed run.
-            step = self.start + self.state.global_step
-            torch.manual_seed(derived_seed(self.context.spec.training.seed, step, self.context.rank))
+            torch.manual_seed(derived_seed(self.context.spec.training.seed, self.state.global_step, self.context.rank))
         self.microbatches_done += 1
         loss: Tensor = super().training_step(*args, **kwargs)
-        # Already divided by the target tokens of the whole step, so microbatches add up.
-        self.step_loss += loss.item()
+        # Times the ranks, because DDP averages over them.
+        self.step_loss += loss.item() / self.context.world
         return loss
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called right before the optimiser moves: the last moment to refuse."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.step_norm = float(norm)
+    def _clip_grad_norm(self, model: Any) -> None:
+        """Not here, where it is only called if gradients are clipped."""
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """Called right before the optimiser moves: the moment to clip, and the last one to refuse."""
+        norm = clip_gradients(self.trained, self.context.spec.optimizer.max_grad_norm)
+        tokens = self.context.train.num_tokens(self.context.step_sequences(self.state.global_step))
+        sums = summed(torch.tensor([self.step_loss, tokens], dtype=torch.float64), self.context.world)
+        self.step_loss, self.step_norm, self.step_tokens = float(sums[0]), norm, int(sums[1])
         if not (math.isfinite(self.step_loss) and math.isfinite(self.step_norm)):
-            step = self.start + self.state.global_step
+            step = self.state.global_step
+            sequences = self.context.step_sequences(step)
             raise NonFiniteLossError(
                 f"step {step + 1}, rank {self.context.rank}: loss {self.step_loss}, gradient norm {self.step_norm}; "
-                f"the optimiser did not move. The step's sequences were {self.context.step_sequences(step)}; "
-                "look at them, or lower optimizer.lr"
+                f"the optimiser did not move. This rank's sequences were {sequences}, samples "
+                f"{self.context.train.samples(sequences)}; look at them, or lower optimizer.lr"
             )
         return norm
 
-    def finished_step(self, step: int) -> StepMetrics:
-        """The step that just ended (from 0); forgets its sums."""
-        spec, total = self.context.spec.optimizer, self.context.total_steps
-        tokens = self.context.train.num_tokens(self.context.step_sequences(step))
-        metrics = StepMetrics(step + 1, self.step_loss, self.step_norm, learning_rate(spec, step, total), tokens)
+    def finished_step(self) -> StepMetrics:
+        """The step that just ended, which Trainer has counted; forgets its sums."""
+        step, context = self.state.global_step - 1, self.context
+        rate = learning_rate(context.spec.optimizer, step, context.total_steps)
+        metrics = StepMetrics(step + 1, self.step_loss, self.step_norm, rate, self.step_tokens)
         self.step_loss, self.microbatches_done = 0.0, 0
+        self._metrics["train"].clear()  # TRL's own, which nobody would ever fetch
         self.backend.done = metrics.step
         return metrics
 
 
+class _Tuning(_Planned, SFTTrainer):
+    """Supervised fine-tuning; packed samples are told apart by their positions."""
+
+    columns = ("input_ids", "labels")
+
+    def __init__(self, backend: HfBackend, after_step: Callable[[StepMetrics], bool]) -> None:
+        args = SFTConfig(**trl_config(backend.context.spec, backend.context.plan))
+        super().__init__(backend, after_step, args=args)
+
+    def collate(self, sequences: list[int]) -> Inputs:
+        batch = self.context.train.padded(sequences)
+        return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "shift_labels": batch.targets}
+
+
+class _Microbatches(IterableDataset[Inputs]):
+    """This rank's part of the remaining steps, microbatch by microbatch; none is held."""
+
+    def __init__(self, trainer: _Planned) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[Inputs]:
+        context = self.trainer.context
+        for step in range(self.trainer.start, context.total_steps):
+            yield from map(self.trainer.collate, context.microbatches(step))
+
+
 class _AfterStep(TrainerCallback):
-    def __init__(self, trainer: _Trainer, after_step: Callable[[StepMetrics], bool]) -> None:
+    def __init__(self, trainer: _Planned, after_step: Callable[[StepMetrics], bool]) -> None:
         self.trainer, self.after_step = trainer, after_step
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Trainer counts from the step where the run stands."""
+        state.global_step = self.trainer.start
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Trainer counts its own steps from 1 and has counted this one."""
-        metrics = self.trainer.finished_step(self.trainer.start + state.global_step - 1)
-        control.should_training_stop |= self.after_step(metrics)
+        control.should_training_stop |= self.after_step(self.trainer.finished_step())
         return control
-
-
-def sft_config(context: RankContext, *, steps: int) -> SFTConfig:
-    """What TRL is given: everything that the job says, and nothing of its own defaults that would change it."""
-    spec = context.spec
-    return SFTConfig(
-        output_dir=str(cache_folder("hf")),  # must be named; nothing is saved by Trainer
-        save_strategy="no",
-        logging_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        seed=spec.training.seed,
-        max_steps=steps,
-        per_device_train_batch_size=context.plan.microbatch,
-        gradient_accumulation_steps=context.plan.accumulation,
-        max_grad_norm=spec.optimizer.max_grad_norm or NEVER_CLIP,
-        activation_checkpointing=spec.training.activation_checkpointing,
-        bf16=spec.training.precision == "bf16",
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        loss_type="nll",
-    )
-
-
-def _rows(context: RankContext) -> Dataset:
-    """Every sequence once; the sampler says in which order."""
-    split = context.train
-    pairs = [split.labelled(sequence) for sequence in range(split.num_sequences)]
-    return Dataset.from_dict({"input_ids": [ids for ids, _ in pairs], "labels": [labels for _, labels in pairs]})
 
 
 def _pad_token(tokenizer: Any) -> Any:
