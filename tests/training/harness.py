@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,10 @@ class Run:
     environment: dict[str, str]
     last: subprocess.CompletedProcess[str] | None = field(default=None)
 
-    def start(self) -> subprocess.Popen[str]:
-        """`nexa run`, not waited for."""
+    def start(self, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """`nexa run`, not waited for; `prefix`: a command that carries it out."""
         return subprocess.Popen(
-            [sys.executable, "-m", "nexa_train", "run", str(self.job), "-o", "json"],
+            [*prefix, sys.executable, "-m", "nexa_train", "run", str(self.job), "-o", "json"],
             env=self.environment,
             text=True,
             stdout=subprocess.PIPE,
@@ -66,9 +67,9 @@ class Run:
             cwd=self.job.parent,
         )
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, prefix: Sequence[str] = ()) -> dict[str, Any]:
         """Run to the end; the JSON that `nexa run -o json` prints."""
-        process = self.start()
+        process = self.start(prefix)
         out, err = process.communicate(timeout=300)
         self.last = subprocess.CompletedProcess(process.args, process.returncode, out, err)
         return json.loads(out) if out.strip() else {"exit_code": process.returncode, "message": err}
@@ -83,7 +84,12 @@ class Run:
     @property
     def losses(self) -> list[float]:
         """Of every step, in order."""
-        return [entry["loss"] for manifest in self.manifests for entry in manifest.logs]
+        return [entry["loss"] for entry in self.logs]
+
+    @property
+    def logs(self) -> list[dict[str, Any]]:
+        """What the manifests say of every step, in order."""
+        return [entry for manifest in self.manifests for entry in manifest.logs]
 
 
 class Runs:

@@ -1,0 +1,81 @@
+"""Killed at random moments, again and again: the same bits at the end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.run import wait_until
+from tests.training.harness import Runs
+from tests.training.nursery import Attempts, Nursery
+
+pytestmark = pytest.mark.training
+
+LONG = {"training": {"max_steps": 240, "save_every_steps": 5}}
+SHORT = {"training": {"max_steps": 24, "save_every_steps": 1}, "optimizer": {"lr": 0.001}}
+
+Make = Callable[..., Attempts]
+
+
+@pytest.fixture(scope="module")
+def nursery(cache: Path) -> Iterator[Nursery]:
+    found = Nursery(cache)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def make(nursery: Nursery, runs: Runs, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    monkeypatch.setenv("NEXA_CACHE", str(cache))
+
+    def made(**change: object) -> Attempts:
+        return Attempts(nursery, runs.make(**change), tmp_path / f"attempts-{runs.count}")
+
+    return made
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(make: Make) -> None:
+    digest = make(**LONG).finish(2)["checkpoint"]["weights_digest"]
+    attempts, chance, kills = make(**LONG), random.Random(1), 0
+    while kills < 20:
+        pids = attempts.start(2)
+        assert pids, f"the run ended after {kills} kills: make it longer"
+        wait_for_a_moment(attempts, chance)
+        with suppress(ProcessLookupError):
+            os.kill(chance.choice(pids), signal.SIGKILL)
+        kills += -signal.SIGKILL in attempts.wait()
+    assert attempts.finish(2)["checkpoint"]["weights_digest"] == digest
+
+
+def wait_for_a_moment(attempts: Attempts, chance: random.Random) -> None:
+    """Any will do: while a rank starts, restores, trains or saves."""
+    if chance.random() < 0.25:
+        time.sleep(chance.uniform(0, 0.5))
+        return
+    target = attempts.committed + chance.randrange(1, 12)
+    wait_until(lambda: attempts.step >= target, timeout_seconds=60, what=f"step {target}", interval_seconds=0.005)
+    time.sleep(chance.uniform(0, 0.05))
+
+
+def test_one_rank_then_two_then_one_take_the_same_samples_to_the_same_losses(make: Make) -> None:
+    alone = make(**SHORT)
+    alone.finish(1)
+    changing = make(**SHORT)
+    for world, until in ((1, 8), (2, 16)):
+        changing.start(world)
+        wait_until(lambda until=until: changing.step >= until, timeout_seconds=60, what=f"step {until}")
+        changing.rundir.ask_to_stop()
+        assert changing.wait() == [75] * world
+    changing.finish(1)
+    expected, found = alone.run.logs, changing.run.logs
+    assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    assert [row["grad_norm"] for row in found] == pytest.approx([row["grad_norm"] for row in expected], rel=1e-5)
+    assert {manifest.world["ranks"] for manifest in changing.run.manifests} == {1, 2}
