@@ -20,6 +20,24 @@ from __future__ import annotations
 
 from nexa_train.checkpoint.files import Saved
 from nexa_train.checkpoint.saver import Saver
-from nexa_train.checkpoint.state import Buffers, TorchState, adapter_files, local_part, model_files
+from nexa_train.checkpoint.state import (
+    Buffers,
+    TorchState,
+    adapter_files,
+    check_fits,
+    local_part,
+    model_files,
+    trained_parameters,
+)
 
-__all__ = ["Buffers", "Saved", "Saver", "TorchState", "adapter_files", "local_part", "model_files"]
+__all__ = [
+    "Buffers",
+    "Saved",
+    "Saver",
+    "TorchState",
+    "adapter_files",
+    "check_fits",
+    "local_part",
+    "model_files",
+    "trained_parameters",
+]

@@ -72,7 +72,7 @@ class TorchState:
     @torch.no_grad()
     def stage(self, step: int) -> Staged:
         """See `Backend.stage`."""
-        weights = dict(self._trained())
+        weights = dict(trained_parameters(self.causal, adapter=self.adapter))
         kept = {
             f"{key}.{name}": tensor
             for name, parameter in weights.items()
@@ -94,16 +94,13 @@ class TorchState:
         """
         self._make_optimizer_state()
         places: dict[str, Tensor] = {}
-        for name, parameter in self._trained():
+        for name, parameter in trained_parameters(self.causal, adapter=self.adapter):
             places[name] = parameter
             places |= {f"{key}.{name}": tensor for key, tensor in self._kept(parameter).items()}
-        if differences := sorted(saved.names ^ places.keys()):
-            shown = ", ".join(differences[:5])
-            raise DamagedError(
-                f"{saved.folder}: the checkpoint and the job differ in {len(differences)} tensors: {shown}"
-            )
+        check_fits(saved, {name: tuple(tensor.shape) for name, tensor in places.items()})
         for name, tensor in places.items():
-            _fill(tensor, saved, name)
+            local, start = local_part(tensor)
+            local.copy_(saved.elements(name, start, local.numel()).view(local.shape))
         for state in self.optimizer.state.values():
             state["step"] = torch.full_like(state["step"], saved.step)
 
@@ -115,13 +112,6 @@ class TorchState:
             sources[name], starts[name] = local_part(tensor)
         copies = self.buffers.copy(sources)
         return {name: Piece(copies[name], starts[name], tuple(tensors[name].shape)) for name in copies}
-
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self.causal.named_parameters():
-            if parameter.requires_grad:
-                # Adapters as PEFT's files spell them.
-                saved = f"base_model.model.{name.replace('.default.', '.')}" if self.adapter else name
-                yield saved, parameter
 
     def _kept(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.optimizer.state.get(parameter, {})
@@ -138,6 +128,27 @@ class TorchState:
         self.optimizer.zero_grad(set_to_none=True)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+
+def trained_parameters(causal: nn.Module, *, adapter: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is trained of a model, by the names that its files have: adapters as PEFT spells them."""
+    for name, parameter in causal.named_parameters():
+        if parameter.requires_grad:
+            yield f"base_model.model.{name.replace('.default.', '.')}" if adapter else name, parameter
+
+
+def check_fits(saved: Saved, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether a checkpoint has the tensors of these names and shapes, and no others.
+
+    Raises:
+        DamagedError: it has not.
+    """
+    if differences := sorted(saved.names ^ shapes.keys()):
+        shown = ", ".join(differences[:5])
+        raise DamagedError(f"{saved.folder}: the checkpoint and the job differ in {len(differences)} tensors: {shown}")
+    for name, shape in shapes.items():
+        if saved.shape(name) != shape:
+            raise DamagedError(f"{saved.folder}: {name} is {saved.shape(name)}, the job's is {shape}")
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:
@@ -159,13 +170,6 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
 
 def _is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and any(placement != Replicate() for placement in tensor.placements)
-
-
-def _fill(tensor: Tensor, saved: Saved, name: str) -> None:
-    if saved.shape(name) != tuple(tensor.shape):
-        raise DamagedError(f"{saved.folder}: {name} is {saved.shape(name)}, the job's is {tuple(tensor.shape)}")
-    local, start = local_part(tensor)
-    local.copy_(saved.elements(name, start, local.numel()).view(local.shape))
 
 
 def model_files(model: PreTrainedModel) -> dict[str, bytes]:
