@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import zip_longest
-from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
@@ -136,40 +135,40 @@ class Saver:
         shards = plan_shards(entries, self.wire.world, shard_bytes=self.shard_bytes)
         if self.wire.rank == 0:
             small = {**small, **index_files(shards), STATE: json.dumps({"step": staged.step}).encode()}
-        folder = self.rundir.saving(staged.step, self.wire.rank)
-        rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        try:
-            report = self._write(staged.step, shards, small, folder, _Gather(self.wire, stems, spans, shards))
-        finally:
-            rmtree(folder, ignore_errors=True)
+        report = self._write(staged.step, shards, small, _Gather(self.wire, stems, spans, shards))
         reports = self.wire.all_gather(report)
         verdict = self._commit(staged.step, reports, entries[weights], draft)
         return Done(CheckpointRef.model_validate(verdict), time.monotonic() - began)
 
-    def _write(
-        self, step: int, shards: Sequence[Shard], small: Mapping[str, bytes], folder: Path, gather: _Gather
-    ) -> dict[str, Any]:
+    def _write(self, step: int, shards: Sequence[Shard], small: Mapping[str, bytes], gather: _Gather) -> dict[str, Any]:
         """Write and upload what this rank owns; what became of it. A failure must reach the others, not hang them."""
-        tensors = gather.tensors()
-        digests: dict[str, str] = {}
+        folder, tensors = self.rundir.saving(step, self.wire.rank), gather.tensors()
         try:
-            with ThreadPoolExecutor(_UPLOADS, thread_name_prefix="upload") as pool:
-                uploads = []
-                if self.wire.rank == 0:
-                    uploads += [pool.submit(self.publisher.upload, step, *item) for item in sorted(small.items())]
-                for shard in shards:
-                    if shard.owner == self.wire.rank:
-                        path = folder / shard.file
-                        sha256, own = write_shard(path, shard, tensors)
-                        digests |= own
-                        uploads.append(pool.submit(self.publisher.upload, step, shard.file, path, sha256=sha256))
-                files = [upload.result().to_dict() for upload in uploads]
+            rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            return self._upload(step, [shard for shard in shards if shard.owner == self.wire.rank], small, tensors)
         except Exception as exc:  # noqa: BLE001 - told to all ranks and raised on them
             return _failure(exc)
         finally:
             for _ in tensors:  # the others still wait for this rank's pieces
                 pass
+            rmtree(folder, ignore_errors=True)
+
+    def _upload(
+        self, step: int, shards: Sequence[Shard], small: Mapping[str, bytes], tensors: Iterator[Tensor]
+    ) -> dict[str, Any]:
+        """Upload each file while the next one is written."""
+        digests: dict[str, str] = {}
+        with ThreadPoolExecutor(_UPLOADS, thread_name_prefix="upload") as pool:
+            uploads = []
+            if self.wire.rank == 0:
+                uploads += [pool.submit(self.publisher.upload, step, *item) for item in sorted(small.items())]
+            for shard in shards:
+                path = self.rundir.saving(step, self.wire.rank) / shard.file
+                sha256, own = write_shard(path, shard, tensors)
+                digests |= own
+                uploads.append(pool.submit(self.publisher.upload, step, shard.file, path, sha256=sha256))
+            files = [upload.result().to_dict() for upload in uploads]
         return {"files": files, "digests": digests}
 
     def _commit(
