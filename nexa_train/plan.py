@@ -121,7 +121,8 @@ def estimate_memory(spec: JobSpec, architecture: Architecture, microbatch: int) 
     """Peak bytes of a rank: float32 weights, gradients and two moments, sharded over the ranks by fsdp.
 
     Activations follow Korthikanti et al. 2022, 34 bytes a token, layer and channel in 16 bit, with linear
-    attention memory; and the logits of one chunk of the loss.
+    attention memory; and the logits of one chunk of the loss. For dpo a sequence is two samples, and a model that
+    is tuned in full has its reference beside it.
     """
     trained = _trained(spec, architecture)
     stored = 4 * architecture.num_parameters
@@ -130,6 +131,9 @@ def estimate_memory(spec: JobSpec, architecture: Architecture, microbatch: int) 
     shards = spec.cluster.world_size if spec.backend != "hf" else 1
     width = 2 if spec.training.precision == "bf16" else 4
     tokens = microbatch * spec.model.max_seq_len
+    if spec.method.type == "dpo":
+        tokens *= 2
+        stored *= 2 if spec.tuning.type == "full" else 1
     layers = 2 if spec.training.activation_checkpointing else architecture.n_layers
     activations = 17 * width * tokens * architecture.d_model * layers
     logits = 3 * 4 * min(tokens, 1024) * architecture.vocab_size

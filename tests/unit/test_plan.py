@@ -167,3 +167,11 @@ def test_a_full_run_keeps_sixteen_bytes_a_weight_beside_activations() -> None:
 def test_a_checkpoint_is_weights_and_two_moments_of_what_is_trained() -> None:
     assert estimate_checkpoint(spec(), TINY) == 12 * TINY.num_parameters
     assert estimate_checkpoint(spec(tuning=LORA), TINY) == 12 * TINY.lora_parameters(16)
+
+
+def test_dpo_takes_two_samples_a_sequence_and_its_reference_where_adapters_cannot_be_taken_off() -> None:
+    pairs = {"method": {"type": "dpo"}, "data": {"format": "preference"}}
+    for tuning, copies in (({"type": "full"}, 2), (LORA, 1)):
+        one, two = spec(tuning=tuning), spec(tuning=tuning, **pairs)
+        assert estimate_memory(two, FALCON_1B, 4).weights == copies * estimate_memory(one, FALCON_1B, 4).weights
+        assert estimate_memory(two, FALCON_1B, 4).activations == estimate_memory(one, FALCON_1B, 8).activations
