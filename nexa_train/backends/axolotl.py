@@ -6,6 +6,7 @@ Its loader builds model and adapters from the configuration of `backend_config/a
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.train import setup_model_and_trainer
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from nexa_train.backend_config.axolotl import axolotl_config
@@ -63,7 +65,7 @@ class AxolotlBackend:
 
     def validate(self) -> float | None:
         """See `loop.mean_loss`."""
-        return mean_loss(Summed(self.trainer), self.context.validation, self.context)
+        return mean_loss(Summed(self.trainer), self.context.validation, self.context, padded=True)
 
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """Let Axolotl's trainer take the remaining steps."""
@@ -99,6 +101,8 @@ class AxolotlBackend:
         except ValidationError as exc:
             raise ConfigError(f"backend: axolotl refuses what this job makes of it: {_complaints(exc)}") from exc
         cfg.torch_dtype = torch.float32  # weights; with bf16 the products run in it, as on every backend
+        if not spec.cluster.gpus_per_node:
+            cfg.device_map = None  # with several ranks it names a GPU
         return cfg
 
     def _base_model(self, folder: Path) -> Path:
@@ -107,8 +111,12 @@ class AxolotlBackend:
         if located.scratch is None:
             return located.folder
         made = folder / "base"
-        build_model(self.context.spec, located, self.context.tokenizer).save_pretrained(made)
-        AutoTokenizer.from_pretrained(located.folder, local_files_only=True).save_pretrained(made)
+        shutil.copytree(located.folder, made)  # the tokenizer's
+        model = build_model(self.context.spec, located, self.context.tokenizer)
+        for name, content in model_files(model).items():
+            (made / name).write_bytes(content)
+        # Not `save_pretrained`, which writes on one rank alone.
+        save_file({name: weight.data for name, weight in model.named_parameters()}, made / "model.safetensors")
         return made
 
     def _check_targets(self) -> None:

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from nexa_train.backends.base import RankContext, StepMetrics
 from nexa_train.errors import NonFiniteLossError
-from nexa_train.loop import derived_seed, summed
+from nexa_train.loop import clip_gradients, derived_seed, summed
 from nexa_train.losses import IGNORE
 from nexa_train.optim import learning_rate, make_optimizer
 
@@ -37,7 +37,7 @@ class Microbatches(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         step, number = divmod(index, self.context.plan.accumulation)
-        batch = self.context.train.batch(self.context.microbatches(self.start + step)[number])
+        batch = self.context.train.padded(self.context.microbatches(self.start + step)[number])
         return self.shape(batch.input_ids, batch.position_ids, batch.targets)
 
 
@@ -134,16 +134,20 @@ class _Planned(Trainer):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(spec.optimizer, step, self.context.total_steps)
 
+    def _clip_grad_norm(self, model: Any) -> float:
+        return clip_gradients(list(model.parameters()), self.context.spec.optimizer.max_grad_norm)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called right before the optimiser moves: the last moment to refuse."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.step_norm = float(norm)
         if not (math.isfinite(self.step_loss) and math.isfinite(self.step_norm)):
             step = self.state.global_step
+            sequences = self.context.step_sequences(step)
             raise NonFiniteLossError(
                 f"step {step + 1}, rank {self.context.rank}: loss {self.step_loss}, gradient norm {self.step_norm}; "
-                f"the optimiser did not move. The step's sequences were {self.context.step_sequences(step)}; "
-                "look at them, or lower optimizer.lr"
+                f"the optimiser did not move. This rank's sequences were {sequences}, samples "
+                f"{self.context.train.samples(sequences)}; look at them, or lower optimizer.lr"
             )
         return norm
 

@@ -20,12 +20,14 @@ from typing import IO, Any
 
 from nexa_train.artifact.manifest import step_folder
 from nexa_train.artifact.publish import claim_run, committed_folders, manifest_uri, newest_valid
+from nexa_train.backend_config import axolotl
 from nexa_train.config.job import Job
 from nexa_train.config.protocol import EXIT_STALLED, OUT_OF_MEMORY, CheckpointRef, Progress, Termination
 from nexa_train.config.support import check_supported
 from nexa_train.data.prepare import Prepared, prepare
 from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nexa_train.errors import ConfigError, NexaError, StoppedError
+from nexa_train.launch.installed import check_installed
 from nexa_train.launch.memory import out_of_memory_kills, remember_too_large, smallest_too_large
 from nexa_train.launch.work import RankWork, dataset_facts
 from nexa_train.models.locate import Located, architecture, check_model, locate
@@ -60,6 +62,7 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
         NexaError: anything that would make the run fail, before it starts.
     """
     check_supported(job.spec)
+    check_installed(job.spec.backend)
     check_devices(job, node)
     store = open_store(job.spec.artifacts.uri)
     store.probe()
@@ -67,6 +70,8 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
     tokenizer = load_tokenizer(located.folder)
     check_model(located, job.spec, tokenizer)
     prepared = prepare(job.spec, tokenizer)
+    for note in prepared.notes:
+        print(f"nexa: {note}", file=sys.stderr, flush=True)
     sizes, threads = architecture(job.spec.model, located), available_processors(job) // node.ranks or 1
     precision = usable_precision(job)
     plan = make_plan(job.spec, num_sequences=prepared.num_sequences, architecture=sizes, threads=threads)
@@ -289,6 +294,7 @@ def rank_environment(work: RankWork, node: Node) -> dict[str, str]:
     fixed["CUDA_VISIBLE_DEVICES"] = visible_devices(given, gpus_per_node=gpus, ranks=node.ranks)
     # cuBLAS needs this for equal bits (its documentation, "Results reproducibility").
     fixed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    fixed |= axolotl.environment(work.job.spec)
     own = {variable.name: variable.value for variable in work.job.spec.cluster.env}
     return {**os.environ, **own, **fixed}
 
