@@ -1,0 +1,324 @@
+"""A run in this process: saving in the background, stops at awkward moments, checkpoints made by an enemy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from nexa_train.artifact.manifest import FileEntry, Manifest
+from nexa_train.config.load import load_job
+from nexa_train.errors import DamagedError, RefusedError, StoppedError
+from nexa_train.launch.node import Node, make_ready
+from nexa_train.launch.work import RankWork
+from nexa_train.rundir import RunDir
+from nexa_train.store.base import Stored
+from nexa_train.store.local import LocalStore
+from tests.cluster.run import wait_until
+from tests.training.harness import Run, Runs
+
+if TYPE_CHECKING:
+    from nexa_train.pipeline import TrainingPipeline
+
+pytestmark = pytest.mark.training
+
+SHORT: dict[str, Any] = {"training": {"max_steps": 6, "save_every_steps": 2}}
+
+
+class Gated(LocalStore):
+    """A folder whose writes below some step wait until `opened`."""
+
+    def __init__(self, root: Path, holds: str = "no step") -> None:
+        super().__init__(root)
+        self.holds, self.opened = holds, threading.Event()
+
+    def create(self, key: str, source: bytes | Path) -> Stored:
+        if self.holds in key:
+            assert self.opened.wait(120), "never opened"
+        return super().create(key, source)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setenv("NEXA_CACHE", str(cache))
+
+
+def pipeline_of(run: Run, store: LocalStore | None = None) -> TrainingPipeline:
+    """One attempt at a run, ready, its one rank in this process."""
+    from nexa_train.pipeline import RunFacts, TrainingPipeline
+    from nexa_train.rank import make_context
+
+    work = make_ready(load_job(run.job), Node())
+    assert isinstance(work, RankWork)
+    facts = RunFacts(work.job, work.attempt, work.dataset, work.code, work.world_facts())
+    rundir = RunDir(run.job.parent / "rundir")
+    shutil.rmtree(rundir.path, ignore_errors=True)
+    rundir.path.mkdir()
+    context = make_context(work, 0, 1)
+    return TrainingPipeline(context, facts, store or LocalStore(run.artifacts), rundir, local_rank=0)
+
+
+@contextmanager
+def running(pipeline: TrainingPipeline) -> Iterator[Future[None]]:
+    """The attempt in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(pipeline.run)
+
+
+def told(pipeline: TrainingPipeline) -> tuple[str, int, int | None]:
+    """Phase, step, and the step of the checkpoint, as the launcher sees them."""
+    progress = pipeline.rundir.read_progress()
+    if progress is None:
+        return "starting", 0, None
+    return progress.phase, progress.step, progress.checkpoint.step if progress.checkpoint else None
+
+
+def test_training_goes_on_during_a_save_and_the_next_save_waits_for_it(runs: Runs) -> None:
+    run, plain = runs.make(**SHORT), runs.make(**SHORT)
+    pipeline_of(plain).run()
+    store = Gated(run.artifacts, "step-00000002/")
+    pipeline = pipeline_of(run, store)
+    with running(pipeline) as ended:
+        try:
+            # Two steps further the next save is due, and waits: nothing is committed yet, nor said to be.
+            wait_until(lambda: told(pipeline) == ("saving", 4, None), timeout_seconds=120, what="the second save waits")
+            assert run.manifests == []
+        finally:
+            store.opened.set()
+        ended.result(120)
+    assert told(pipeline) == ("finished", 6, 6)
+    assert [manifest.step for manifest in run.manifests] == [2, 4, 6]
+    assert [m.weights_digest for m in run.manifests] == [m.weights_digest for m in plain.manifests]
+    assert [m.parent for m in run.manifests] == [None, *(m.digest for m in run.manifests[:-1])]
+    rows = [row for manifest in run.manifests for row in manifest.logs]
+    assert [row["step"] for row in rows if "save_stall_seconds" in row] == [2, 4, 6]
+    assert rows[3]["save_background_seconds"] > 0
+
+
+def test_a_store_that_fails_in_the_background_ends_the_run_with_its_words(runs: Runs) -> None:
+    run = runs.make(**SHORT)
+
+    class Full(LocalStore):
+        def create(self, key: str, source: bytes | Path) -> Stored:
+            if "step-00000004" in key:
+                raise RefusedError("the disk is full")
+            return super().create(key, source)
+
+    with pytest.raises(RefusedError, match="the disk is full"):
+        pipeline_of(run, Full(run.artifacts)).run()
+    assert [manifest.step for manifest in run.manifests] == [2]
+    pipeline_of(run).run()
+    assert [manifest.step for manifest in run.manifests] == [2, 4, 6]
+
+
+def test_a_save_in_flight_is_committed_though_training_failed(runs: Runs) -> None:
+    import torch
+
+    run = runs.make(**SHORT)
+    store = Gated(run.artifacts, "step-00000002/")
+    pipeline = pipeline_of(run, store)
+    after_step = pipeline._after_step
+
+    def fail(metrics: Any) -> bool:
+        stop = after_step(metrics)
+        if metrics.step == 3:
+            threading.Timer(0.2, store.opened.set).start()
+            raise torch.OutOfMemoryError("none left")
+        return stop
+
+    pipeline._after_step = fail  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline.run()
+    assert [manifest.step for manifest in run.manifests] == [2]
+
+
+def stop_during_evaluation(pipeline: TrainingPipeline, *, step: int) -> list[int]:
+    """Ask for a stop in the midst of the evaluation after `step`; the batches that were evaluated there."""
+    seen: list[int] = []
+
+    def ask(module: Any, _arguments: Any) -> None:
+        if not module.training and pipeline.step == step:
+            seen.append(step)
+            pipeline.rundir.ask_to_stop()
+
+    setup = pipeline.backend.setup
+
+    def hooked() -> None:
+        setup()
+        pipeline.backend.causal.base_model.register_forward_pre_hook(ask)  # type: ignore[attr-defined]
+
+    pipeline.backend.setup = hooked  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_a_stop_during_evaluation_ends_it_at_the_next_batch_and_commits_what_was_trained(runs: Runs, step: int) -> None:
+    training = {**SHORT["training"], "save_every_steps": 100, "eval_every_steps": 3}
+    run = runs.make(training=training, data={"validation": {"rows": 32}})
+    pipeline = pipeline_of(run)
+    seen = stop_during_evaluation(pipeline, step=step)
+    with pytest.raises(StoppedError, match=f"stopped at step {step} of 6"):
+        pipeline.run()
+    assert len(seen) == 1
+    assert [manifest.step for manifest in run.manifests] == ([step] if step else [])
+    assert all("validation_loss" not in manifest.metrics for manifest in run.manifests)
+
+
+def test_a_stop_waits_for_the_save_in_flight_and_commits_one_more(runs: Runs) -> None:
+    run = runs.make(training={"max_steps": 40, "save_every_steps": 2})
+    store = Gated(run.artifacts, "step-00000002/")
+    pipeline = pipeline_of(run, store)
+    with running(pipeline) as ended:
+        try:
+            wait_until(lambda: told(pipeline)[1] >= 2, timeout_seconds=120, what="two steps done")
+            pipeline.rundir.ask_to_stop()
+            wait_until(lambda: told(pipeline)[0] == "saving", timeout_seconds=120, what="training ended")
+            assert run.manifests == []
+        finally:
+            store.opened.set()
+        with pytest.raises(StoppedError, match="run again to go on"):
+            ended.result(120)
+    assert run.manifests[0].step == 2
+    assert run.manifests[-1].step == pipeline.step > 2
+    assert told(pipeline)[2] == pipeline.step
+
+
+def test_sigterm_while_data_is_prepared_ends_at_once_with_75(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nexa_train.cli.run import run_job
+
+    monkeypatch.setenv("NEXA_CACHE", str(tmp_path / "cache"))
+    rows = tmp_path / "many.jsonl"
+    one = runs.rows.read_text(encoding="utf-8")
+    rows.write_text(one * 2000, encoding="utf-8")
+    run = runs.make(data={"remote_uri": str(rows)})
+    prepared = tmp_path / "cache" / "data"
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate() -> None:
+        wait_until(lambda: prepared.exists() and any(prepared.iterdir()), timeout_seconds=60, what="it began")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=terminate)
+    asking.start()
+    assert run_job(load_job(run.job), as_json=True) == 75
+    asking.join()
+    assert json.loads(capsys.readouterr().out)["cause"] == "Stopped"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not list(prepared.glob("*/audit.json"))
+    assert not list((tmp_path / "cache").glob("runs/*/*/run.json"))
+
+
+class Bait:
+    """Pickled: creates a file when it is loaded."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.canary),))
+
+
+def tamper(run: Run, change: Callable[[dict[str, bytes]], None]) -> None:
+    """Change the files of the newest checkpoint, and its manifest so that all digests are right."""
+    folder = max(run.artifacts.glob("checkpoints/*/step-*"))
+    path = folder / "manifest.json"
+    manifest = Manifest.from_bytes(path.read_bytes())
+    files = {entry.path: (folder / entry.object).read_bytes() for entry in manifest.files}
+    place = folder / Path(manifest.files[0].object).parent
+    change(files)
+    shutil.rmtree(place)
+    place.mkdir()
+    entries = []
+    for name, content in files.items():
+        (place / name).write_bytes(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        entries.append(FileEntry(path=name, object=f"data/{place.name}/{name}", size=len(content), sha256=sha256))
+    path.chmod(0o644)
+    path.write_bytes(replace(manifest, files=tuple(entries)).to_bytes())
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory: pytest.TempPathFactory, cache: Path, rows: Path) -> Run:
+    """A run of six steps that ended after two; the tests below copy it."""
+    run = Runs(cache, rows, tmp_path_factory.mktemp("half")).make(**SHORT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEXA_CACHE", str(cache))
+        pipeline_of(run).run()
+    for step in ("step-00000004", "step-00000006"):
+        shutil.rmtree(next(run.artifacts.glob(f"checkpoints/*/{step}")))
+    return run
+
+
+PICKLES: dict[str, tuple[list[str], list[str]]] = {
+    "weights": (["model.safetensors"], []),
+    "weights of an older torch": (["pytorch_model.bin"], ["model.safetensors"]),
+    "moments": (["optimizer.safetensors"], []),
+    "moments of Trainer": (["optimizer.pt", "scheduler.pt", "rng_state.pth"], ["optimizer.safetensors"]),
+    "the step": (["state.json"], []),
+    "trainer state": (["trainer_state.json", "training_args.bin"], ["state.json"]),
+    "DCP": ([".metadata", "__0_0.distcp"], ["model.safetensors", "optimizer.safetensors"]),
+}
+"""What is made a pickle, and what is taken away."""
+
+
+@pytest.mark.parametrize("case", PICKLES)
+def test_a_pickle_in_a_checkpoint_with_a_right_manifest_is_never_loaded(
+    runs: Runs, half_done: Run, tmp_path: Path, case: str
+) -> None:
+    run, canary = runs.make(**SHORT), tmp_path / "canary"
+    shutil.copytree(half_done.artifacts, run.artifacts)
+    pickles, gone = PICKLES[case]
+
+    def change(files: dict[str, bytes]) -> None:
+        for name in gone:
+            del files[name]
+        files |= {name: pickle.dumps(Bait(canary)) for name in pickles}
+
+    tamper(run, change)
+    with pytest.raises(DamagedError, match=r"checkpoint .*"):
+        pipeline_of(run).run()
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Bait(canary)))
+    assert canary.exists(), "the bait is harmless: the test above proves nothing"
+
+
+def test_pickles_beside_a_whole_checkpoint_are_not_looked_at(runs: Runs, half_done: Run, tmp_path: Path) -> None:
+    run, canary = runs.make(**SHORT), tmp_path / "canary"
+    shutil.copytree(half_done.artifacts, run.artifacts)
+    names = ["optimizer.pt", "pytorch_model.bin", ".metadata", "__0_0.distcp", "training_args.bin", "adapter_model.bin"]
+    tamper(run, lambda files: files.update({name: pickle.dumps(Bait(canary)) for name in names}))
+    pipeline_of(run).run()
+    assert [manifest.step for manifest in run.manifests] == [2, 4, 6]
+    assert not canary.exists()
+
+
+def test_a_checkpoint_is_downloaded_once_to_go_on_from_it(runs: Runs, half_done: Run) -> None:
+    run = runs.make(**SHORT)
+    shutil.copytree(half_done.artifacts, run.artifacts)
+
+    class Counting(LocalStore):
+        opened: list[str] = []
+
+        def open(self, key: str, *, version_id: str | None = None) -> Any:
+            self.opened.append(key.rpartition("/")[2])
+            return super().open(key, version_id=version_id)
+
+    pipeline = pipeline_of(run, Counting(run.artifacts))
+    pipeline.run()
+    assert Counting.opened.count("model.safetensors") == 1
+    assert Counting.opened.count("optimizer.safetensors") == 1
+    assert not pipeline.rundir.restoring.exists()
