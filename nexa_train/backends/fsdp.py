@@ -63,7 +63,11 @@ class FsdpBackend:
 
     def validate(self) -> float | None:
         """See `Engine.validate`."""
-        return self.engine.validate()
+        loss = self.engine.validate()
+        if isinstance(self.engine.module, FSDPModule):
+            # The root stays whole after a pass without a backward one; its weights' moments belong to the shards.
+            self.engine.module.reshard()
+        return loss
 
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """See `Engine.train`."""
