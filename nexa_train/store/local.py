@@ -2,7 +2,8 @@
 
 Before: `open_store("artifacts")`. After: nothing. An object is written to a temporary file, synced, and then
 given its name with a hard link, which fails if the name is taken: so nothing is ever overwritten, and a crash
-at any moment leaves either no object or a whole one.
+at any moment leaves either no object or a whole one. Who writes a temporary file holds a lock on it, which ends with
+the process: so what a killed writer left is known, and `probe` removes it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -20,7 +22,8 @@ from typing import NoReturn
 from nexa_train.errors import AlreadyExistsError, NotFoundError, RefusedError
 from nexa_train.store.base import RESERVED, Opened, Stored, check_key, check_prefix
 
-# A concurrent delete may prune the folder between making it and linking into it.
+# A concurrent delete may prune the folder between making it and linking into it; where locks do not reach other
+# machines, a probe there may take a temporary file for one that was left behind.
 _LINK_ATTEMPTS = 100
 
 
@@ -63,7 +66,8 @@ class LocalStore:
         self._delete(check_key(key))
 
     def probe(self) -> None:
-        """See `Store.probe`; also proves that this file system has hard links."""
+        """See `Store.probe`; also proves that this file system has hard links, and removes what killed writers left."""
+        self._sweep()
         key = f"{RESERVED}/probe/{secrets.token_hex(8)}"
         self._create(key, b"first")
         try:
@@ -77,9 +81,12 @@ class LocalStore:
     def _create(self, key: str, source: bytes | Path) -> Stored:
         target = self.root / key
         try:
-            with self._temporary(source) as temporary:
-                _link(temporary, target)
-                return Stored(key=key, size=temporary.stat().st_size)
+            for _ in range(_LINK_ATTEMPTS):
+                with self._temporary(source) as temporary:
+                    size = temporary.stat().st_size
+                    if _link(temporary, target):
+                        return Stored(key=key, size=size)
+            raise FileNotFoundError(errno.ENOENT, "what is written there is deleted again and again", str(target))
         except FileExistsError as exc:
             raise AlreadyExistsError(f"{key} already exists in {self.uri}; nothing was overwritten") from exc
         except OSError as exc:
@@ -99,18 +106,32 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _temporary(self, source: bytes | Path) -> Iterator[Path]:
-        folder = self.root / RESERVED / "tmp"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / secrets.token_hex(16)
+        self._temporaries.mkdir(parents=True, exist_ok=True)
+        path = self._temporaries / secrets.token_hex(16)
         try:
-            if isinstance(source, Path):
-                shutil.copyfile(source, path)
-            else:
-                path.write_bytes(source)
-            _sync_file(path)
-            yield path
+            with path.open("xb") as file:
+                with contextlib.suppress(OSError):  # a file system without locks is not swept either
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if isinstance(source, Path):
+                    shutil.copyfile(source, path)
+                else:
+                    file.write(source)
+                    file.flush()
+                os.fsync(file.fileno())
+                yield path
         finally:
             path.unlink(missing_ok=True)
+
+    @property
+    def _temporaries(self) -> Path:
+        return self.root / RESERVED / "tmp"
+
+    def _sweep(self) -> None:
+        """Remove the temporary files that nobody writes any more."""
+        for path in _files(self._temporaries, skip=Path()):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
     def _stored(self, path: Path) -> Stored | None:
         with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
@@ -130,15 +151,15 @@ def _files(folder: Path, *, skip: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names)
 
 
-def _link(temporary: Path, target: Path) -> None:
-    for _ in range(_LINK_ATTEMPTS):
-        try:
-            _make_folder(target.parent)
-            os.link(temporary, target)
-        except FileNotFoundError:
-            continue
-        return _sync_folder(target.parent)
-    raise FileNotFoundError(2, "the folder is deleted again and again while it is written to", str(target.parent))
+def _link(temporary: Path, target: Path) -> bool:
+    """Give `temporary` its name; False if it or the folder was deleted meanwhile."""
+    try:
+        _make_folder(target.parent)
+        os.link(temporary, target)
+    except FileNotFoundError:
+        return False
+    _sync_folder(target.parent)
+    return True
 
 
 def _make_folder(folder: Path) -> None:
@@ -167,11 +188,6 @@ def _prune(folder: Path, *, stop: Path) -> None:
         except OSError:
             return  # not empty: somebody else's objects
         folder = folder.parent
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -43,6 +43,37 @@ def test_a_writer_killed_at_any_moment_leaves_whole_objects_only(tmp_path: Path)
             assert store.open(key).read() == (number + b" ") * 200_000
 
 
+def temporaries(folder: Path) -> list[Path]:
+    return list((folder / ".nexa" / "tmp").iterdir())
+
+
+def test_what_a_killed_writer_left_half_written_is_removed_by_the_next_probe(tmp_path: Path) -> None:
+    die_while_writing = "import os, sys; os.link = lambda *_: os.kill(os.getpid(), 9)\n" + WRITE_FOR_EVER
+    subprocess.run([sys.executable, "-c", die_while_writing, tmp_path], check=False)
+    assert len(temporaries(tmp_path)) == 1
+
+    open_store(tmp_path).probe()
+
+    assert temporaries(tmp_path) == []
+
+
+def test_what_a_living_writer_has_half_written_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+    seen: list[int] = []
+
+    def probed_before(source: Path, target: Path) -> None:
+        if "probe" not in target.parts:
+            open_store(tmp_path).probe()
+            seen.append(len(temporaries(tmp_path)))
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", probed_before)
+    open_store(tmp_path).create("k", b"whole")
+
+    assert seen == [1]
+    assert open_store(tmp_path).open("k").read() == b"whole"
+
+
 def test_a_folder_is_made_by_the_first_write_and_not_by_a_look(tmp_path: Path) -> None:
     store = open_store(tmp_path / "artifacts")
 

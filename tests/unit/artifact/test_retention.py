@@ -1,0 +1,146 @@
+"""Closing a step before its bytes go, and sweeping what no checkpoint needs: on memory and in a real folder."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nexa_train.artifact.manifest import step_folder
+from nexa_train.artifact.publish import Publisher, check_files, committed_folders, newest_valid, read_manifest
+from nexa_train.artifact.retention import apply_retention
+from nexa_train.artifact.verify import verify
+from nexa_train.errors import NotFoundError, SupersededError
+from nexa_train.store import Store, open_store
+from tests.unit.artifact.builders import RUN, draft, files_in, publish_chain
+
+
+@pytest.fixture(params=["memory", "local"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "memory":
+        return open_store(f"memory://{uuid.uuid4()}")
+    return open_store(tmp_path / "artifacts")
+
+
+def upload(store: Store, folder: Path, step: int, attempt: str = "dead") -> tuple[Publisher, Callable[[], Any]]:
+    """An attempt that has uploaded a step, and what would commit it."""
+    publisher = Publisher(store, RUN, attempt)
+    entries = [publisher.upload(step, path, source) for path, source in files_in(folder).items()]
+    return publisher, lambda: publisher.commit(step, entries, draft())
+
+
+def data(store: Store, step: int, attempt: str) -> list[str]:
+    return [stored.key for stored in store.list(step_folder(RUN, step)) if f"/data/{attempt}-" in stored.key]
+
+
+def test_data_that_was_never_committed_goes_once_a_later_step_is(store: Store, tmp_path: Path) -> None:
+    upload(store, tmp_path / "dead", 60)
+    chain = publish_chain(store, tmp_path, 50, 100)
+
+    assert apply_retention(store, RUN) == []
+
+    assert data(store, 60, "dead") == []
+    assert committed_folders(store, RUN) == [one.folder for one in chain]
+    assert [check_files(store, one) for one in chain] == [[], []]
+
+
+def test_data_above_the_newest_checkpoint_may_be_a_living_attempts(store: Store, tmp_path: Path) -> None:
+    publish_chain(store, tmp_path, 50)
+    _, commit = upload(store, tmp_path / "alive", 100, "alive")
+
+    apply_retention(store, RUN, 1)
+
+    assert check_files(store, commit()) == []
+
+
+def test_who_lost_a_step_leaves_nothing_there(store: Store, tmp_path: Path) -> None:
+    upload(store, tmp_path / "dead", 50)
+    [winner] = publish_chain(store, tmp_path, 50)
+
+    apply_retention(store, RUN)
+
+    assert data(store, 50, "dead") == []
+    assert check_files(store, winner) == []
+
+
+@pytest.mark.parametrize("step", [50, 60])
+@pytest.mark.parametrize("keep_last", [None, 1])
+def test_who_was_thought_dead_and_comes_too_late_commits_nothing(
+    store: Store, tmp_path: Path, step: int, keep_last: int | None
+) -> None:
+    _, commit = upload(store, tmp_path / "dead", step)
+    publish_chain(store, tmp_path, 50, 100)
+    apply_retention(store, RUN, keep_last)
+    before = committed_folders(store, RUN)
+
+    with pytest.raises(SupersededError, match="end this one"):
+        commit()
+
+    assert committed_folders(store, RUN) == before
+    assert [problem for folder in before for problem in check_files(store, read_manifest(store, folder))] == []
+
+
+def test_a_manifest_that_arrives_after_its_step_was_retired_is_seen_by_nobody(store: Store, tmp_path: Path) -> None:
+    chain = publish_chain(store, tmp_path, 50, 100)
+    apply_retention(store, RUN, 1)
+    store.create(chain[0].key, chain[0].manifest.to_bytes())
+
+    assert committed_folders(store, RUN) == [chain[1].folder]
+    with pytest.raises(NotFoundError):
+        read_manifest(store, chain[0].folder)
+    apply_retention(store, RUN, 1)
+    assert chain[0].key not in [stored.key for stored in store.list()]
+
+
+def test_a_step_that_was_given_up_is_no_problem_of_verify(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "artifacts")
+    upload(store, tmp_path / "dead", 60)
+    publish_chain(store, tmp_path, 50, 100, 150)
+    apply_retention(store, RUN, 2)
+
+    report = verify(store.uri)
+
+    assert (report.problems, [one.step for one in report.manifests]) == ((), [100, 150])
+
+
+def test_after_damage_a_step_that_was_given_up_can_be_committed_by_who_resumes(store: Store, tmp_path: Path) -> None:
+    chain = publish_chain(store, tmp_path / "first", 50, 100)
+    apply_retention(store, RUN, 1)
+    store.delete(f"{chain[1].folder}/{chain[1].manifest.files[0].object}")
+    late = Publisher(store, RUN, "late")
+    publisher = Publisher(store, RUN, "a2")
+    assert publisher.resume().committed is None
+
+    again = [publisher.publish(step, files_in(tmp_path / "again"), draft()) for step in (50, 100)]
+
+    assert newest_valid(store, RUN).committed == again[1]
+    assert [check_files(store, one) for one in again] == [[], []]
+    with pytest.raises(SupersededError):
+        late.publish(50, files_in(tmp_path / "late"), draft())
+
+
+def test_a_checkpoint_that_is_retired_while_it_is_read_is_not_damaged(tmp_path: Path) -> None:
+    base = open_store(tmp_path / "artifacts")
+    publish_chain(base, tmp_path / "source", 50, 100)
+
+    class Overtaken(type(base)):  # type: ignore[misc]
+        """The same folder; while its newest checkpoint is read, another attempt commits and thins out."""
+
+        overtaken = False
+
+        def open(self, key: str, *, version_id: str | None = None) -> Any:
+            if "step-00000100/data" in key and not self.overtaken:
+                self.overtaken = True
+                publisher = Publisher(base, RUN, "a2")
+                publisher.publish(150, files_in(tmp_path / "later"), draft())
+                apply_retention(base, RUN, 1)
+            return super().open(key, version_id=version_id)
+
+    found = newest_valid(Overtaken(tmp_path / "artifacts"), RUN)
+
+    assert found.damaged == []
+    assert found.committed is not None
+    assert found.committed.manifest.step == 150
