@@ -2,3 +2,25 @@
 
 Used by the backends of those names, and printed by `nexa plan --show-backend-config`.
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+from nexa_train.backend_config.axolotl import axolotl_config
+from nexa_train.backend_config.deepspeed import deepspeed_config
+from nexa_train.backend_config.trl import trl_config
+from nexa_train.config.spec import JobSpec
+from nexa_train.plan import TrainPlan
+
+CONFIGS = {"hf": trl_config, "deepspeed": deepspeed_config, "axolotl": axolotl_config}
+
+
+def backend_config(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
+    """What the job's backend gives its library; nothing on fsdp, which is Nexa's own loop over torch.
+
+    Raises:
+        ConfigError: the library has no way to say what the job asks for.
+    """
+    given = CONFIGS.get(spec.backend)
+    return given(spec, plan) if given else {}

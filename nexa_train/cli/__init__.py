@@ -78,13 +78,17 @@ def plan(
     job: JobFile = None,
     config_mode: Recipe = None,
     sets: Sets = None,
+    show_backend_config: Annotated[
+        bool, typer.Option("--show-backend-config", help="Instead: what TRL, DeepSpeed or Axolotl will be given.")
+    ] = False,
     output: OutputOption = Output.text,
 ) -> int:
     """Show what a job would do: ranks, batches, memory a rank, checkpoint size. Trains nothing."""
-    from nexa_train.cli.check import plan_job
+    from nexa_train.cli.check import plan_job, show_backend
     from nexa_train.config.load import load_job
 
-    return plan_job(load_job(job, recipe=config_mode, sets=sets or ()), as_json=output is Output.json)
+    answer = show_backend if show_backend_config else plan_job
+    return answer(load_job(job, recipe=config_mode, sets=sets or ()), as_json=output is Output.json)
 
 
 @app.command()

@@ -7,7 +7,10 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+import yaml
+
 from nexa_train import __version__
+from nexa_train.backend_config import backend_config
 from nexa_train.config import Job
 from nexa_train.config.support import check_supported, without_meaning
 from nexa_train.errors import ConfigError
@@ -39,6 +42,19 @@ def plan_job(job: Job, *, as_json: bool) -> int:
         _print_json({"run_id": job.run_id, **asdict(plan)})
     else:
         print("\n".join(f"{name:<18}{value}" for name, value in describe_plan(job, plan)))
+    return 0
+
+
+def show_backend(job: Job, *, as_json: bool) -> int:
+    """Print what the backend's library will be given, as YAML or JSON."""
+    check_supported(job.spec)
+    given = backend_config(job.spec, plan_of(job))
+    if as_json:
+        _print_json(given)
+    elif given:
+        print(yaml.safe_dump(given, sort_keys=False), end="")
+    else:
+        print(f"# backend {job.spec.backend} is Nexa's own loop over torch: no library is configured")
     return 0
 
 

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nexa_train import __version__
 from nexa_train.__main__ import main
+from nexa_train.backend_config import CONFIGS
+from nexa_train.cli.check import plan_of
 from nexa_train.config.load import load_job
 from nexa_train.store import open_store
 from tests.unit.artifact.builders import RUN, publish_chain
@@ -171,6 +174,21 @@ def test_plan_tells_people_the_arithmetic_of_a_step(nexa: Nexa, job: Path) -> No
     text = nexa("plan", job, "--set", "training.microbatch_size_per_gpu=2").stdout
     assert "8 sequences = 2 a microbatch x 4 accumulated x 1 ranks" in text
     assert "4 steps, a checkpoint every 100" in text
+
+
+@pytest.mark.parametrize("backend", CONFIGS)
+def test_plan_shows_exactly_what_the_backends_library_is_given(nexa: Nexa, job: Path, backend: str) -> None:
+    sets = ("--set", f"backend={backend}", "--set", "optimizer.max_grad_norm=0.5")
+    loaded = load_job(job, sets=sets[1::2])
+    given = CONFIGS[backend](loaded.spec, plan_of(loaded))
+    assert yaml.safe_load(nexa("plan", job, *sets, "--show-backend-config").stdout) == given
+    assert json.loads(nexa("plan", job, *sets, "--show-backend-config", "-o", "json").stdout) == given
+    assert 0.5 in given.values()
+
+
+def test_the_native_backend_configures_no_library(nexa: Nexa, job: Path) -> None:
+    assert nexa("plan", job, "--show-backend-config").stdout.startswith("# backend fsdp is Nexa's own loop")
+    assert json.loads(nexa("plan", job, "--show-backend-config", "-o", "json").stdout) == {}
 
 
 def test_version_answers_in_json(nexa: Nexa) -> None:
