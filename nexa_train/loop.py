@@ -56,43 +56,55 @@ class Engine:
         rate = learning_rate(self.context.spec.optimizer, step, self.context.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        micros = self.context.microbatches(step)
-        batches = [self.context.train.batch(micro) for micro in micros]
+        batches = [self.context.train.batch(micro) for micro in self.context.microbatches(step)]
         denominator = self.context.step_weight(step)
-        sums = torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            loss = batch_loss(self.module, batch)
-            torch.autograd.backward(loss / denominator)
-            sums += torch.tensor([loss.item(), batch.tokens], dtype=torch.float64)
-        sums = summed(sums, self.context.world)
-        norm = self._clip()
-        self._check_finite(step, float(sums[0]), norm, batches)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepMetrics(step + 1, float(sums[0]) / denominator, norm, rate, int(sums[1]))
+        losses = torch.stack([self._backward(batch, denominator) for batch in batches]).cpu()
+        tokens = sum(batch.tokens for batch in batches)
+        loss, tokens = summed(torch.tensor([losses.sum(), tokens], dtype=torch.float64), self.context.world).tolist()
+        norm = self._clip_and_move() if math.isfinite(loss) else math.nan
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(self._not_finite(step, loss, norm, losses))
+        return StepMetrics(step + 1, loss / denominator, norm, rate, int(tokens))
 
-    def _clip(self) -> float:
-        return clip_gradients(self.parameters, self.context.spec.optimizer.max_grad_norm)
+    def _backward(self, batch: Batch, denominator: int) -> Tensor:
+        """The summed loss of a microbatch, left on its device: fetching each would hold a GPU up."""
+        loss = batch_loss(self.module, batch)
+        torch.autograd.backward(loss / denominator)
+        return loss.detach().double()
 
-    def _check_finite(self, step: int, loss: float, norm: float, batches: list[Batch]) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        sequences = [sequence for batch in batches for sequence in batch.sequences]
-        raise NonFiniteLossError(
+    def _clip_and_move(self) -> float:
+        """Have the optimiser move unless the gradient's norm is not finite; returns the norm before clipping."""
+        norm = clip_gradients(self.parameters, self.context.spec.optimizer.max_grad_norm)
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _not_finite(self, step: int, loss: float, norm: float, losses: Tensor) -> str:
+        """Names the sequences of this rank's microbatches whose loss is not finite; where all are, all of them."""
+        micros, finite = self.context.microbatches(step), losses.isfinite().tolist()
+        named = [micro for micro, fine in zip(micros, finite, strict=True) if not fine] or micros
+        sequences = [sequence for micro in named for sequence in micro]
+        return (
             f"step {step + 1}, rank {self.context.rank}: loss {loss}, gradient norm {norm}; the optimiser did not "
-            f"move. This rank's sequences were {sequences}; look at them, or lower optimizer.lr "
-            f"({self.optimizer.param_groups[0]['lr']:.3g})"
+            f"move. {len(finite) - sum(finite)} of this rank's {len(micros)} microbatches have such a loss; its "
+            f"sequences were {sequences}, samples {self.context.train.samples(sequences)}; look at them, or lower "
+            f"optimizer.lr ({self.optimizer.param_groups[0]['lr']:.3g})"
         )
 
 
-def mean_loss(module: nn.Module, split: Split, context: RankContext) -> float | None:
+def mean_loss(module: nn.Module, split: Split, context: RankContext, *, padded: bool = False) -> float | None:
     """Mean loss over the split's target tokens or pairs, shared out over the ranks.
 
     None where it is empty, or a stop came in between.
+
+    Args:
+        padded: whether the module takes a sequence a row, as other libraries' models do.
     """
     if not split.num_sequences:
         return None
     module.eval()
+    batch = split.padded if padded else split.batch
     total = torch.zeros((), dtype=torch.float64)
     share = range(context.rank, split.num_sequences, context.world)
     # Every rank runs as many passes as rank 0, which has most: under FSDP each is a collective.
@@ -102,7 +114,7 @@ def mean_loss(module: nn.Module, split: Split, context: RankContext) -> float | 
             for first in passes:
                 if context.should_stop():
                     return None
-                total += batch_loss(module, split.batch(share[first : first + context.plan.microbatch])).double().cpu()
+                total += batch_loss(module, batch(share[first : first + context.plan.microbatch])).double().cpu()
     finally:
         module.train()
     return float(summed(total, context.world)) / context.weight(split, range(split.num_sequences))

@@ -1,18 +1,21 @@
-"""Hidden states -> the summed loss of target tokens. Used by the native backends."""
+"""Token ids -> the summed loss of target tokens, without logits ever standing whole. Used by the native backends."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+
+from nexa_train.models.attention import sample_edges
 
 IGNORE = -100
 """Target id of tokens that do not count."""
 
-CHUNK_TOKENS = 1024
-"""Target tokens whose logits are held at once: 1024 x 49k x 4 bytes = 200 MB."""
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
+"""Logits in float32 that are held at once: on a CPU few enough to stay near it, on a GPU enough to keep it busy."""
 
 
 class CausalLoss(nn.Module):
@@ -32,34 +35,101 @@ class CausalLoss(nn.Module):
         """Sum over target tokens of -log p(target), in float32, a scalar.
 
         Args:
-            input_ids: int64 [batch, length], padded on the right.
-            position_ids: int64 [batch, length], beginning anew with each packed sample: transformers derives
-                from that jump that samples must not see each other.
+            input_ids: int64 [batch, length], samples one after another, or padded on the right.
+            position_ids: int64 [batch, length], beginning anew with each sample: samples do not see each other.
             targets: int64 [batch, length], the next token, or IGNORE.
         """
-        decoder, counted = self.causal.base_model, targets != IGNORE
+        counted = targets != IGNORE
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-            return summed_loss(hidden[counted], targets[counted], self.causal.get_output_embeddings())
+            hidden = hidden_states(self.causal, input_ids, position_ids)
+            return summed_loss(hidden[counted], targets[counted], self.causal)
 
 
-def summed_loss(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    """Cross entropy summed over tokens.
+def hidden_states(causal: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """What the head is applied to: float [batch, length, d_model]; see `CausalLoss.forward` for the arguments."""
+    edges = sample_edges(position_ids)
+    decoded = causal.base_model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        use_cache=False,
+        edges=edges,
+        lengths=tuple(edges.diff().tolist()),
+    )
+    hidden: Tensor = decoded.last_hidden_state
+    return hidden
 
-    Only target tokens go through the head, and beyond `CHUNK_TOKENS` of them the logits of a chunk are
-    recomputed in the backward pass instead of kept.
+
+def summed_loss(hidden: Tensor, targets: Tensor, causal: PreTrainedModel) -> Tensor:
+    """Cross entropy summed over tokens, of logits that are the head's product, bent by the model's cap if it has one.
 
     Args:
-        hidden: float [tokens, d_model]. targets: int64 [tokens]. head: d_model -> vocabulary.
+        hidden: float [tokens, d_model]. targets: int64 [tokens].
     """
-    if len(targets) <= CHUNK_TOKENS:
-        return _chunk_loss(hidden, targets, head)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(targets), CHUNK_TOKENS):
-        rows, wanted = (tensor[start : start + CHUNK_TOKENS] for tensor in (hidden, targets))
-        total = total + checkpoint(_chunk_loss, rows, wanted, head, use_reentrant=False)
-    return total
+    device, cap = hidden.device.type, getattr(causal.config, "final_logit_softcapping", None)
+    weight: Tensor = causal.get_output_embeddings().weight
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    loss: Tensor = _HeadLoss.apply(hidden.to(dtype), weight, targets, cap, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return loss
 
 
-def _chunk_loss(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+class _HeadLoss(torch.autograd.Function):
+    """Head and cross entropy, whose gradients are made beside the loss, chunk by chunk of tokens.
+
+    So logits are neither kept nor made twice (Hsu et al. 2024, Liger Kernel, FusedLinearCrossEntropy). Products are
+    made in the type of `hidden`; statistics, and the sum of the weight's gradient over chunks, in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, learning: bool) -> Tensor:
+        """See `summed_loss`; `learning`: whether gradients will be asked for."""
+        table, size = weight.to(hidden.dtype), _chunk_tokens(hidden.device.type, len(weight))
+        products = hidden.new_empty(min(size, len(hidden)), len(table))
+        logs = torch.empty_like(products, dtype=torch.float32)
+        hidden_grad = torch.empty_like(hidden) if learning else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if learning and ctx.needs_input_grad[1] else None
+        total = hidden.new_zeros((), dtype=torch.float64)
+        for start in range(0, len(hidden), size):
+            rows, wanted = hidden[start : start + size], targets[start : start + size, None]
+            scores = torch.mm(rows, table.T, out=products[: len(rows)]).float()
+            if cap is not None:
+                scores.div_(cap).tanh_().mul_(cap)
+            slopes = torch.log_softmax(scores, dim=1, out=logs[: len(rows)])
+            total -= slopes.gather(1, wanted).sum(dtype=torch.float64)
+            if hidden_grad is None:
+                continue
+            slopes.exp_()
+            slopes.scatter_(1, wanted, slopes.gather(1, wanted) - 1)  # now the loss's slope by each score
+            if cap is not None:
+                slopes.mul_(1 - scores.div_(cap).square_())
+            torch.mm(slopes.to(table.dtype), table, out=hidden_grad[start : start + size])
+            if weight_grad is not None:
+                _add_product(weight_grad, slopes.to(rows.dtype).T, rows)
+        ctx.gradients, ctx.weight_type = (hidden_grad, weight_grad), weight.dtype
+        return total.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales in place what `forward` made, and gives it away.
+
+        Raises:
+            RuntimeError: for the second time.
+        """
+        (hidden_grad, weight_grad), ctx.gradients = ctx.gradients, (None, None)
+        if hidden_grad is None:
+            raise RuntimeError("the gradients of this loss were given away by its first backward pass")
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(scale).to(ctx.weight_type)
+        return hidden_grad.mul_(scale), weight_grad, None, None, None
+
+
+def _chunk_tokens(device: str, vocabulary: int) -> int:
+    return max(1, CHUNK_BYTES[device] // (4 * vocabulary))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in float32 whatever the product is made in."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -45,4 +45,4 @@ def make_optimizer(spec: OptimizerSpec, named: Iterable[tuple[str, nn.Parameter]
     ]
     beta1, beta2 = spec.betas
     filled = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(filled, lr=spec.lr, betas=(beta1, beta2), eps=spec.eps)
+    return torch.optim.AdamW(filled, lr=spec.lr, betas=(beta1, beta2), eps=spec.eps, fused=True)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from nexa_train.config.spec import JobSpec, LoraTuning, QloraTuning
 from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.errors import ConfigError
+from nexa_train.models.attention import EXPLICIT, FUSED
 from nexa_train.models.locate import Located
 from nexa_train.registry import Architecture
 
@@ -21,12 +22,18 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ATTENTION = {"auto": "sdpa", "eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
+"""transformers' names for `model.attn`, where another library's trainer makes the batches."""
+
+ROW_ATTENTION = {"auto": FUSED, "eager": EXPLICIT, "sdpa": FUSED, "flash": FUSED}
+"""Ours, for the native backends."""
+
+NATIVE = ("fsdp", "deepspeed")
 
 
 def build_model(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> PreTrainedModel:
     """The base model, without adapters; `locate.check_model` has found it fit."""
     torch.manual_seed(spec.training.seed)
-    attention = ATTENTION[spec.model.attn]
+    attention = (ROW_ATTENTION if spec.backend in NATIVE else ATTENTION)[spec.model.attn]
     if located.scratch is not None:
         config = _llama_config(located.scratch, spec.model.max_seq_len, tokenizer)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
@@ -41,7 +48,7 @@ def build_model(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> Pr
             quantization_config=_quantization(spec),
         )
     model.config.use_cache = False
-    _keep_trainable(model)
+    keep_trainable(model)
     return model
 
 
@@ -98,7 +105,7 @@ def _llama_config(sizes: Architecture, max_seq_len: int, tokenizer: ChatTokenize
     )
 
 
-def _keep_trainable(model: PreTrainedModel) -> None:
+def keep_trainable(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference the first time the model is validated.
 
     On processors with AVX512-BF16 it does so, and the packed product has no backward pass: training would go

@@ -79,52 +79,131 @@ def test_bf16_loss_is_near_the_float32_loss_and_not_equal_to_it(rows: Path) -> N
     assert rounded == pytest.approx(exact, rel=0.01)
 
 
-def test_padding_changes_nothing(rows: Path) -> None:
+def test_samples_in_a_row_or_padded_have_the_loss_they_have_alone(rows: Path) -> None:
     from nexa_train.loop import batch_loss
     from nexa_train.losses import CausalLoss
     from nexa_train.models.build import build_model
 
     context = make_context(rows)
     module = CausalLoss(build_model(context.spec, context.located, context.tokenizer))
-    together = batch_loss(module, context.train.batch([0, 5, 9])).item()
+    row, padded = context.train.batch([0, 5, 9]), context.train.padded([0, 5, 9])
+    assert row.input_ids.shape == (1, row.tokens)
+    assert padded.input_ids.shape[0] == 3
+    assert padded.input_ids.numel() > row.tokens == padded.tokens
     alone = sum(batch_loss(module, context.train.batch([sequence])).item() for sequence in (0, 5, 9))
-    assert together == pytest.approx(alone, rel=1e-6)
+    assert batch_loss(module, row).item() == pytest.approx(alone, rel=1e-6)
+    assert batch_loss(module, padded).item() == pytest.approx(alone, rel=1e-6)
 
 
-def test_chunks_of_the_head_give_the_whole_heads_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 6, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+}
+LENGTHS = (11, 3, 17, 1, 9)
+
+
+def family_model(kind: str) -> Any:
+    """A tiny random model of this kind, with transformers' own eager attention."""
     import torch
-    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=None,
+        **FAMILIES[kind],
+    )
+    torch.manual_seed(0)
+    causal = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for parameter in causal.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return causal
+
+
+def gradients(module: Any) -> dict[str, Any]:
+    found = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+    module.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_row_of_samples_has_the_loss_and_gradients_that_transformers_gives_each_alone(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from torch.nn.functional import cross_entropy
 
     from nexa_train import losses
+    from nexa_train.models.attention import EXPLICIT, FUSED
 
-    torch.manual_seed(0)
-    hidden, head = torch.randn(3000, 16, requires_grad=True), nn.Linear(16, 50, bias=False)
-    targets = torch.randint(0, 50, (3000,))
-    chunked = losses.summed_loss(hidden, targets, head)
-    gradient = torch.autograd.grad(chunked, [hidden, head.weight])
-    whole = nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
-    for ours, plain in zip(gradient, torch.autograd.grad(whole, [hidden, head.weight]), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
-    assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
+    causal = family_model(kind)
+    samples = [torch.randint(0, 97, (length,)) for length in LENGTHS]
+    targets = [torch.cat([sample[1:], torch.tensor([losses.IGNORE])]) for sample in samples]
+    for target in targets:
+        target[: len(target) // 3] = losses.IGNORE
+    logits = [causal(input_ids=sample[None]).logits[0] for sample in samples]
+    whole = cross_entropy(torch.cat(logits), torch.cat(targets), reduction="sum")
+    whole.backward()
+    expected = gradients(causal)
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 7 * 97 * 4)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    for attention in (EXPLICIT, FUSED):
+        causal.set_attn_implementation(attention)
+        loss = losses.CausalLoss(causal)(torch.cat(samples)[None], positions[None], torch.cat(targets)[None])
+        loss.backward()
+        assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+        for name, gradient in gradients(causal).items():
+            error = (gradient - expected[name]).norm() / expected[name].norm()
+            assert error < 1e-5, (attention, name)
 
 
-def test_the_gradients_norm_is_exact_and_clipping_ends_at_the_limit() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_heads_gradients_are_those_of_whole_logits_and_none_is_made_for_a_frozen_head(frozen: bool) -> None:
     import torch
-    from torch import nn
 
-    from nexa_train.loop import clip_gradients
+    from nexa_train.losses import summed_loss
 
-    torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((4096, 256), (256,), (0, 4))]
-    for parameter in parameters:
-        # As an embedding's: a few rows outweigh all others, on which a float32 sum loses its digits.
-        parameter.grad = torch.randn_like(parameter)
-        parameter.grad[:10] *= 1000
-    exact = torch.cat([p.grad.double().flatten() for p in parameters if p.grad is not None]).norm().item()
-    assert clip_gradients(parameters, 0.0) == pytest.approx(exact, rel=1e-6)
-    assert clip_gradients(parameters, 2.0) == pytest.approx(exact, rel=1e-6)
-    assert clip_gradients(parameters, 2.0) == pytest.approx(2.0, rel=1e-6)
-    assert clip_gradients(parameters, 4.0) == pytest.approx(2.0, rel=1e-6)
+    causal = family_model("gemma2")  # with a cap on its logits
+    weight, cap = causal.lm_head.weight.requires_grad_(not frozen), causal.config.final_logit_softcapping
+    hidden, targets = torch.randn(300, 32, requires_grad=True), torch.randint(0, 97, (300,))
+    logits = cap * torch.tanh(hidden @ weight.T / cap)
+    wanted = [hidden] if frozen else [hidden, weight]
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets) * 300, wanted)
+    loss = summed_loss(hidden, targets, causal)
+    (loss / 3).backward()
+    for tensor, plain in zip(wanted, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, plain / 3, rtol=1e-4, atol=1e-6)
+    assert (weight.grad is None) == frozen
+    with torch.no_grad():
+        assert summed_loss(hidden, targets, causal).item() == loss.item()
+    with pytest.raises(RuntimeError, match="given away"):
+        loss.backward()
+
+
+def test_no_target_at_all_is_a_loss_of_zero_with_gradients_of_zero() -> None:
+    import torch
+
+    from nexa_train.losses import IGNORE, CausalLoss
+    from nexa_train.models.attention import FUSED
+
+    causal = family_model("llama")
+    causal.set_attn_implementation(FUSED)
+    nothing = torch.zeros(1, 1, dtype=torch.int64)
+    loss = CausalLoss(causal)(nothing, nothing, nothing + IGNORE)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients(causal).values())
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "hf"])
@@ -141,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser_moves(rows: Path, 
     with torch.no_grad():
         weight[0] = float("nan")
     before = {name: piece.tensor.clone() for name, piece in made.stage().weights.items()}
-    with pytest.raises(NonFiniteLossError, match=r"step 1, rank 0.*sequences were \["):
+    with pytest.raises(NonFiniteLossError, match=r"step 1, rank 0.*sequences were \[.*"):
         made.train(lambda metrics: False)
     for name, piece in made.stage().weights.items():
         torch.testing.assert_close(piece.tensor, before[name], equal_nan=True, rtol=0, atol=0)

@@ -1,0 +1,133 @@
+"""Attention over samples that lie one after another, each seeing itself alone. Used by the native backends' models.
+
+A microbatch is then one row without padding, and all but attention runs on real tokens only; packed or not costs
+the same. Registered with transformers under two names; a model calls it with what `losses.py` hands through it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+FUSED, EXPLICIT = "nexa-fused", "nexa-explicit"
+"""Names for `attn_implementation`: torch's fused kernels, or the formula step by step."""
+
+FLASH_HEAD = 256
+"""Channels of a head that torch's flash attention takes at most."""
+
+
+def sample_edges(position_ids: Tensor) -> Tensor:
+    """Where samples begin, and the end of the last: int32 [samples + 1].
+
+    Args:
+        position_ids: int64 [batch, length], 0 where a sample begins, which is so at the start of every row.
+    """
+    flat = position_ids.flatten()
+    begins = (flat == 0).nonzero().flatten()
+    return torch.cat([begins, begins.new_tensor([len(flat)])]).int()
+
+
+def row_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    fuse: bool,
+    edges: Tensor,
+    lengths: tuple[int, ...],
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention as transformers calls it; equal to rounding to its eager attention of each sample alone.
+
+    Args:
+        query: float [batch, heads, length, head_dim]. key, value: the same with kv_heads, which divide heads.
+        attention_mask: None, as no mask is registered under our names.
+        fuse: by torch's kernels, but for scores that are bent, which none of them knows.
+        edges: int32 [samples + 1] into the flattened tokens. lengths: the same as differences, on the host.
+        sliding_window: tokens that one sees, with itself. softcap: scores are bent by its tanh (Gemma 2).
+
+    Returns:
+        float [batch, length, heads, head_dim].
+    """
+    shape = query.transpose(1, 2).shape
+    # Autocast leaves rotated queries and keys in float32.
+    rows = [part.transpose(1, 2).flatten(0, 1).to(value.dtype) for part in (query, key, value)]
+    fuse = fuse and softcap is None
+    if fuse and not dropout and _has_flash(value):
+        return _flash(rows, edges, max(lengths), scaling, sliding_window).view(shape), None
+    outputs = []
+    for parts in zip(*(torch.split(row, list(lengths)) for row in rows), strict=True):
+        sample = [part.transpose(0, 1) for part in parts]  # [heads, length, head_dim]
+        if fuse:
+            found = _fused(sample, scaling, dropout, sliding_window)
+        else:
+            found = _explicit(sample, scaling, dropout, sliding_window, softcap)
+        outputs.append(found.transpose(0, 1))
+    return torch.cat(outputs).view(shape), None
+
+
+def _fused(sample: list[Tensor], scaling: float, dropout: float, window: int | None) -> Tensor:
+    query, key, value = (part[None] for part in sample)
+    length = query.shape[2]
+    seen = _seen(length, window, query.device) if window is not None and length > window else None
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=seen,
+        is_causal=seen is None,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=True,
+    )[0]
+
+
+def _explicit(
+    sample: list[Tensor], scaling: float, dropout: float, window: int | None, softcap: float | None
+) -> Tensor:
+    query, key, value = sample
+    repeats = len(query) // len(key)
+    key, value = key.repeat_interleave(repeats, dim=0), value.repeat_interleave(repeats, dim=0)
+    scores = query @ key.transpose(1, 2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = _seen(query.shape[1], window, query.device)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32)
+    return F.dropout(weights.to(value.dtype), dropout) @ value
+
+
+def _has_flash(value: Tensor) -> bool:
+    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and value.shape[-1] <= FLASH_HEAD
+
+
+def _flash(rows: list[Tensor], edges: Tensor, longest: int, scaling: float, window: int | None) -> Tensor:
+    """All samples in one call of torch's flash attention; no GPU has run this yet."""
+    query, key, value = rows
+    seen = (-1 if window is None else window - 1, 0)
+    found = varlen_attn(
+        query, key, value, edges, edges, longest, longest, scale=scaling, window_size=seen, enable_gqa=True
+    )
+    assert isinstance(found, Tensor)  # noqa: S101 - a pair only where more is asked for
+    return found
+
+
+def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of a sample's tokens each sees: bool [length, length], at most `window` up to itself."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+AttentionInterface.register(FUSED, partial(row_attention, fuse=True))
+AttentionInterface.register(EXPLICIT, partial(row_attention, fuse=False))
