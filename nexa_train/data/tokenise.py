@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,20 +38,27 @@ class Samples:
 def encode(
     chunks: Iterable[tuple[Key, list[Rendered]]], tokenizer: ChatTokenizer
 ) -> Iterator[tuple[Key, list[Rendered], list[Encoding]]]:
-    """Tokenise chunks of texts, each while the caller deals with the one before and the next is rendered.
+    """Tokenise chunks of texts, several at once while the caller deals with those before; in their order.
 
-    The tokenizer runs on all cores without the interpreter's lock, so a thread is enough for that.
+    The tokenizer works without the interpreter's lock, so a thread a core is enough. Its own threads stay off: they
+    spin while they wait for each other at the end of every chunk, which took as long again as the work.
     """
-    with ThreadPoolExecutor(1) as worker:
-        before: tuple[Key, list[Rendered], Future[list[Encoding]]] | None = None
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    cores = len(os.sched_getaffinity(0))
+    waiting: deque[tuple[Key, list[Rendered], Future[list[Encoding]]]] = deque()
+    with ThreadPoolExecutor(cores) as workers:
         for key, rendered in chunks:
             texts = [each.text for each in rendered]
-            future: Future[Any] = worker.submit(tokenizer.fast.encode_batch, texts, add_special_tokens=False)
-            if before is not None:
-                yield before[0], before[1], before[2].result()
-            before = key, rendered, future
-        if before is not None:
-            yield before[0], before[1], before[2].result()
+            future: Future[Any] = workers.submit(tokenizer.fast.encode_batch, texts, add_special_tokens=False)
+            waiting.append((key, rendered, future))
+            if len(waiting) > cores:
+                yield _finished(waiting.popleft())
+        while waiting:
+            yield _finished(waiting.popleft())
+
+
+def _finished(chunk: tuple[Key, list[Rendered], Future[list[Encoding]]]) -> tuple[Key, list[Rendered], list[Encoding]]:
+    return chunk[0], chunk[1], chunk[2].result()
 
 
 def mask(
