@@ -122,6 +122,7 @@ class Bench:
         self,
         name: str,
         model: Path | None,
+        /,
         *,
         packed: bool = False,
         rows_per_step: int = ROWS_PER_STEP,

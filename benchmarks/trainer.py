@@ -30,7 +30,7 @@ from nexa_train.config.spec import ModelSpec
 from nexa_train.launch.work import RankWork
 from nexa_train.models.locate import architecture, locate
 
-PEER = {"gradient_checkpointing": False, "logging_steps": 1000}
+PEER = {"activation_checkpointing": False, "logging_steps": 1000}
 """What any user of TRL who wants speed and has the memory turns off."""
 
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
