@@ -3,12 +3,13 @@
 What runs is the rank's own `main` with the environment that torchrun gives it, ended like torchrun ends ranks: when
 one fails, the others are killed. So a test can kill a run dozens of times without waiting for imports.
 
-`python -m tests.training.nursery` reads lines `RUNDIR WORLD PORT` and answers each with the ranks' process ids, and
-with their exit codes once all have ended.
+`python -m tests.training.nursery BACKEND` reads lines `RUNDIR WORLD PORT` and answers each with the ranks' process
+ids, and with their exit codes once all have ended.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -29,10 +30,10 @@ from tests.training.harness import Run
 class Nursery:
     """Starts ranks and says how they ended."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, backend: str = "fsdp") -> None:
         fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MKL_CBWR": "AUTO", "PYTHONHASHSEED": "0"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.training.nursery"],
+            [sys.executable, "-m", "tests.training.nursery", backend],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **fixed, "NEXA_CACHE": str(cache)},
@@ -151,9 +152,9 @@ def _gang(pids: list[int]) -> list[int]:
 
 
 def _serve() -> None:
-    import nexa_train.backends.fsdp
-    import nexa_train.rank  # noqa: F401 - what a fork finds imported
-
+    # What a fork finds imported.
+    for module in ("nexa_train.rank", f"nexa_train.backends.{sys.argv[1]}"):
+        importlib.import_module(module)
     for line in sys.stdin:
         rundir, world, port = line.split()
         pids = [_fork(rundir, rank, int(world), port) for rank in range(int(world))]
