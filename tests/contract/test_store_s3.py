@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from nexa_train.errors import ConfigError, NotFoundError, RefusedError
 from nexa_train.store import Store, open_store
+from tests.cluster.fault_proxy import Fault, FaultProxy
 from tests.cluster.minio import MinioServer
 
 pytestmark = pytest.mark.integration
@@ -25,7 +28,7 @@ def minio(minio_server: MinioServer, monkeypatch: pytest.MonkeyPatch) -> MinioSe
 
 CALLS: dict[str, Callable[[Store], object]] = {
     "create": lambda store: store.create("k", b"x"),
-    "open": lambda store: store.open("k"),
+    "open": lambda store: store.open("k").read(),
     "list": lambda store: store.list("k"),
     "delete": lambda store: store.delete("k"),
     "probe": lambda store: store.probe(),
@@ -102,3 +105,95 @@ def test_a_server_that_is_down_is_reported_within_ten_seconds(
         open_store(f"s3://{bucket}").probe()
 
     assert time.monotonic() - started < 10
+
+
+@pytest.fixture
+def between(minio: MinioServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultProxy]]:
+    """Puts a proxy before the server."""
+    started: list[FaultProxy] = []
+
+    def start(*, faults: dict[int, Fault] | None = None, every: Fault | None = None) -> FaultProxy:
+        started.append(FaultProxy(upstream=(minio.address, minio.port), faults=faults or {}, every=every))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", started[-1].endpoint)
+        return started[-1]
+
+    yield start
+    for proxy in started:
+        proxy.close()
+
+
+def test_a_server_that_ignores_the_condition_is_refused_by_name(
+    minio: MinioServer, between: Callable[..., FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = minio.make_bucket()
+    # A proxy that takes a header away breaks the signature, so the bucket is open to all.
+    everything = {"Effect": "Allow", "Principal": "*", "Action": "s3:*"}
+    places = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
+    minio.client.set_bucket_policy(
+        bucket, json.dumps({"Version": "2012-10-17", "Statement": [everything | {"Resource": places}]})
+    )
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    open_store(f"s3://{bucket}").probe()
+    between(every="unconditional")
+
+    with pytest.raises(RefusedError, match=f"bucket {bucket} on 127.0.0.1.* overwrites what exists"):
+        open_store(f"s3://{bucket}").probe()
+
+    assert not list(minio.client.list_objects(bucket, recursive=True))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_forbidden_is_asked_for_once(
+    minio: MinioServer, between: Callable[..., FaultProxy], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    bucket = minio.make_bucket()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    proxy = between()
+
+    with pytest.raises(RefusedError, match="403"):
+        CALLS[call](open_store(f"s3://{bucket}"))
+
+    assert len(proxy.seen) == 1
+
+
+@pytest.mark.parametrize("fault", ["reset before", "lost reply", "cut answer", "500", "503", "500 after"])
+@pytest.mark.parametrize("call", CALLS)
+def test_every_call_outlives_a_fault(
+    minio: MinioServer, between: Callable[..., FaultProxy], call: str, fault: Fault
+) -> None:
+    store = open_store(f"s3://{minio.make_bucket()}")
+    if call != "create":
+        store.create("k", b"x")
+    proxy = between(faults={1: fault})
+
+    CALLS[call](open_store(store.uri))
+
+    assert len(proxy.seen) > 1
+
+
+def test_a_body_that_breaks_off_is_taken_up_where_it_broke(
+    minio: MinioServer, between: Callable[..., FaultProxy]
+) -> None:
+    content = os.urandom(30_000_000)
+    bucket = minio.make_bucket()
+    open_store(f"s3://{bucket}").create("k", content)
+    proxy = between(faults={1: "cut answer", 2: "cut answer", 3: "cut answer"})
+
+    with open_store(f"s3://{bucket}").open("k") as stream:
+        assert stream.read() == content
+
+    assert len(proxy.seen) == 4
+
+
+def test_a_body_that_breaks_off_is_never_continued_with_another_objects_bytes(
+    minio: MinioServer, between: Callable[..., FaultProxy]
+) -> None:
+    bucket = minio.make_bucket(versioning=False)
+    open_store(f"s3://{bucket}").create("k", b"a" * 30_000_000)
+    between(faults={1: "cut answer"})
+
+    with open_store(f"s3://{bucket}").open("k") as stream:
+        stream.read(1)
+        minio.client.put_object(bucket, "k", io.BytesIO(b"b" * 30_000_000), 30_000_000)
+        with pytest.raises(RefusedError, match="412"):
+            stream.read()
