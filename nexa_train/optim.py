@@ -36,13 +36,19 @@ def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:
     return spec.lr * factor
 
 
-def make_optimizer(spec: OptimizerSpec, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
-    """torch's AdamW over the trainable parameters; no decay on vectors (norms, biases)."""
+def make_optimizer(spec: OptimizerSpec, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """torch's AdamW or Adafactor over the trainable parameters; no decay on vectors (norms, biases).
+
+    Adafactor takes the learning rate as relative to the size of a weight: it moves by at most that part of its
+    root mean square (Shazeer & Stern 2018, section 8).
+    """
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     groups = [
         {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
         {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    beta1, beta2 = spec.betas
     filled = [group for group in groups if group["params"]]
+    if spec.name == "adafactor":
+        return torch.optim.Adafactor(filled, lr=spec.lr)
+    beta1, beta2 = spec.betas
     return torch.optim.AdamW(filled, lr=spec.lr, betas=(beta1, beta2), eps=spec.eps, fused=True)

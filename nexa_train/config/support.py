@@ -73,6 +73,8 @@ def _training(spec: JobSpec) -> list[str]:
     if spec.method.type == "dpo" and spec.data.packing:
         problems.append("data.packing: method dpo takes pairs, which are not packed; leave it out")
     if spec.optimizer.name == "adafactor":
+        if spec.backend == "fsdp" and spec.cluster.world_size > 1:
+            problems.append("optimizer.name: torch's adafactor takes no sharded weights; use backend hf, or adamw")
         usual = OptimizerSpec()
         problems += [
             f"optimizer.{key}: adafactor has none; leave it out"

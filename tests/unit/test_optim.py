@@ -71,3 +71,16 @@ def test_the_optimiser_takes_every_value_from_the_job() -> None:
     spec = OptimizerSpec(lr=3e-4, betas=[0.8, 0.95], eps=1e-6)
     [group] = make_optimizer(spec, torch.nn.Linear(2, 2, bias=False).named_parameters()).param_groups
     assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.95), 1e-6)
+
+
+def test_adafactor_keeps_rows_and_columns_instead_of_whole_moments() -> None:
+    import torch
+
+    from nexa_train.optim import make_optimizer
+
+    layer = torch.nn.Linear(64, 32, bias=False)
+    optimizer = make_optimizer(OptimizerSpec(name="adafactor", lr=0.1), layer.named_parameters())
+    layer(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    kept = [value for value in optimizer.state[layer.weight].values() if value.ndim]
+    assert sum(tensor.numel() for tensor in kept) == 64 + 32

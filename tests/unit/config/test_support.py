@@ -50,6 +50,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizer": {"name": "adafactor", "betas": [0.8, 0.9]}},
         "optimizer.betas: adafactor has none; leave it out",
     ),
+    "adafactor over shards": (
+        {"optimizer": {"name": "adafactor"}, "cluster": {"num_nodes": 2}},
+        "optimizer.name: torch's adafactor takes no sharded weights; use backend hf, or adamw",
+    ),
     "another backend's ZeRO": (
         {"deepspeed": {"zero_stage": 3}},
         "deepspeed: would not be read on backend fsdp; leave it out or use deepspeed",
