@@ -31,7 +31,7 @@ def head_part(bench: Bench, model: Path) -> Part:
     for train_on in ("assistant", "all"):
         method, rows_per_step = {"type": "sft", "train_on": train_on}, 4 if bench.quick else 8
         work = bench.work(f"head-{train_on}", model, rows_per_step=rows_per_step, method=method)
-        found = _measure(bench, work, rounds=2 if bench.quick else 15)
+        found = _measure(bench, work, rounds=2 if bench.quick else 7)
         rows += [(train_on, name, *side.values()) for name, side in found.items()]
         mine, peer, dense = (found[name] for name in ("nexa", "trl chunks", "dense logits"))
         targets += [

@@ -31,6 +31,8 @@ class Side:
     tokens: int
     """Real tokens a turn."""
     environment: dict[str, str]
+    rounds: int | None = None
+    """Counted turns at most: slow sides take fewer."""
     rates: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -177,7 +179,8 @@ class Bench:
                 side.start(self.folder)
             for number in range(rounds + 1):
                 for side in sides:
-                    side.turn(counted=number > 0)
+                    if side.rounds is None or number <= side.rounds:
+                        side.turn(counted=number > 0)
             for side in sides:
                 side.finish()
 

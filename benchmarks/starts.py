@@ -25,7 +25,7 @@ POLL_SECONDS, LIMIT_SECONDS = 0.002, 600.0
 
 def startup_part(bench: Bench, model: Path) -> Part:
     """Process start to the end of the first step, of one row, on data prepared before."""
-    rounds = 3 if bench.quick else 7
+    rounds = 3 if bench.quick else 5
     work = bench.work("startup", model, rows_per_step=1, held_out=0)
     dataset = bench.folder / "tokenised"
     command = [sys.executable, "-m", "benchmarks.hf_script", str(model), str(dataset)]
@@ -45,7 +45,7 @@ def startup_part(bench: Bench, model: Path) -> Part:
 
 def resume_part(bench: Bench) -> Part:
     """Launcher and rank, from nothing running to the first new step, after 10 and after many steps of data."""
-    rounds, many = (3, 1_000) if bench.quick else (7, 10_000)
+    rounds, many = (3, 1_000) if bench.quick else (5, 10_000)
     runs = {steps: _Interrupted(bench, steps) for steps in (10, many)}
     seconds: dict[int, list[float]] = {steps: [] for steps in runs}
     for _ in range(rounds):

@@ -1,8 +1,9 @@
 """Training speed and memory beside TRL and a plain loop: every side in one run, by turns, each at its best.
 
-    make bench                                  every part
-    python -m benchmarks.trainer --quick        fewer and shorter turns
-    python -m benchmarks.trainer --only head    one part
+    make bench                                  with data preparation and checkpoints
+    python -m benchmarks.trainer                some 15 minutes
+    python -m benchmarks.trainer --quick        sft and head only, in 3
+    python -m benchmarks.trainer --only bf16    where the processor has units for it
     python -m benchmarks.trainer --only search  what TRL's best settings are here
 
 What is compared, and how to read it, is in docs/benchmarks.md.
@@ -59,17 +60,18 @@ LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 
 def sft_part(bench: Bench, model: Path, precision: str = "fp32") -> Part:
     """Full fine-tuning of the 18 M llama, all sides at the same precision."""
-    turn, rounds = (5_000, 3) if bench.quick else (12_000, 5)
+    turn, rounds = (1, 3) if bench.quick else (5_000, 5)
     bf16 = precision == "bf16"
     work = bench.work(f"sft-{precision}", model, training={"precision": precision})
     packed = bench.work(f"sft-packed-{precision}", model, packed=True, training={"precision": precision})
     ours = [bench.nexa("nexa", work, turn), bench.nexa("nexa packed", packed, turn)]
     best = [bench.trl(f"trl {name}", work, turn, PEER | {"bf16": bf16} | TRL_SETTINGS[name]) for name in TRL_BEST]
     loop = bench.plain("plain loop", work, turn, bf16=bf16)
-    defaults = [
-        bench.trl("trl defaults", work, 1, {"bf16": bf16}),
-        bench.trl("trl defaults, packed", work, 1, {"bf16": bf16, "packing": True}),
-    ]
+    defaults = [bench.trl("trl defaults", work, 1, {"bf16": bf16})]
+    if not bench.quick:
+        defaults.append(bench.trl("trl defaults, packed", work, 1, {"bf16": bf16, "packing": True}))
+    for side in defaults:
+        side.rounds = 1
     sides = [*ours, *best, loop, *defaults]
     bench.by_turns(sides, rounds)
     fastest, peer = max(ours, key=_rate), max(best, key=_rate)
@@ -84,12 +86,12 @@ def sft_part(bench: Bench, model: Path, precision: str = "fp32") -> Part:
         Target("a step's loss on the same rows, relative difference", _apart(ours[0], loop), 1e-3, at_most=True),
     ]
     title = f"SFT on GSM8K, llama of {_parameters(work) / 1e6:.1f} M with 49,152 tokens, {precision}"
-    return Part(title, _COLUMNS, _rows(sides), targets if not bf16 else targets[:3])
+    return Part(title, _COLUMNS, _rows(sides), targets)
 
 
 def lora_part(bench: Bench) -> Part:
     """LoRA of rank 16 on every linear layer of SmolLM2-135M."""
-    turn, rounds = (1, 2) if bench.quick else (1_500, 5)
+    turn, rounds = 1, 2
     model = locate(ModelSpec(name="smollm2-135m-instruct")).folder
     tuning = {"type": "lora", "rank": LORA["r"], "alpha": LORA["lora_alpha"]}
     work = bench.work("lora", model, held_out=8, tuning=tuning)
@@ -111,7 +113,7 @@ def lora_part(bench: Bench) -> Part:
 
 def search_part(bench: Bench, model: Path) -> Part:
     """TRL's settings beside each other: which are its best on this machine."""
-    turn, rounds = (3_000, 2) if bench.quick else (6_000, 3)
+    turn, rounds = 1, 3
     work = bench.work("search", model)
     sides = [
         bench.trl(f"trl {name}", work, turn, PEER | {"bf16": False} | config) for name, config in TRL_SETTINGS.items()
@@ -223,7 +225,6 @@ def main() -> int:
         )
         return 0
     with tempfile.TemporaryDirectory(prefix="nexa-bench-") as name:
-        # What is prepared here shall neither come from the user's cache nor stay in it; models may.
         folder = Path(name)
         model = make_llama(folder / "llama-18m")
         limit = machine.matmul_limit(options.threads)
@@ -247,10 +248,7 @@ def _chosen(bench: Bench, model: Path, only: list[str]) -> list[Callable[[], Par
         "resume": lambda: resume_part(bench),
         "search": lambda: search_part(bench, model),
     }
-    # Without units for it bf16 is hundreds of times slower than fp32: nobody trains so.
-    emulated = bench.limit["bf16"] < bench.limit["fp32"]
-    usual = [name for name in PARTS if name != "search" and not (name == "bf16" and emulated)]
-    return [known[name] for name in only or usual]
+    return [known[name] for name in only or (QUICK if bench.quick else USUAL)]
 
 
 def _run(part: Callable[[], Part]) -> Part:
@@ -259,14 +257,16 @@ def _run(part: Callable[[], Part]) -> Part:
     return done
 
 
-PARTS = ("sft", "bf16", "lora", "head", "startup", "resume", "search")
+QUICK = ("sft", "head")
+USUAL = (*QUICK, "lora", "startup", "resume")
+PARTS = (*USUAL, "bf16", "search")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     given = os.environ.get("NEXA_BENCH_DATA")
     parser.add_argument("--data", type=Path, default=Path(given) if given else None, help="rows (NEXA_BENCH_DATA)")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter turns")
+    parser.add_argument("--quick", action="store_true", help="fewer parts, shorter turns")
     parser.add_argument("--threads", type=int, default=2, help="of every side (2)")
     parser.add_argument("--only", action="append", choices=PARTS, default=[], help="a part; may be given again")
     parser.add_argument("--json", type=Path, help="write everything there as well")
