@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from nexa_train.config.spec import DpoMethod, Method
 from nexa_train.models.attention import sample_edges
 
 IGNORE = -100
@@ -43,6 +49,100 @@ class CausalLoss(nn.Module):
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = hidden_states(self.causal, input_ids, position_ids)
             return summed_loss(hidden[counted], targets[counted], self.causal)
+
+
+class TargetLogProbs(nn.Module):
+    """A causal language model whose forward pass is what it gives each target: no logits leave it.
+
+    Args:
+        bf16: see `CausalLoss`.
+    """
+
+    def __init__(self, causal: PreTrainedModel, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.causal, self.bf16 = causal, bf16
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, targets: Tensor) -> Tensor:
+        """log p(target), float32 [targets], in the order of the rows; see `CausalLoss.forward`."""
+        counted = targets != IGNORE
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = hidden_states(self.causal, input_ids, position_ids)
+            return log_probs(hidden[counted], targets[counted], self.causal)
+
+
+class PreferenceLoss(nn.Module):
+    """Direct Preference Optimization (Rafailov et al. 2023, equation 7) as one module, as `CausalLoss` is.
+
+    Args:
+        causal: what is trained.
+        reference: the frozen model it is compared with; None: `causal` without its adapters.
+        beta: how strongly the reference pulls.
+    """
+
+    def __init__(
+        self, causal: PreTrainedModel, reference: PreTrainedModel | None, beta: float, *, bf16: bool = False
+    ) -> None:
+        super().__init__()
+        self.beta, self.policy = beta, TargetLogProbs(causal, bf16=bf16)
+        # A module of its own, so that FSDP holds its embedding and head whole only while it runs.
+        self.reference = None if reference is None else TargetLogProbs(reference, bf16=bf16)
+
+    def train(self, mode: bool = True) -> PreferenceLoss:
+        """The reference has no dropout, whatever the policy has."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, targets: Tensor) -> Tensor:
+        """Sum over pairs of -log sigmoid(beta x (what the chosen gained - what the rejected gained)), a scalar.
+
+        Args:
+            input_ids, position_ids, targets: see `CausalLoss.forward`; every row holds a pair, the chosen
+                sample before the rejected one.
+        """
+        expected = self._expected(input_ids, position_ids, targets)  # first, while no activations are held
+        gained = self.policy(input_ids, position_ids, targets) - expected
+        sample = (position_ids == 0).flatten().cumsum(0) - 1
+        of_target = sample[(targets != IGNORE).flatten()]
+        num_pairs = (int(sample[-1]) + 1) // 2  # One token alone, where a rank has nothing left to do, is none.
+        gains = gained.new_zeros(int(sample[-1]) + 1).index_add(0, of_target, gained)[: 2 * num_pairs]
+        chosen, rejected = gains.view(num_pairs, 2).unbind(dim=1)
+        return -F.logsigmoid(self.beta * (chosen - rejected)).sum()
+
+    @torch.no_grad()
+    def _expected(self, *batch: Tensor) -> Tensor:
+        if self.reference is not None:
+            found: Tensor = self.reference(*batch)
+            return found
+        with without_adapters(self.policy):
+            found = self.policy(*batch)
+        return found
+
+
+def make_loss(
+    method: Method, causal: PreTrainedModel, reference: PreTrainedModel | None, *, bf16: bool
+) -> CausalLoss | PreferenceLoss:
+    """The loss of a method over a model; `reference` see `PreferenceLoss`."""
+    if isinstance(method, DpoMethod):
+        return PreferenceLoss(causal, reference, method.beta, bf16=bf16)
+    return CausalLoss(causal, bf16=bf16)
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """PEFT's layers compute what they did before adapters.
+
+    Their own switch also takes `requires_grad` from the adapters and gives it back, which FSDP must not see.
+    """
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "_disable_adapters")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def hidden_states(causal: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -121,6 +221,25 @@ class _HeadLoss(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(scale).to(ctx.weight_type)
         return hidden_grad.mul_(scale), weight_grad, None, None, None
+
+
+def log_probs(hidden: Tensor, targets: Tensor, causal: PreTrainedModel) -> Tensor:
+    """log p of each target, float32 [tokens]; see `summed_loss`.
+
+    What each counts for in the end is not known yet, so the logits of a chunk are made again in the backward pass.
+    """
+    weight, cap = causal.get_output_embeddings().weight, getattr(causal.config, "final_logit_softcapping", None)
+    size = _chunk_tokens(hidden.device.type, len(weight))
+    chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+    again = partial(checkpoint, _chunk_log_probs, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(rows, wanted, weight, cap) for rows, wanted in chunks])
+
+
+def _chunk_log_probs(hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None) -> Tensor:
+    scores = F.linear(hidden, weight).float()
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    return -F.cross_entropy(scores, targets, reduction="none")
 
 
 def _chunk_tokens(device: str, vocabulary: int) -> int:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
 
 from nexa_train.backends.base import RankContext, Staged, StepMetrics
 from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files
 from nexa_train.config.spec import LoraTuning
 from nexa_train.loop import Engine
-from nexa_train.losses import CausalLoss
-from nexa_train.models.build import build_model, inject_adapters, lora_config
+from nexa_train.losses import CausalLoss, PreferenceLoss, make_loss
+from nexa_train.models.build import build_model, build_reference, inject_adapters, lora_config
 from nexa_train.optim import make_optimizer
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ class FsdpBackend:
             inject_adapters(self.lora, self.causal)
         if spec.training.activation_checkpointing:
             self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        reference = build_reference(spec, self.context.located, self.context.tokenizer)
         sharded, bf16 = self.context.world > 1, spec.training.precision == "bf16"
-        module = CausalLoss(self.causal, bf16=bf16 and not sharded)
+        module = make_loss(spec.method, self.causal, reference, bf16=bf16 and not sharded)
         if sharded:
             self._shard(module, bf16=bf16)  # moves a layer at a time: the whole model never stands on one GPU
         else:
@@ -86,18 +88,25 @@ class FsdpBackend:
         """See `base.Backend.describe`."""
         return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
 
-    def _shard(self, module: CausalLoss, *, bf16: bool) -> None:
+    def _shard(self, module: CausalLoss | PreferenceLoss, *, bf16: bool) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None
         )
-        for layer in self.causal.base_model.layers:
-            fully_shard(layer, mp_policy=policy)
+        if isinstance(module, PreferenceLoss) and module.reference is not None:
+            _shard_layers(module.reference.causal, policy)
+            fully_shard(module.reference, mp_policy=policy)
+        _shard_layers(self.causal, policy)
         fully_shard(module, mp_policy=policy)
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 # The loss is divided by the step's target tokens already: gradients are summed, not averaged.
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)  # gloo has no other; without it torch asks for one
+
+
+def _shard_layers(causal: PreTrainedModel, policy: MixedPrecisionPolicy) -> None:
+    for layer in causal.base_model.layers:
+        fully_shard(layer, mp_policy=policy)
 
 
 def _device() -> torch.device:

@@ -1,4 +1,4 @@
-"""transformers.Trainer with TRL's SFTTrainer; full tuning, LoRA and QLoRA by PEFT; DDP over ranks.
+"""transformers.Trainer with TRL's SFTTrainer and DPOTrainer; full tuning, LoRA and QLoRA by PEFT; DDP over ranks.
 
 TRL runs the steps; which sequences, which learning rate and what is saved come from the plan, as on every
 backend. Trainer's own checkpoints are not used: they are pickles.
@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from nexa_train.backend_config.trl import trl_config
 from nexa_train.backends.base import RankContext, Staged, StepMetrics
 from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files
-from nexa_train.config.spec import FullTuning
+from nexa_train.config.spec import DpoMethod, FullTuning
 from nexa_train.errors import NonFiniteLossError
 from nexa_train.loop import clip_gradients, derived_seed, mean_loss, summed
-from nexa_train.losses import CausalLoss
-from nexa_train.models.build import build_model, lora_config
+from nexa_train.losses import IGNORE, make_loss
+from nexa_train.models.attention import sample_edges
+from nexa_train.models.build import build_model, build_reference, lora_config
 from nexa_train.optim import learning_rate, make_optimizer
 
-Inputs = dict[str, Tensor]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Inputs = dict[str, Any]
+"""What a model is called with: tensors, and how long samples are."""
 
 
 class HfBackend:
@@ -41,14 +47,15 @@ class HfBackend:
 
     def setup(self) -> None:
         """Base model, adapters, optimiser; the Trainer itself is made when training starts."""
-        spec = self.context.spec
-        self.causal = build_model(spec, self.context.located, self.context.tokenizer)
+        spec, located, tokenizer = self.context.spec, self.context.located, self.context.tokenizer
+        self.causal = build_model(spec, located, tokenizer)
         self.model: Any = self.causal
         if not isinstance(spec.tuning, FullTuning):
             self.lora = lora_config(spec.tuning, self.causal)
             self.model = get_peft_model(self.causal, self.lora)
         if torch.cuda.is_available() and spec.tuning.type != "qlora":
             self.model.to("cuda")
+        self.reference: PreTrainedModel | None = build_reference(spec, located, tokenizer)
         self.optimizer = make_optimizer(spec.optimizer, self.causal.named_parameters())
         self.torch_state = TorchState(
             self.causal,
@@ -65,13 +72,17 @@ class HfBackend:
 
     def validate(self) -> float | None:
         """See `loop.mean_loss`."""
-        bf16 = self.context.spec.training.precision == "bf16"
-        return mean_loss(CausalLoss(self.causal, bf16=bf16), self.context.validation, self.context)
+        spec = self.context.spec
+        module = make_loss(spec.method, self.causal, self.reference, bf16=spec.training.precision == "bf16")
+        # TRL takes preferences a sample a row, so that model's attention is transformers' own.
+        padded = isinstance(spec.method, DpoMethod)
+        return mean_loss(module, self.context.validation, self.context, padded=padded)
 
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """Let TRL take the remaining steps."""
         if self.done < self.context.total_steps:
-            trainer = _Tuning(self, after_step)
+            kind = _Preferring if isinstance(self.context.spec.method, DpoMethod) else _Tuning
+            trainer = kind(self, after_step)
             trainer.remove_callback(PrinterCallback)  # prints a dictionary at the end; progress is told elsewhere
             trainer.train()
 
@@ -85,8 +96,8 @@ class HfBackend:
 
 
 class _Planned(Trainer):
-    """What TRL's trainers are taught: the plan's microbatches, from the step where the run stands, and the plan's
-    loss, summed over all ranks and divided by the weight of the step."""
+    """What both of TRL's trainers are taught: the plan's microbatches, from the step where the run stands, and the
+    plan's loss, summed over all ranks and divided by the weight of the step."""
 
     loss_is_scaled_for_ga = True
     columns: tuple[str, ...]
@@ -167,7 +178,7 @@ class _Planned(Trainer):
 
 
 class _Tuning(_Planned, SFTTrainer):
-    """Supervised fine-tuning; packed samples are told apart by their positions."""
+    """Supervised fine-tuning on rows of samples, which our attention keeps apart; there is no padding."""
 
     columns = ("input_ids", "labels")
 
@@ -176,8 +187,55 @@ class _Tuning(_Planned, SFTTrainer):
         super().__init__(backend, after_step, args=args)
 
     def collate(self, sequences: list[int]) -> Inputs:
-        batch = self.context.train.padded(sequences)
-        return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "shift_labels": batch.targets}
+        batch = self.context.train.batch(sequences)
+        edges = sample_edges(batch.position_ids)
+        return {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "shift_labels": batch.targets,
+            "edges": edges,
+            "lengths": tuple(edges.diff().tolist()),
+        }
+
+
+class _Preferring(_Planned, DPOTrainer):
+    """Preferences. The reference is the base model: whole and frozen, or the model without its adapters."""
+
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+    def __init__(self, backend: HfBackend, after_step: Callable[[StepMetrics], bool]) -> None:
+        args = DPOConfig(**trl_config(backend.context.spec, backend.context.plan))
+        super().__init__(backend, after_step, args=args, ref_model=backend.reference)
+        if backend.lora is not None:
+            # A copy of the adapters as they stand, which in a resumed run are trained ones.
+            self.model.delete_adapter("ref")
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def collate(self, sequences: list[int]) -> Inputs:
+        """All chosen ones, then all rejected ones.
+
+        As many pairs on every rank, because TRL gathers what it measures of each: where the last step has fewer,
+        pairs that say nothing.
+        """
+        nothing = (torch.zeros(2, dtype=torch.int64), torch.full((2,), IGNORE))
+        pairs = [self.context.train.labelled_samples(sequence) for sequence in sequences]
+        pairs += [[nothing, nothing]] * (self.context.plan.microbatch - len(pairs))
+        samples = [pair[side] for side in (0, 1) for pair in pairs]
+        ids = pad_sequence([ids for ids, _ in samples], batch_first=True)
+        labels = pad_sequence([labels for _, labels in samples], batch_first=True, padding_value=IGNORE)
+        real = torch.arange(ids.shape[1]) < torch.tensor([len(ids) for ids, _ in samples])[:, None]
+        return {"input_ids": ids, "attention_mask": real.long(), "completion_mask": (labels != IGNORE).long()}
+
+    def compute_loss(self, model: Any, inputs: Inputs, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Tensor:
+        """TRL's mean over the pairs of this microbatch, as its part of the mean over all pairs of the step."""
+        pairs = len(inputs["input_ids"]) // 2
+        silent = pairs - inputs["completion_mask"].any(dim=1).sum() // 2
+        mean: Tensor = super().compute_loss(model, inputs)
+        # A pair that says nothing has a loss of log 2 and no gradient.
+        part: Tensor = (mean * pairs - silent * math.log(2)) * self.context.world / num_items_in_batch
+        return part
 
 
 class _Microbatches(IterableDataset[Inputs]):

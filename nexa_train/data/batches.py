@@ -55,6 +55,12 @@ class Split:
         ids = self._ids[span].astype(np.int64)
         return ids, np.where(self._targets[span] == 1, ids, IGNORE)
 
+    def labelled_samples(self, sequence: int) -> list[tuple[Tensor, Tensor]]:
+        """`labelled`, sample by sample."""
+        ids, labels = map(torch.from_numpy, self.labelled(sequence))
+        lengths = np.diff(self._starts[self._bins[sequence] : self._bins[sequence + 1] + 1]).tolist()
+        return list(zip(torch.split(ids, lengths), torch.split(labels, lengths), strict=True))
+
     def batch(self, sequences: Sequence[int]) -> Batch:
         """The tensors of some sequences, [1, tokens]: one after another, without padding. None at all gives one
         token without a target, so that a rank with nothing left to do still takes part in the collectives."""

@@ -25,15 +25,13 @@ ATTENTION = {"auto": "sdpa", "eager": "eager", "sdpa": "sdpa", "flash": "flash_a
 """transformers' names for `model.attn`, where another library's trainer makes the batches."""
 
 ROW_ATTENTION = {"auto": FUSED, "eager": EXPLICIT, "sdpa": FUSED, "flash": FUSED}
-"""Ours, for the native backends."""
-
-NATIVE = ("fsdp", "deepspeed")
+"""Ours, where microbatches are rows of samples."""
 
 
 def build_model(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> PreTrainedModel:
     """The base model, without adapters; `locate.check_model` has found it fit."""
     torch.manual_seed(spec.training.seed)
-    attention = (ROW_ATTENTION if spec.backend in NATIVE else ATTENTION)[spec.model.attn]
+    attention = (ROW_ATTENTION if _takes_rows(spec) else ATTENTION)[spec.model.attn]
     if located.scratch is not None:
         config = _llama_config(located.scratch, spec.model.max_seq_len, tokenizer)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
@@ -50,6 +48,21 @@ def build_model(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> Pr
     model.config.use_cache = False
     keep_trainable(model)
     return model
+
+
+def _takes_rows(spec: JobSpec) -> bool:
+    """Whether a microbatch is one row of samples: with our loss, and with TRL's for sft, which only reads labels."""
+    return spec.backend in ("fsdp", "deepspeed") or (spec.backend == "hf" and spec.method.type == "sft")
+
+
+def build_reference(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> PreTrainedModel | None:
+    """What method dpo compares with: the base model, built once more and frozen, whatever a checkpoint holds.
+
+    None where it is not needed: another method, or adapters, without which the trained model is the base.
+    """
+    if spec.method.type != "dpo" or spec.tuning.type != "full":
+        return None
+    return build_model(spec, located, tokenizer).eval().requires_grad_(False)
 
 
 def lora_config(tuning: LoraTuning | QloraTuning, model: nn.Module) -> LoraConfig:

@@ -41,6 +41,16 @@ def write_rows(path: Path, count: int = 96) -> Path:
     return path
 
 
+def write_pairs(path: Path, count: int = 96) -> Path:
+    """Preferences of uneven length: the same prompts, answered right and wrong."""
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            right = " ".join(f"{number * factor}" for factor in range(1, 2 + number % 7))
+            wrong = " ".join(f"{number * factor + 1}" for factor in range(1, 2 + number % 5))
+            file.write(json.dumps({"prompt": f"Count by {number}.", "chosen": right, "rejected": wrong}) + "\n")
+    return path
+
+
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """`base` with the groups of `change` laid over its own."""
     both = {key: {**base[key], **value} for key, value in change.items() if isinstance(base.get(key), dict)}

@@ -1,0 +1,145 @@
+"""TRL's trainers on the plan's microbatches do what the native loop does, on one rank and on two."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.harness import write_pairs
+from tests.training.ranks import Trained, job, make_context, train, train_on_ranks
+
+pytestmark = pytest.mark.training
+
+RELATIVE, ABSOLUTE = 1e-5, 1e-4
+LORA = {"type": "lora", "rank": 4}
+DPO = {"method": {"type": "dpo"}, "data": {"format": "preference"}, "optimizer": {"lr": 0.001}}
+PARTIAL = {"max_steps": None, "epochs": 1, "global_batch_size": 12, "microbatch_size_per_gpu": 2}
+"""88 sequences, 12 a step: the eighth has four, all of them the first rank's."""
+
+CASES: dict[str, dict[str, Any]] = {
+    "sft": {"training": {"max_steps": 20}},
+    "sft with lora": {"tuning": LORA},
+    "sft packed": {"data": {"packing": True}, "model": {"max_seq_len": 160}},
+    "sft to a partial step": {"training": PARTIAL},
+    "sft recomputing activations": {"training": {"activation_checkpointing": True, "max_steps": 6}},
+    "dpo": {**DPO, "training": {"max_steps": 20}},
+    "dpo with lora": {**DPO, "tuning": LORA},
+    "dpo to a partial step": {**DPO, "training": PARTIAL},
+}
+"""What both backends take."""
+
+QLORA: dict[str, dict[str, Any]] = {"sft with qlora": {}, "dpo with qlora": DPO}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of preferences."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
+    """A model of linear layers wide enough to be quantised; quantising needs weights to load."""
+    from nexa_train.models.build import build_model
+
+    context = make_context(job(rows, model={"d_model": 64}))
+    folder = tmp_path_factory.mktemp("model")
+    build_model(context.spec, context.located, context.tokenizer).save_pretrained(folder)
+    for file in context.located.folder.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(rows: Path, pairs: Path, model_folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every case on every backend that takes it, by name and backend."""
+    made = {
+        (name, backend): job(pairs if name.startswith("dpo") else rows, backend=backend, **change)
+        for name, change in CASES.items()
+        for backend in ("fsdp", "hf")
+    }
+    quantised = {
+        "backend": "hf",
+        "model": {"d_model": None, "n_layers": None, "n_heads": None, "name": str(model_folder)},
+        "tuning": {"type": "qlora", "rank": 4},
+    }
+    for name, change in QLORA.items():
+        made[name, "hf"] = job(pairs if name.startswith("dpo") else rows, **quantised, **change)
+    return made
+
+
+@pytest.fixture(scope="module")
+def on_two(
+    jobs: dict[tuple[str, str], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Trained]:
+    """All of them on the same two ranks."""
+    found = train_on_ranks({"/".join(key): values for key, values in jobs.items()}, tmp_path_factory.mktemp("ranks"))
+    return {(name, backend): trained for key, trained in found.items() for name, _, backend in [key.partition("/")]}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """As on the ranks: another number of threads rounds differently."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def assert_same(found: Trained, expected: Trained) -> None:
+    """Equal up to rounding."""
+    assert found.tokens == expected.tokens
+    assert found.losses == pytest.approx(expected.losses, rel=RELATIVE)
+    assert found.norms == pytest.approx(expected.norms, rel=RELATIVE)
+    assert found.validation == pytest.approx(expected.validation, rel=RELATIVE)
+    for name, weights in expected.weights.items():
+        assert found.weights[name] == pytest.approx(weights, abs=ABSOLUTE), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_trl_takes_the_steps_that_the_native_loop_takes(name: str, on_two: dict[tuple[str, str], Trained]) -> None:
+    assert_same(on_two[name, "hf"], on_two[name, "fsdp"])
+    losses = on_two[name, "hf"].losses
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "hf"])
+@pytest.mark.parametrize("name", CASES)
+def test_one_rank_takes_the_steps_that_two_take(
+    name: str, backend: str, jobs: dict[tuple[str, str], dict[str, Any]], on_two: dict[tuple[str, str], Trained]
+) -> None:
+    assert_same(train(jobs[name, backend]), on_two[name, backend])
+
+
+@pytest.mark.parametrize("name", QLORA)
+def test_qlora_trains_on_two_ranks_as_on_one(
+    name: str, jobs: dict[tuple[str, str], dict[str, Any]], on_two: dict[tuple[str, str], Trained]
+) -> None:
+    found = train(jobs[name, "hf"])
+    assert_same(found, on_two[name, "hf"])
+    assert found.losses[-1] < found.losses[0]
+    assert all("lora_" in name for name in found.weights)
+
+
+def test_the_partial_step_is_one(on_two: dict[tuple[str, str], Trained]) -> None:
+    assert len(on_two["sft to a partial step", "hf"].losses) == 8
+
+
+def test_packed_steps_hold_more_than_loose_ones(on_two: dict[tuple[str, str], Trained]) -> None:
+    loose, packed = on_two["sft", "hf"], on_two["sft packed", "hf"]
+    assert min(packed.tokens) > max(loose.tokens)
+
+
+def test_packed_samples_do_not_see_each_other_in_trl(rows: Path) -> None:
+    from nexa_train.backends import make_backend
+
+    losses = []
+    for packing in (False, True):
+        everything = {"max_steps": None, "epochs": 1, "global_batch_size": 96, "microbatch_size_per_gpu": 8}
+        values = job(rows, backend="hf", data={"packing": packing}, model={"max_seq_len": 160}, training=everything)
+        backend: Any = make_backend(make_context(values))
+        backend.setup()
+        backend.train(lambda metrics: bool(losses.append(metrics.loss)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
