@@ -12,6 +12,11 @@ from nexa_train.config.spec import JobSpec
 from nexa_train.plan import TrainPlan
 
 
+BUCKET_ELEMENTS = 1 << 23
+"""Gradients that cross ranks at once, 32 MiB in float32, about what torch's DDP takes. A buffer of that size is made
+at every microbatch, however small the model: of DeepSpeed's own 5e8 elements it would be 2 GB."""
+
+
 def deepspeed_config(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
     """What `deepspeed.initialize` is given (https://www.deepspeed.ai/docs/config-json)."""
     return {
@@ -19,7 +24,11 @@ def deepspeed_config(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": plan.microbatch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": spec.optimizer.max_grad_norm,  # 0: never, to both
-        "zero_optimization": {"stage": spec.deepspeed.zero_stage, **_offload(spec)},
+        "zero_optimization": {
+            "stage": spec.deepspeed.zero_stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            **_offload(spec),
+        },
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also where it runs on the CPU
         # Gradients cross ranks and add up in float32, as on fsdp.
         "communication_data_type": "fp32",

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from nexa_train.backends.base import Backend, RankContext
-from nexa_train.errors import ConfigError
 
 
 def make_backend(context: RankContext) -> Backend:
-    """The backend that the job names; imported only now, for each brings its own libraries.
-
-    Raises:
-        ConfigError: not built into this version.
-    """
+    """The backend that the job names; imported only now, for each brings its own libraries."""
     name = context.spec.backend
     if name == "fsdp":
         from nexa_train.backends.fsdp import FsdpBackend  # noqa: PLC0415
@@ -21,8 +16,10 @@ def make_backend(context: RankContext) -> Backend:
         from nexa_train.backends.hf import HfBackend  # noqa: PLC0415
 
         return HfBackend(context)
-    if name == "axolotl":
-        from nexa_train.backends.axolotl import AxolotlBackend  # noqa: PLC0415
+    if name == "deepspeed":
+        from nexa_train.backends.deepspeed import DeepspeedBackend  # noqa: PLC0415
 
-        return AxolotlBackend(context)
-    raise ConfigError(f"backend: {name} is not built into this version")
+        return DeepspeedBackend(context)
+    from nexa_train.backends.axolotl import AxolotlBackend  # noqa: PLC0415
+
+    return AxolotlBackend(context)
