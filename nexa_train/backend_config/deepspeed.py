@@ -11,7 +11,6 @@ from typing import Any
 from nexa_train.config.spec import JobSpec
 from nexa_train.plan import TrainPlan
 
-
 BUCKET_ELEMENTS = 1 << 23
 """Gradients that cross ranks at once, 32 MiB in float32, about what torch's DDP takes. A buffer of that size is made
 at every microbatch, however small the model: of DeepSpeed's own 5e8 elements it would be 2 GB."""
