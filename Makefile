@@ -9,7 +9,8 @@ JOB ?= examples/local-sft.yaml
 # Where pip is told to look for wheels or an index, uv looks too.
 LINKS := $(foreach place,$(PIP_FIND_LINKS),$(if $(findstring ://,$(place)),--find-links $(place),$(addprefix --find-links ,$(wildcard $(place)))))
 INDEX := $(if $(PIP_INDEX_URL),--index-url $(PIP_INDEX_URL))
-UV := $(BIN)/uv pip install --quiet --python $(BIN)/python $(LINKS) $(INDEX)
+# Compiled now: where Python may not write bytecode, every process would compile 2,200 modules when it starts.
+UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(LINKS) $(INDEX)
 
 .PHONY: help
 help: ## Print this help
