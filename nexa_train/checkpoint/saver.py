@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ from nexa_train.checkpoint.files import (
     write_shard,
 )
 from nexa_train.config.protocol import CheckpointRef
-from nexa_train.errors import NexaError
+from nexa_train.errors import NexaError, RefusedError
 from nexa_train.rundir import RunDir
 
 PATIENCE = timedelta(days=1)
@@ -182,7 +183,7 @@ class Saver:
             try:
                 draft = replace(draft, weights_digest=weights_digest(weights, digests))
                 committed = self.publisher.commit(step, files, draft)
-                apply_retention(self.publisher.store, self.publisher.run_id, self.keep_last)
+                self._thin_out()
             except Exception as exc:  # noqa: BLE001 - as in `_write`
                 verdict = _failure(exc)
             else:
@@ -192,6 +193,13 @@ class Saver:
         if "error" in verdict:
             raise _revived(**verdict)
         return verdict
+
+    def _thin_out(self) -> None:
+        """What is committed stays committed where the store lets nothing be deleted."""
+        try:
+            apply_retention(self.publisher.store, self.publisher.run_id, self.keep_last)
+        except RefusedError as exc:
+            print(f"nexa: warning: old checkpoints stay until the next save: {exc}", file=sys.stderr, flush=True)
 
 
 class Wire:
