@@ -129,7 +129,6 @@ def _fork(rundir: str, rank: int, world: int, port: str) -> int:
         return pid
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
-    os.dup2(2, 1)  # what a library prints is no answer
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     code = 1
     try:
@@ -152,14 +151,16 @@ def _gang(pids: list[int]) -> list[int]:
 
 
 def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
     # What a fork finds imported.
     for module in ("nexa_train.rank", f"nexa_train.backends.{sys.argv[1]}"):
         importlib.import_module(module)
     for line in sys.stdin:
         rundir, world, port = line.split()
         pids = [_fork(rundir, rank, int(world), port) for rank in range(int(world))]
-        print(json.dumps(pids), flush=True)
-        print(json.dumps(_gang(pids)), flush=True)
+        print(json.dumps(pids), file=answers, flush=True)
+        print(json.dumps(_gang(pids)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""Backend axolotl, in the environment that it needs (`make test-axolotl`): really trained, stopped, killed, gone on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nexa_train.backend_config.axolotl import VERSION, environment
+from nexa_train.config import JobSpec
+from nexa_train.errors import ConfigError, NonFiniteLossError
+from nexa_train.launch.installed import unmet
+from tests.cluster.run import wait_until
+from tests.training.harness import Runs
+from tests.training.nursery import Attempts, Nursery
+from tests.training.ranks import job, make_context
+
+pytestmark = [
+    pytest.mark.training,
+    pytest.mark.skipif(bool(unmet(f"axolotl=={VERSION}")), reason="needs Axolotl's environment: make test-axolotl"),
+]
+
+AXOLOTL = {"backend": "axolotl"}
+SHORT = {"training": {"max_steps": 6}}
+LONG = {"training": {"max_steps": 40, "save_every_steps": 5}}
+LORA = {"tuning": {"type": "lora", "rank": 4}}
+QLORA = {"tuning": {"type": "qlora", "rank": 4}}
+DPO = {"method": {"type": "dpo", "beta": 0.2}}
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """`data` of a job over pairs of uneven length."""
+    path = tmp_path_factory.mktemp("preferences") / "pairs.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(48):
+            chosen = " ".join(f"{number * factor}" for factor in range(1, 3 + number % 5))
+            row = {"prompt": f"Count by {number}.", "chosen": chosen, "rejected": "no " * (1 + number % 3)}
+            file.write(json.dumps(row) + "\n")
+    return {"format": "preference", "remote_uri": str(path)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_the_launcher_sets_it(cache: Path) -> Iterator[None]:
+    """The variables of a rank, in this process and in what it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        values = environment(JobSpec.model_validate({**AXOLOTL, "data": {"remote_uri": "-"}}))
+        for name, value in {**values, "NEXA_CACHE": str(cache), "OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO"}.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def nursery(cache: Path) -> Iterator[Nursery]:
+    found = Nursery(cache, "axolotl")
+    yield found
+    found.close()
+
+
+def made(values: dict[str, Any]) -> Any:
+    """A backend, set up in this process."""
+    from nexa_train.backends import make_backend
+
+    backend: Any = make_backend(make_context(values))
+    backend.setup()
+    return backend
+
+
+def trained(backend: Any) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of all its steps."""
+    steps: list[Any] = []
+
+    def note(metrics: Any) -> bool:
+        steps.append(metrics)
+        return False
+
+    backend.train(note)
+    return [step.loss for step in steps], [step.grad_norm for step in steps]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(SHORT, id="full"),
+        pytest.param({**SHORT, "data": {"packing": True}}, id="packed"),
+        pytest.param({"training": {"max_steps": None, "epochs": 0.3, "global_batch_size": 12}}, id="partial-last-step"),
+        pytest.param({"training": {"max_steps": 6, "activation_checkpointing": True}}, id="activation-checkpointing"),
+        pytest.param({**SHORT, **LORA}, id="lora"),
+        pytest.param({**SHORT, **DPO}, id="dpo"),
+        pytest.param({**SHORT, **DPO, **LORA}, id="dpo-lora"),
+    ],
+)
+def test_steps_are_those_of_the_native_backend(rows: Path, preferences: dict[str, Any], change: dict[str, Any]) -> None:
+    import torch
+
+    data = {"data": preferences} if "method" in change else {}
+    axolotl, native = (made(job(rows, backend=name, **change, **data)) for name in ("axolotl", "fsdp"))
+    with torch.no_grad():  # fresh adapters draw in another order
+        ours = dict(axolotl.causal.named_parameters())
+        for name, parameter in native.causal.named_parameters():
+            parameter.copy_(ours[name])
+    assert axolotl.validate() == pytest.approx(native.validate(), rel=1e-5)
+    losses, norms = trained(axolotl)
+    wanted, wanted_norms = trained(native)
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    assert norms == pytest.approx(wanted_norms, rel=1e-4)
+    assert axolotl.validate() == pytest.approx(native.validate(), rel=1e-5)
+
+
+@pytest.mark.parametrize("change", [pytest.param({}, id="sft"), pytest.param(DPO, id="dpo")])
+def test_qlora_trains_over_weights_of_four_bits(
+    rows: Path, preferences: dict[str, Any], change: dict[str, Any]
+) -> None:
+    import torch
+
+    data = {"data": preferences} if change else {}
+    backend = made(job(rows, **AXOLOTL, **SHORT, **QLORA, **change, **data))
+    before = backend.validate()
+    trained(backend)
+    assert backend.validate() < before
+    kinds = {type(module).__name__ for module in backend.causal.modules()}
+    assert "Linear4bit" in kinds
+    staged = backend.stage()
+    assert {piece.tensor.dtype for piece in [*staged.weights.values(), *staged.optimizer.values()]} == {torch.float32}
+    assert all("lora_" in name for name in staged.weights)
+
+
+def wait_for_step(attempts: Attempts, step: int) -> None:
+    """Until the next attempt would go on from there."""
+    wait_until(lambda: attempts.committed >= step, timeout_seconds=120, what=f"step {step} committed")
+
+
+@pytest.mark.parametrize(
+    ("change", "world"),
+    [
+        pytest.param({}, 1, id="full"),
+        pytest.param({}, 2, id="full-two-ranks"),
+        pytest.param(LORA, 1, id="lora"),
+        pytest.param(QLORA, 1, id="qlora"),
+        pytest.param(DPO, 1, id="dpo"),
+        pytest.param({**DPO, **LORA}, 1, id="dpo-lora"),
+    ],
+)
+def test_stopped_and_killed_it_goes_on_and_ends_with_the_same_bits(
+    nursery: Nursery, runs: Runs, tmp_path: Path, preferences: dict[str, Any], change: dict[str, Any], world: int
+) -> None:
+    values = {**AXOLOTL, **LONG, **change} | ({"data": preferences} if "method" in change else {})
+    undisturbed, disturbed = (Attempts(nursery, runs.make(**values), tmp_path / name) for name in ("one", "other"))
+    digest = undisturbed.finish(world)["checkpoint"]["weights_digest"]
+
+    for step, kind, code in ((10, signal.SIGTERM, 75), (20, signal.SIGKILL, -signal.SIGKILL)):
+        pids = disturbed.start(world)
+        wait_for_step(disturbed, step)
+        os.kill(pids[0], kind)
+        assert code in disturbed.wait()
+    assert disturbed.finish(world)["checkpoint"]["weights_digest"] == digest
+    manifest = disturbed.run.manifests[-1]
+    assert (manifest.step, manifest.world["backend"], manifest.world["ranks"]) == (40, "axolotl", world)
+
+
+def test_nexa_run_trains_publishes_and_has_nothing_left_to_do(runs: Runs) -> None:
+    run = runs.make(**AXOLOTL)
+    outcome = run.finish()
+    assert outcome["exit_code"] == 0, (outcome, run.last)
+    assert [manifest.step for manifest in run.manifests] == [4, 8, 12]
+    assert run.losses[-1] < run.losses[0]
+    assert "finished before" in run.finish()["message"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimiser_moves(rows: Path) -> None:
+    import torch
+
+    backend = made(job(rows, **AXOLOTL))
+    with torch.no_grad():
+        backend.causal.base_model.norm.weight[0] = float("nan")
+    before = {name: piece.tensor.clone() for name, piece in backend.stage().weights.items()}
+    with pytest.raises(NonFiniteLossError, match=r"step 1, rank 0.*sequences were \[.*samples \["):
+        trained(backend)
+    for name, piece in backend.stage().weights.items():
+        torch.testing.assert_close(piece.tensor, before[name], equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_lora_target_that_matches_nothing_is_refused(rows: Path) -> None:
+    tuning = {"type": "lora", "rank": 4, "target_modules": ["q_proj", "nothing"]}
+    with pytest.raises(ConfigError, match=r"tuning\.target_modules: nothing match"):
+        made(job(rows, **AXOLOTL, tuning=tuning))
+
+
+def test_what_axolotl_has_against_a_job_is_one_error(rows: Path, preferences: dict[str, Any]) -> None:
+    change = {"cluster": {"gpus_per_node": 2}, "axolotl": {"sharding": "fsdp"}, "data": preferences}
+    with pytest.raises(ConfigError, match=r"axolotl refuses .* FSDP2 does not support .* load_in_4bit"):
+        made(job(rows, **AXOLOTL, **QLORA, **DPO, **change))
