@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,7 @@ def fetched(store: Store, step: int, into: Path) -> Saved:
 def tensors_of(state: TorchState) -> dict[str, Tensor]:
     """Weights and optimiser as they are now, copied."""
     staged = state.stage(1)
+    staged.copied()
     return {name: piece.tensor.clone() for name, piece in {**staged.weights, **staged.optimizer}.items()}
 
 
@@ -194,9 +196,9 @@ def test_training_goes_on_while_a_slow_store_saves_and_the_bits_are_those_of_the
     saver = make_saver(tmp_path, store)
     staged = state.stage(1)
     saver.start(staged, {"config.json": b"{}"}, ManifestDraft(config={}))
-    with torch.no_grad():
-        for parameter in state.causal.parameters():
-            parameter.fill_(float("nan"))
+    for parameter in state.causal.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
     assert not saver.is_done
     with pytest.raises(AssertionError):  # one at a time: the next would overwrite what is being written
         saver.start(staged, {}, ManifestDraft(config={}))
@@ -204,6 +206,26 @@ def test_training_goes_on_while_a_slow_store_saves_and_the_bits_are_those_of_the
     assert saver.wait() is not None
     assert saver.wait() is None
     assert_equal(fetched(store, 1, tmp_path / "fetched"), expected)
+
+
+def test_the_optimiser_does_not_move_before_all_is_copied() -> None:
+    import torch
+
+    state, may_copy = make_state(make_model()), threading.Event()
+    expected = tensors_of(state)
+    state.buffers.thread.submit(may_copy.wait, 60)  # ahead of the copy
+    staged = state.stage(1)
+    for parameter in state.causal.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(state.optimizer.step)
+        with pytest.raises(TimeoutError):
+            step.result(0.2)
+        may_copy.set()
+        step.result(60)
+    for name, piece in {**staged.weights, **staged.optimizer}.items():
+        assert torch.equal(piece.tensor, expected[name])
+        assert not torch.equal(tensors_of(state)[name], expected[name])
 
 
 def test_memory_is_used_again_by_the_next_save(tmp_path: Path) -> None:
@@ -381,3 +403,21 @@ def test_two_ranks_read_what_one_wrote_and_one_reads_what_two_wrote(tmp_path: Pa
     assert committed_folders(LocalStore(tmp_path / "refusing"), RUN) == []
     with pytest.raises(AlreadyExistsError):
         LocalStore(tmp_path / "taken").create(f"checkpoints/{RUN}/step-00000001/manifest.json", b"")
+
+
+def test_a_store_that_lets_nothing_be_deleted_is_no_reason_to_stop(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Kept(LocalStore):
+        """A folder whose objects are locked."""
+
+        def delete(self, key: str) -> None:
+            raise RefusedError(f"{key} is locked")
+
+    state, store = make_state(make_model()), Kept(tmp_path / "store")
+    saver = make_saver(tmp_path, store, keep_last=1)
+    for step in (1, 2, 3):
+        save(saver, state.stage(step))
+
+    assert committed_folders(store, RUN)[-1] == f"checkpoints/{RUN}/step-00000003"
+    assert "old checkpoints stay until the next save" in capfd.readouterr().err
