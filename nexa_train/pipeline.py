@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -188,7 +189,7 @@ class TrainingPipeline:
         self._collect_save()
         staged = self.backend.stage()
         self.record.logs[-1]["save_stall_seconds"] = round(time.monotonic() - began, 4)
-        self.saver.start(staged, self._small_files(), self._draft())
+        self.saver.start(staged, self._small_files, self._draft())
         self.record.logs.clear()
 
     def _collect_save(self) -> None:
@@ -198,6 +199,7 @@ class TrainingPipeline:
             if self.record.logs:
                 self.record.logs[-1]["save_background_seconds"] = round(done.seconds, 3)
 
+    @cached_property
     def _small_files(self) -> dict[str, bytes]:
         folder = self.context.located.folder
         tokenizer = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}

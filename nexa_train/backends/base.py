@@ -116,11 +116,18 @@ class Staged:
         weights: the trained ones, by their names in the transformers model (adapters: by PEFT's names).
         optimizer: `KEY.NAME` of every tensor that the optimiser keeps for a weight, as in `exp_avg.NAME`.
         step: optimiser steps done.
+        copied: returns once the pieces hold their values; the backend sees to it that they are right.
     """
 
     weights: dict[str, Piece]
     optimizer: dict[str, Piece]
     step: int
+    copied: Callable[[], None] = lambda: None
+
+    def ready(self) -> Staged:
+        """Itself, all copied."""
+        self.copied()
+        return self
 
 
 class Backend(Protocol):
@@ -147,7 +154,7 @@ class Backend(Protocol):
         """
 
     def stage(self) -> Staged:
-        """Copy this rank's pieces of the state after the last step: no collective, no wait but for the copy.
+        """Copy this rank's pieces of the state after the last step, or begin to: no collective, no other wait.
 
         The memory may be that of the call before, whose pieces are written by then.
         """

@@ -136,18 +136,23 @@ class Saver:
         shards = plan_shards(entries, self.wire.world, shard_bytes=self.shard_bytes)
         if self.wire.rank == 0:
             small = {**small, **index_files(shards), STATE: json.dumps({"step": staged.step}).encode()}
-        report = self._write(staged.step, shards, small, _Gather(self.wire, stems, spans, shards))
+        gather = _Gather(self.wire, stems, spans, shards)
+        report = self._write(staged, shards, small, gather)
         reports = self.wire.all_gather(report)
         verdict = self._commit(staged.step, reports, entries[weights], draft)
         return Done(CheckpointRef.model_validate(verdict), time.monotonic() - began)
 
-    def _write(self, step: int, shards: Sequence[Shard], small: Mapping[str, bytes], gather: _Gather) -> dict[str, Any]:
+    def _write(
+        self, staged: Staged, shards: Sequence[Shard], small: Mapping[str, bytes], gather: _Gather
+    ) -> dict[str, Any]:
         """Write and upload what this rank owns; what became of it. A failure must reach the others, not hang them."""
-        folder, tensors = self.rundir.saving(step, self.wire.rank), gather.tensors()
+        folder, tensors = self.rundir.saving(staged.step, self.wire.rank), gather.tensors()
+        own = [shard for shard in shards if shard.owner == self.wire.rank]
         try:
+            staged.ready()
             rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            return self._upload(step, [shard for shard in shards if shard.owner == self.wire.rank], small, tensors)
+            return self._upload(staged.step, own, small, tensors)
         except Exception as exc:  # noqa: BLE001 - told to all ranks and raised on them
             return _failure(exc)
         finally:

@@ -125,7 +125,7 @@ def test_qlora_trains_over_weights_of_four_bits(
     assert backend.validate() < before
     kinds = {type(module).__name__ for module in backend.causal.modules()}
     assert "Linear4bit" in kinds
-    staged = backend.stage()
+    staged = backend.stage().ready()
     assert {piece.tensor.dtype for piece in [*staged.weights.values(), *staged.optimizer.values()]} == {torch.float32}
     assert all("lora_" in name for name in staged.weights)
 
@@ -178,10 +178,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser_moves(rows: Path) 
     backend = made(job(rows, **AXOLOTL))
     with torch.no_grad():
         backend.causal.base_model.norm.weight[0] = float("nan")
-    before = {name: piece.tensor.clone() for name, piece in backend.stage().weights.items()}
+    before = {name: piece.tensor.clone() for name, piece in backend.stage().ready().weights.items()}
     with pytest.raises(NonFiniteLossError, match=r"step 1, rank 0.*sequences were \[.*samples \["):
         trained(backend)
-    for name, piece in backend.stage().weights.items():
+    for name, piece in backend.stage().ready().weights.items():
         torch.testing.assert_close(piece.tensor, before[name], equal_nan=True, rtol=0, atol=0)
 
 

@@ -219,10 +219,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser_moves(rows: Path, 
     weight = made.causal.base_model.norm.weight  # type: ignore[attr-defined]
     with torch.no_grad():
         weight[0] = float("nan")
-    before = {name: piece.tensor.clone() for name, piece in made.stage().weights.items()}
+    before = {name: piece.tensor.clone() for name, piece in made.stage().ready().weights.items()}
     with pytest.raises(NonFiniteLossError, match=r"step 1, rank 0.*sequences were \[.*"):
         made.train(lambda metrics: False)
-    for name, piece in made.stage().weights.items():
+    for name, piece in made.stage().ready().weights.items():
         torch.testing.assert_close(piece.tensor, before[name], equal_nan=True, rtol=0, atol=0)
 
 
@@ -257,7 +257,7 @@ def test_qlora_trains_on_a_cpu_and_validating_first_changes_no_bit(rows: Path, t
             losses.append(made.validate())
         made.train(lambda metrics: False)
         losses.append(made.validate())
-        ends.append(made.stage().weights)
+        ends.append(made.stage().ready().weights)
     assert losses[1] < losses[0]
     for name, piece in ends[0].items():
         torch.testing.assert_close(ends[1][name].tensor, piece.tensor, rtol=0, atol=0)
