@@ -143,8 +143,8 @@ def _rows(sides: list[Side]) -> list[tuple[str | float | int | None, ...]]:
             side.peak >> 20,
             f"{1 - _sum(side, 'tokens') / _sum(side, 'positions'):.0%}" if "nexa" not in side.name else None,
             _sum(side, "tokens"),
-            side.steps[0]["loss"],
-            side.validation_loss,
+            f"{side.steps[0]['loss']:.6f}",
+            f"{side.validation_loss:.4f}",
         )
         for side in sides
     ]
