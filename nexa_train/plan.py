@@ -118,7 +118,7 @@ def make_plan(
 
 
 def estimate_memory(spec: JobSpec, architecture: Architecture, microbatch: int) -> Memory:
-    """Peak bytes of a rank: float32 weights, gradients and two moments, sharded over the ranks by fsdp.
+    """Peak bytes of a rank: float32 weights, gradients and two moments, shared out as the backend does.
 
     Activations follow Korthikanti et al. 2022, 34 bytes a token, layer and channel in 16 bit, with linear
     attention memory; and the logits of one chunk of the loss. For dpo a sequence is two samples, and a model that
@@ -128,7 +128,7 @@ def estimate_memory(spec: JobSpec, architecture: Architecture, microbatch: int) 
     stored = 4 * architecture.num_parameters
     if spec.tuning.type == "qlora":
         stored -= int(3.45 * architecture.num_linear_parameters)  # 4 bits and the quantisation constants
-    shards = spec.cluster.world_size if spec.backend != "hf" else 1
+    weights, gradients, moments = _sharing(spec)
     width = 2 if spec.training.precision == "bf16" else 4
     tokens = microbatch * spec.model.max_seq_len
     if spec.method.type == "dpo":
@@ -137,7 +137,21 @@ def estimate_memory(spec: JobSpec, architecture: Architecture, microbatch: int) 
     layers = 2 if spec.training.activation_checkpointing else architecture.n_layers
     activations = 17 * width * tokens * architecture.d_model * layers
     logits = 3 * 4 * min(tokens, 1024) * architecture.vocab_size
-    return Memory(stored // shards, 4 * trained // shards, 8 * trained // shards, activations + logits)
+    # ZeRO moves float32 weights of its own beside those that it computes with.
+    kept = 12 if _by_deepspeed(spec) else 8
+    return Memory(stored // weights, 4 * trained // gradients, kept * trained // moments, activations + logits)
+
+
+def _sharing(spec: JobSpec) -> tuple[int, int, int]:
+    """Over how many ranks weights, gradients and the optimiser's state are each shared out."""
+    all_of_it = {"fsdp": 3, "none": 0, "hf": 0, "deepspeed": spec.deepspeed.zero_stage}
+    stage = all_of_it[spec.axolotl.sharding if spec.backend == "axolotl" else spec.backend]
+    weights, gradients, moments = (spec.cluster.world_size if stage >= least else 1 for least in (3, 2, 1))
+    return weights, gradients, moments
+
+
+def _by_deepspeed(spec: JobSpec) -> bool:
+    return "deepspeed" in (spec.backend, spec.axolotl.sharding)
 
 
 def estimate_checkpoint(spec: JobSpec, architecture: Architecture) -> int:

@@ -164,6 +164,27 @@ def test_a_full_run_keeps_sixteen_bytes_a_weight_beside_activations() -> None:
     assert memory.total - memory.activations == 16 * FALCON_1B.num_parameters
 
 
+@pytest.mark.parametrize(
+    ("change", "bytes_a_weight"),
+    [
+        ({"backend": "hf"}, (4, 4, 8)),
+        ({"backend": "fsdp"}, (1, 1, 2)),
+        ({"backend": "deepspeed", "deepspeed": {"zero_stage": 1}}, (4, 4, 3)),
+        ({"backend": "deepspeed", "deepspeed": {"zero_stage": 2}}, (4, 1, 3)),
+        ({"backend": "deepspeed", "deepspeed": {"zero_stage": 3}}, (1, 1, 3)),
+        ({"backend": "axolotl"}, (4, 4, 8)),
+        ({"backend": "axolotl", "axolotl": {"sharding": "fsdp"}}, (1, 1, 2)),
+        ({"backend": "axolotl", "axolotl": {"sharding": "deepspeed"}, "deepspeed": {"zero_stage": 3}}, (1, 1, 3)),
+    ],
+)
+def test_four_ranks_share_what_their_backend_shards(
+    change: dict[str, Any], bytes_a_weight: tuple[int, int, int]
+) -> None:
+    memory = estimate_memory(spec(**change, cluster={"gpus_per_node": 4}), FALCON_1B, 1)
+    count = FALCON_1B.num_parameters
+    assert (memory.weights, memory.gradients, memory.optimizer) == tuple(each * count for each in bytes_a_weight)
+
+
 def test_a_checkpoint_is_weights_and_two_moments_of_what_is_trained() -> None:
     assert estimate_checkpoint(spec(), TINY) == 12 * TINY.num_parameters
     assert estimate_checkpoint(spec(tuning=LORA), TINY) == 12 * TINY.lora_parameters(16)
