@@ -1,18 +1,19 @@
-"""What must not change the result, does not: accumulation, number of ranks, backend. Packing: test_steps.py."""
+"""What must not change the result, does not: accumulation, packing, number of ranks, backend."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.training.harness import Run, Runs
+from tests.training.ranks import Trained, job, make_context, train, train_on_ranks
 
 pytestmark = pytest.mark.training
 
 RELATIVE = 1e-5
-ONE_RANK: dict[str, Any] = {"cluster": {"num_nodes": 1}}
 
 
 def finished(run: Run) -> Run:
@@ -27,21 +28,52 @@ def reference(tmp_path_factory: pytest.TempPathFactory, cache: Any, rows: Any) -
     return finished(Runs(cache, rows, tmp_path_factory.mktemp("reference")).make())
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param({"training": {"microbatch_size_per_gpu": 8}}, id="no-accumulation"),
-        pytest.param({"training": {"microbatch_size_per_gpu": 1}}, id="accumulation-8"),
-        pytest.param({"cluster": {"num_nodes": 2}}, id="two-ranks"),
-        pytest.param({"backend": "hf"}, id="hf"),
-        pytest.param({"training": {"activation_checkpointing": True}}, id="activation-checkpointing"),
-    ],
-)
-def test_losses_and_gradient_norms_are_those_of_the_reference(runs: Runs, reference: Run, change: Any) -> None:
-    other = finished(runs.make(**change))
-    assert other.losses == pytest.approx(reference.losses, rel=RELATIVE)
-    norms = [[e["grad_norm"] for m in run.manifests for e in m.logs] for run in (reference, other)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+STEPS = {"max_steps": 20}
+SAME: dict[str, dict[str, Any]] = {
+    "without accumulation": {"training": {**STEPS, "microbatch_size_per_gpu": 8}},
+    "accumulation 8": {"training": {**STEPS, "microbatch_size_per_gpu": 1}},
+    "recomputed activations": {"training": {**STEPS, "activation_checkpointing": True}},
+    "attention by its formula": {"training": STEPS, "model": {"attn": "eager"}},
+}
+
+
+@pytest.fixture
+def _one_thread(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """As on the ranks: another number of threads rounds differently."""
+    import torch
+
+    torch.set_num_threads(1)
+    monkeypatch.setenv("NEXA_CACHE", str(cache))
+
+
+def assert_same(found: Trained, expected: Trained) -> None:
+    """Up to rounding, which Adam amplifies in the weights."""
+    assert found.losses == pytest.approx(expected.losses, rel=RELATIVE)
+    assert found.norms == pytest.approx(expected.norms, rel=RELATIVE)
+    for name, weights in expected.weights.items():
+        assert found.weights[name] == pytest.approx(weights, abs=1e-4), name
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_accumulation_recomputing_attention_and_ranks_change_no_step_of_twenty(rows: Path, tmp_path: Path) -> None:
+    expected = train(job(rows, training=STEPS))
+    for change in SAME.values():
+        assert_same(train(job(rows, **change)), expected)
+    assert_same(train_on_ranks({"two": job(rows, training=STEPS)}, tmp_path / "ranks")["two"], expected)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_packing_changes_no_step_of_twenty_over_the_same_samples(rows: Path) -> None:
+    """Packed or not, a step of all sequences holds the same samples, in another order."""
+    found = []
+    for packing in (True, False):
+        change: dict[str, Any] = {"data": {"packing": packing}, "model": {"max_seq_len": 160}}
+        count = make_context(job(rows, **change)).train.num_sequences
+        whole = {**STEPS, "global_batch_size": count, "microbatch_size_per_gpu": 1 if packing else 8}
+        found.append(train(job(rows, **change, training=whole)))
+    packed, alone = found
+    assert packed.tokens == alone.tokens
+    assert_same(packed, alone)
 
 
 def test_the_same_run_twice_gives_the_same_bits(runs: Runs, reference: Run) -> None:
