@@ -174,6 +174,23 @@ def test_what_does_not_fit_a_file_is_split_as_transformers_splits_it(tmp_path: P
     assert index["metadata"]["total_size"] == 4 * (20 + 16 + 1 + 7)
 
 
+def test_transformers_loads_a_split_checkpoint(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from nexa_train.checkpoint import model_files
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=True, **sizes))
+    store = LocalStore(tmp_path / "store")
+    save(make_saver(tmp_path, store, shard_bytes=4000), make_state(model).stage(1), model_files(model))
+    folder = next((tmp_path / "store").glob("checkpoints/*/*/data/*"))
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
 def test_an_adapter_stays_in_the_one_file_that_peft_reads(tmp_path: Path) -> None:
     state, store = make_state(make_model()), LocalStore(tmp_path / "store")
     save(make_saver(tmp_path, store, shard_bytes=100), state.stage(1), {"adapter_config.json": b"{}"})
