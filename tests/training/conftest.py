@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.harness import Runs, write_rows
+from tests.training.harness import Runs, write_pairs, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +19,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set of questions and answers."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of preferences."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.training.harness import write_pairs
 from tests.training.ranks import Trained, job, make_context, train, train_on_ranks
 
 pytestmark = pytest.mark.training
@@ -32,12 +31,6 @@ CASES: dict[str, dict[str, Any]] = {
 """What both backends take."""
 
 QLORA: dict[str, dict[str, Any]] = {"sft with qlora": {}, "dpo with qlora": DPO}
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set of preferences."""
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
 @pytest.fixture(scope="module")
