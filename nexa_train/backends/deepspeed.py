@@ -11,7 +11,9 @@ import logging
 import os
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +147,10 @@ class ZeroState:
     """
 
     def __init__(self, zero: Any, trained: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rank: int) -> None:
-        self.zero, self.shapes, self.buffers = zero, shapes, Buffers()
+        self.zero, self.shapes = zero, shapes
+        self.buffers, self.copied = Buffers(), Future[None]()
+        self.copied.set_result(None)
+        zero.optimizer.optimizer.register_step_pre_hook(lambda *_: self.copied.result())  # as in `TorchState`
         self.weights_are_sharded = bool(zero.zero_optimization_partition_weights())
         find = _shares_of_sharded if self.weights_are_sharded else _shares_of_whole
         self.shares = [share for share in find(zero.optimizer, trained, shapes, rank) if share.count]
@@ -157,10 +162,10 @@ class ZeroState:
 
     @torch.no_grad()
     def stage(self, step: int) -> Staged:
-        """See `base.Backend.stage`."""
+        """See `base.Backend.stage`. The optimiser waits, before it moves, until all is copied."""
         weights = {share.name: share for share in self.shares}
         moments = {f"{key}.{name}": (share, key) for name, share in weights.items() for key in MOMENTS}
-        copies = self.buffers.copy(
+        copies, self.copied = self.buffers.begin(
             {name: share.of(share.flat) for name, share in weights.items()}
             | {name: share.of(self.moments[share.flat][key]) for name, (share, key) in moments.items()}
         )
@@ -168,6 +173,7 @@ class ZeroState:
             {name: Piece(copies[name], share.start, share.shape) for name, share in weights.items()},
             {name: Piece(copies[name], share.start, share.shape) for name, (share, _) in moments.items()},
             step,
+            self.copied.result,
         )
 
     @torch.no_grad()
@@ -226,7 +232,7 @@ def _shares_of_sharded(
 
 def _initialize(module: CausalLoss, context: RankContext) -> Any:
     """DeepSpeed's engine around a loss module."""
-    deepspeed, spec = _library(), context.spec
+    deepspeed, spec = library(), context.spec
     config = deepspeed_config(spec, context.plan)
     optimizer = make_optimizer(spec.optimizer, module.named_parameters())  # while they have their shapes
     if not dist.is_initialized():  # one rank
@@ -245,7 +251,7 @@ def _initialize(module: CausalLoss, context: RankContext) -> Any:
     return engine
 
 
-def _library() -> Any:
+def library() -> Any:
     """DeepSpeed, without what it prints on standard output and compiles when it starts.
 
     Its one operator for CPUs is an all-reduce for inference. Not to build it leaves a rank without need of a
@@ -259,7 +265,7 @@ def _library() -> Any:
     logger.setLevel(logging.ERROR)
     for handler in logger.handlers:
         handler.setStream(sys.stderr)
-    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)  # none
     warnings.filterwarnings("ignore", message="`torch.distributed.", category=FutureWarning)
     return deepspeed
 
