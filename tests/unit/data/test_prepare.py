@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -138,6 +141,34 @@ def test_rows_that_change_while_they_are_read_leave_nothing(
     monkeypatch.setattr("nexa_train.data.prepare.read_rows", lambda _: raw)
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(spec(rows, data={"validation": {"rows": 1}}), tiny)
+    assert list((cache / "data").iterdir()) == []
+
+
+def test_a_stop_while_data_are_prepared_is_obeyed_at_once_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
+    rows = numbered(tmp_path / "a.jsonl", 40_000)
+    script = f"""
+import signal
+from nexa_train.data.prepare import prepare
+from nexa_train.data.tokenizer import load_tokenizer
+from nexa_train.models.locate import TINY_TOKENIZER
+from tests.unit.data.builders import spec
+def stop(*_):
+    raise SystemExit(75)
+signal.signal(signal.SIGTERM, stop)
+prepare(spec({str(rows)!r}), load_tokenizer(TINY_TOKENIZER))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        # Some chunks are through: their tokens wait in the draft.
+        while not any(path.stat().st_size for path in cache.glob("data/.*/train.ids.waiting")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        asked = time.monotonic()
+        process.terminate()
+        assert process.wait(60) == 75
+        assert time.monotonic() - asked < 20
+    finally:
+        process.kill()
     assert list((cache / "data").iterdir()) == []
 
 
