@@ -40,7 +40,7 @@ class FsdpBackend:
             self.lora = lora_config(spec.tuning, self.causal)
             inject_adapters(self.lora, self.causal)
         if spec.training.activation_checkpointing:
-            self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+            self.causal.activation_checkpointing_enable({"use_reentrant": False})
         reference = build_reference(spec, self.context.located, self.context.tokenizer)
         sharded, bf16 = self.context.world > 1, spec.training.precision == "bf16"
         module = make_loss(spec.method, self.causal, reference, bf16=bf16 and not sharded)
