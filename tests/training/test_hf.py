@@ -116,6 +116,21 @@ def test_qlora_trains_on_two_ranks_as_on_one(
     assert all("lora_" in name for name in found.weights)
 
 
+def test_adapters_of_a_quantised_model_keep_the_precision_that_is_saved(
+    jobs: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    import torch
+
+    from nexa_train.backends import make_backend
+
+    backend: Any = make_backend(make_context(jobs["sft with qlora", "hf"]))
+    backend.setup()
+    backend.train(lambda metrics: True)
+    adapters = [parameter for parameter in backend.causal.parameters() if parameter.requires_grad]
+    moments = [tensor for state in backend.optimizer.state.values() for tensor in state.values()]
+    assert {tensor.dtype for tensor in [*adapters, *moments]} == {torch.float32}
+
+
 def test_the_partial_step_is_one(on_two: dict[tuple[str, str], Trained]) -> None:
     assert len(on_two["sft to a partial step", "hf"].losses) == 8
 
