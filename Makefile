@@ -62,7 +62,7 @@ axolotl-env: setup $(AXOLOTL) ## Make the environment that backend axolotl runs 
 
 $(AXOLOTL):
 	@rm -rf $@.part && $(BIN)/uv venv --quiet --relocatable --python $(BIN)/python $@.part
-	$(BIN)/uv pip install --quiet --python $@.part/bin/python $(LINKS) $(INDEX) \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $@.part/bin/python $(LINKS) $(INDEX) \
 		-r $(word 1,$(HEAVY)) pytest pytest-timeout -c $(word 2,$(HEAVY))
 	@mv -T $@.part $@
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nexa_train.backend_config.deepspeed import deepspeed_config
 from nexa_train.config.spec import FullTuning, JobSpec, QloraTuning
 from nexa_train.errors import ConfigError
 from nexa_train.plan import TrainPlan
@@ -137,7 +138,7 @@ def _steps(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
 
 
 def _optimizer(spec: JobSpec) -> dict[str, Any]:
-    optimizer = spec.optimizer
+    optimizer, by_deepspeed = spec.optimizer, spec.axolotl.sharding == "deepspeed"
     return {
         "optimizer": "adamw_torch",
         "learning_rate": optimizer.lr,
@@ -145,7 +146,7 @@ def _optimizer(spec: JobSpec) -> dict[str, Any]:
         "adam_beta1": optimizer.betas[0],
         "adam_beta2": optimizer.betas[1],
         "adam_epsilon": optimizer.eps,
-        "max_grad_norm": optimizer.max_grad_norm or NEVER_CLIP,
+        "max_grad_norm": optimizer.max_grad_norm if by_deepspeed else optimizer.max_grad_norm or NEVER_CLIP,
         # The shape; the values are `optim.learning_rate`'s, as on every backend.
         "lr_scheduler": _SCHEDULERS[optimizer.scheduler],
         "warmup_steps": optimizer.warmup_steps,
@@ -158,10 +159,12 @@ def _precision(spec: JobSpec) -> dict[str, Any]:
 
 def _sharding(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
     sharding = spec.axolotl.sharding
-    if sharding == "deepspeed":
-        raise ConfigError("axolotl.sharding: deepspeed is not built into this version; use none, or fsdp on GPUs")
     if sharding == "none":
         return {"ddp_find_unused_parameters": False} if plan.world_size > 1 else {}
+    if problem := _not_sharded(spec, plan):
+        raise ConfigError(f"axolotl.sharding: {sharding} {problem}")
+    if sharding == "deepspeed":
+        return {"deepspeed": deepspeed_config(spec, plan)}
     return {
         "fsdp_version": 2,
         "fsdp_config": {
@@ -172,6 +175,22 @@ def _sharding(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
             "state_dict_type": "SHARDED_STATE_DICT",
         },
     }
+
+
+def _not_sharded(spec: JobSpec, plan: TrainPlan) -> str:
+    """Why this job cannot be sharded so; empty: it can."""
+    if plan.world_size == 1:
+        return "has nothing to share out over one rank; use none"
+    if spec.cluster.gpus_per_node == 0:
+        # accelerate 1.13, state.py: on a CPU neither becomes the type of a distributed run.
+        return "needs GPUs, on a CPU accelerate would shard nothing; use none"
+    if spec.axolotl.sharding == "fsdp":
+        return ""
+    if spec.deepspeed.zero_stage == 3:
+        return "takes deepspeed.zero_stage 1 and 2 in this version, not 3; use those, or fsdp"
+    if spec.method.type != "sft" or spec.tuning.type == "qlora":
+        return "takes method.type sft with tuning.type full and lora in this version; use none, or fsdp"
+    return ""
 
 
 def _left_to_nexa(output: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Its loader builds model and adapters from the configuration of `backend_config/a
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,14 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.train import setup_model_and_trainer
 from pydantic import ValidationError
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoTokenizer
 
 from nexa_train.backend_config.axolotl import axolotl_config
 from nexa_train.backends.axolotl_trainer import Microbatches, Summed
 from nexa_train.backends.base import RankContext, Staged, StepMetrics
-from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files
+from nexa_train.backends.deepspeed import ZeroState, library
+from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files, trained_parameters
 from nexa_train.config.spec import FullTuning
 from nexa_train.errors import ConfigError
 from nexa_train.loop import mean_loss
@@ -40,6 +43,8 @@ class AxolotlBackend:
 
     def setup(self) -> None:
         """Have Axolotl check its configuration, then build model and trainer; the optimiser is made now, too."""
+        if self.context.spec.axolotl.sharding == "deepspeed":
+            library()
         self.folder = TemporaryDirectory(prefix="nexa-axolotl-")
         cfg = self._checked_config(Path(self.folder.name))
         torch.manual_seed(self.context.spec.training.seed)  # fresh adapters
@@ -49,19 +54,24 @@ class AxolotlBackend:
         self.lora = _peft_config(self.trainer.model)
         self.causal = self.trainer.model if self.lora is None else self.trainer.model.get_base_model()
         self._check_targets()
+        shapes = {name: tuple(weight.shape) for name, weight in self._trained().items()}
         self.trainer.prepare(self.context)
-        self.torch_state = TorchState(
-            self.causal,
-            self.trainer.optimizer.optimizer,
-            adapter=self.lora is not None,
-            rank=self.context.rank,
-            world=self.context.world,
-        )
+        self.state: TorchState | ZeroState
+        if self.trainer.is_deepspeed_enabled:
+            self.state = ZeroState(self.trainer.deepspeed, self._trained(), shapes, self.context.rank)
+        else:
+            self.state = TorchState(
+                self.causal,
+                self.trainer.optimizer.optimizer,
+                adapter=self.lora is not None,
+                rank=self.context.rank,
+                world=self.context.world,
+            )
 
     def restore(self, saved: Saved) -> None:
         """See `base.Backend.restore`."""
         self.done = saved.step
-        self.torch_state.restore(saved)
+        self.state.restore(saved)
 
     def validate(self) -> float | None:
         """See `loop.mean_loss`."""
@@ -78,11 +88,14 @@ class AxolotlBackend:
 
     def stage(self) -> Staged:
         """See `base.Backend.stage`."""
-        return self.torch_state.stage(self.done)
+        return self.state.stage(self.done)
 
     def describe(self) -> dict[str, bytes]:
         """See `base.Backend.describe`."""
         return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return dict(trained_parameters(self.causal, adapter=self.lora is not None))
 
     def _checked_config(self, folder: Path) -> Any:
         """Our configuration as Axolotl takes it: checked, with its defaults.
@@ -94,6 +107,10 @@ class AxolotlBackend:
         base = self._base_model(folder)
         values = axolotl_config(spec, plan, base_model=str(base), output=str(folder / "output"))
         values["special_tokens"] = {"pad_token": AutoTokenizer.from_pretrained(base, local_files_only=True).eos_token}
+        if values.get("deepspeed"):
+            # As a file of ours, for it would leave one of its own behind.
+            (folder / "deepspeed.json").write_text(json.dumps(values["deepspeed"]), encoding="utf-8")
+            values["deepspeed"] = str(folder / "deepspeed.json")
         file = folder / "axolotl.yaml"
         file.write_text(yaml.safe_dump(values), encoding="utf-8")
         try:
@@ -101,7 +118,7 @@ class AxolotlBackend:
         except ValidationError as exc:
             raise ConfigError(f"backend: axolotl refuses what this job makes of it: {_complaints(exc)}") from exc
         cfg.torch_dtype = torch.float32  # weights; with bf16 the products run in it, as on every backend
-        if not spec.cluster.gpus_per_node:
+        if not torch.cuda.is_available():
             cfg.device_map = None  # with several ranks it names a GPU
         return cfg
 

@@ -85,6 +85,8 @@ class _Planned(Trainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # TRL has adapters of 4-bit weights in bfloat16
         super()._prepare_for_training(context.total_steps, None, None)
+        if self.is_deepspeed_enabled:
+            self.deepspeed.step = torch.no_grad()(self.deepspeed.step)  # it gathers into views of weights
         self.accelerator.free_memory = lambda *kept: kept  # train() would have it forget what was prepared
         gc.freeze()  # Axolotl collects after every microbatch of dpo, a second each through all that was imported
 
@@ -123,6 +125,9 @@ class _Planned(Trainer):
         if self.microbatches_done == 0:
             self._begin_step()
         self.microbatches_done += 1
+        if self.is_deepspeed_enabled:  # before the forward pass, see `deepspeed.py`
+            last = self.microbatches_done == self.context.plan.accumulation
+            self.deepspeed.set_gradient_accumulation_boundary(last)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.step_loss += loss.item()
         return loss
@@ -135,6 +140,8 @@ class _Planned(Trainer):
             group["lr"] = learning_rate(spec.optimizer, step, self.context.total_steps)
 
     def _clip_grad_norm(self, model: Any) -> float:
+        if self.is_deepspeed_enabled:  # has clipped and moved already, or dropped what is not finite
+            return float(self.deepspeed.get_global_grad_norm())
         return clip_gradients(list(model.parameters()), self.context.spec.optimizer.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 GPU: dict[str, Any] = {"cluster": {"gpus_per_node": 2}}
 LORA: dict[str, Any] = {"tuning": {"type": "lora", "rank": 4}}
 QLORA: dict[str, Any] = {"tuning": {"type": "qlora", "rank": 4}}
+DEEPSPEED: dict[str, Any] = GPU | {"axolotl": {"sharding": "deepspeed"}}
 DPO: dict[str, Any] = {"method": {"type": "dpo"}, "data": {"remote_uri": "rows", "format": "preference"}}
 JOBS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -36,6 +37,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "bf16": GPU | {"training": {"max_steps": 4, "precision": "bf16"}, "model": {"attn": "flash"}},
     "fsdp": GPU | {"axolotl": {"sharding": "fsdp"}},
     "fsdp-lora": GPU | LORA | {"axolotl": {"sharding": "fsdp"}},
+    "deepspeed": DEEPSPEED,
+    "deepspeed-offload": DEEPSPEED | {"deepspeed": {"offload": "optimizer"}},
 }
 
 
@@ -107,6 +110,10 @@ def test_what_axolotl_does_not_take_is_noticed() -> None:
         (LORA, {"tuning": {"type": "lora", "rank": 4, "target_modules": ["q_proj"]}}),
         (QLORA, {"tuning": {"type": "qlora", "rank": 4, "double_quant": False}}),
         (GPU, GPU | {"axolotl": {"sharding": "fsdp"}}),
+        (GPU, GPU | {"axolotl": {"sharding": "deepspeed"}}),
+        (DEEPSPEED, DEEPSPEED | {"deepspeed": {"zero_stage": 1}}),
+        (DEEPSPEED, DEEPSPEED | {"deepspeed": {"offload": "optimizer"}}),
+        (DEEPSPEED, DEEPSPEED | {"optimizer": {"max_grad_norm": 0.0}}),
     ],
 )
 def test_another_value_is_another_configuration(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -124,6 +131,22 @@ def test_a_step_is_the_global_batch() -> None:
 def test_a_fractional_alpha_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"tuning\.alpha: 2\.5"):
         config_of(tuning={"type": "lora", "rank": 4, "alpha": 2.5})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"axolotl": {"sharding": "fsdp"}, "cluster": {"num_nodes": 2}}, "fsdp needs GPUs"),
+        ({"axolotl": {"sharding": "deepspeed"}, "cluster": {"num_nodes": 2}}, "deepspeed needs GPUs"),
+        ({"axolotl": {"sharding": "fsdp"}, "cluster": {"gpus_per_node": 1}}, "nothing to share out over one rank"),
+        (DEEPSPEED | {"deepspeed": {"zero_stage": 3}}, "zero_stage 1 and 2"),
+        (DEEPSPEED | DPO, "sft"),
+        (DEEPSPEED | QLORA, "full and lora"),
+    ],
+)
+def test_sharding_that_would_not_be_is_refused(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=f"^axolotl.sharding: .*{told}"):
+        config_of(**change)
 
 
 def test_axolotl_reports_to_nobody_and_other_backends_see_nothing_of_it() -> None:
