@@ -1,0 +1,350 @@
+"""DeepSpeed's ZeRO beside fsdp: the same steps, the same state at every stage; killed, the same bits in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.cluster.run import wait_until
+from tests.training.harness import Runs, merged
+from tests.training.nursery import Attempts, Nursery
+from tests.training.ranks import job, make_context
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nexa_train.backends.base import StepMetrics
+
+pytestmark = pytest.mark.training
+
+# 88 sequences, 8 a step: 20 steps, the last with two sequences, of which the second rank has none.
+JOB = {"training": {"microbatch_size_per_gpu": 2, "max_steps": None, "epochs": 1.75}}
+LORA = {"tuning": {"type": "lora", "rank": 4}}
+RECOMPUTED = {"training": {"activation_checkpointing": True}}
+BF16 = {"training": {"precision": "bf16", "epochs": None, "max_steps": 4}}
+
+
+def zero(stage: int, offload: str = "none") -> dict[str, Any]:
+    return {"backend": "deepspeed", "deepspeed": {"zero_stage": stage, "offload": offload}}
+
+
+JOBS: dict[str, dict[str, Any]] = {
+    "fsdp": {},
+    "zero 1": zero(1),
+    "zero 2": zero(2),
+    "zero 3": zero(3),
+    "zero 1, optimizer offloaded": zero(1, "optimizer"),
+    "zero 2, optimizer offloaded": zero(2, "optimizer"),
+    "zero 3, all offloaded": zero(3, "all"),
+    "zero 2, small buckets": zero(2),
+    "zero 3, small buckets": zero(3),
+    "zero 3, recomputed": {**zero(3), **RECOMPUTED},
+    "lora": LORA,
+    "lora, zero 1": {**zero(1), **LORA},
+    "lora, zero 3": {**zero(3), **LORA},
+    "bf16": BF16,
+    "bf16, zero 1": {**zero(1), **BF16},
+    "bf16, zero 2": {**zero(2), **BF16},
+    "bf16, zero 3": {**zero(3), **BF16},
+}
+SMALL_BUCKET = 1000
+"""Elements: smaller than an embedding, and than a layer's gradients together."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of a job: of each step, loss, gradient norm, learning rate and tokens; whole tensors at the ends."""
+
+    steps: list[StepMetrics]
+    validation: list[float]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+
+def reference(name: str) -> str:
+    return next((kind for kind in ("lora", "bf16") if name.startswith(kind)), "fsdp")
+
+
+def train(
+    values: dict[str, Any], rank: int, *, world: int = 2, saved: Any = None, until: int = 0
+) -> tuple[Trained, Any]:
+    """Train a job on from `saved`, to its end or `until` that step; with what staged it."""
+    from nexa_train.backends import make_backend
+
+    backend = make_backend(make_context(values, rank=rank, world=world))
+    backend.setup()
+    if saved is not None:
+        backend.restore(saved)
+    before, steps = whole(backend.stage().ready(), world), list[Any]()
+    validation = [backend.validate()]
+
+    def note(metrics: StepMetrics) -> bool:
+        steps.append(metrics)
+        return metrics.step == until
+
+    backend.train(note)
+    validation.append(backend.validate())
+    return Trained(steps, validation, before, whole(backend.stage().ready(), world)), backend  # type: ignore[arg-type]
+
+
+def whole(staged: Any, world: int) -> dict[str, Tensor]:
+    """All tensors, put together from the pieces of all ranks, which cover each element once."""
+    import torch
+    import torch.distributed as dist
+
+    held: list[Any] = [{**staged.weights, **staged.optimizer}]
+    if world > 1:
+        mine, held = held[0], [None] * world
+        dist.all_gather_object(held, mine)
+    tensors: dict[str, Tensor] = {}
+    covered: dict[str, int] = {}
+    for name, piece in (item for pieces in held for item in pieces.items()):
+        flat = tensors.setdefault(name, torch.empty(piece.shape)).view(-1)
+        flat[piece.start : piece.start + piece.tensor.numel()] = piece.tensor.flatten()
+        covered[name] = covered.get(name, 0) + piece.tensor.numel()
+    assert covered == {name: tensor.numel() for name, tensor in tensors.items()}
+    return tensors
+
+
+def two_ranks(rank: int, folder: str, rows: str) -> None:
+    """What each of two ranks does; rank 0 writes what became of it."""
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found: dict[str, Any] = {}
+    for name, change in JOBS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if "small buckets" in name:
+                patch.setattr("nexa_train.backend_config.deepspeed.BUCKET_ELEMENTS", SMALL_BUCKET)
+            found[name], _ = train(merged(job(Path(rows), **JOB), change), rank)
+    found["passed on"] = pass_on(Path(folder), Path(rows), rank)
+    found["not finite"] = {name: not_finite(Path(rows), rank, stage) for name, stage in STAGES.items()}
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    dist.destroy_process_group()
+
+
+STAGES = {"zero 1": 1, "zero 2": 2, "zero 3": 3}
+
+
+def pass_on(folder: Path, rows: Path, rank: int) -> list[Trained]:
+    """ZeRO 2 on two ranks, fsdp on one, ZeRO 3 on two: each goes on from the checkpoint of the one before."""
+    import torch.distributed as dist
+
+    legs = [(zero(2), 2, 7), ({}, 1, 13), (zero(3), 2, 0)]
+    trained, saved = [], None
+    for change, world, until in legs:
+        leg = None
+        if rank < world:
+            leg, backend = train(merged(job(rows, **JOB), change), rank, world=world, saved=saved, until=until)
+            save(folder / "store", backend, rank, world)
+        trained.append(leg)
+        dist.barrier()
+        saved = fetched(folder, until, rank) if until else None
+    return trained  # type: ignore[return-value]
+
+
+def save(folder: Path, backend: Any, rank: int, world: int) -> None:
+    """Commit what a backend stages, as the pipeline does."""
+    from nexa_train.artifact.manifest import ManifestDraft
+    from nexa_train.artifact.publish import Publisher
+    from nexa_train.checkpoint import Saver
+    from nexa_train.rundir import RunDir
+    from nexa_train.store.local import LocalStore
+
+    publisher = Publisher(LocalStore(folder), "run", "a0", nonce="0000")
+    saver = Saver(publisher, RunDir(folder / "rundir"), rank=rank, world=world)
+    saver.start(backend.stage(), backend.describe(), ManifestDraft(config={}))
+    saver.wait()
+
+
+def fetched(folder: Path, step: int, rank: int) -> Any:
+    """A committed step, downloaded."""
+    from nexa_train.artifact.publish import fetch, read_manifest
+    from nexa_train.checkpoint import Saved
+    from nexa_train.store.local import LocalStore
+
+    store = LocalStore(folder / "store")
+    manifest = read_manifest(store, f"checkpoints/run/step-{step:08d}")
+    return Saved(fetch(store, manifest, folder / f"fetched-{step}-{rank}"))
+
+
+def not_finite(rows: Path, rank: int, stage: int) -> dict[str, Any]:
+    """One rank's gradient is infinite in the third step, though no loss is: what is said, and the state around it."""
+    from nexa_train.backends import make_backend
+    from nexa_train.errors import NonFiniteLossError
+
+    backend: Any = make_backend(make_context(merged(job(rows, **JOB), zero(stage)), rank=rank, world=2))
+    backend.setup()
+    seen: dict[str, Any] = {}
+
+    def poison(metrics: Any) -> bool:
+        if metrics.step == 2:
+            seen["before"] = whole(backend.stage().ready(), 2)
+            if rank == 1:
+                backend.causal.base_model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+        return False
+
+    with pytest.raises(NonFiniteLossError) as caught:
+        backend.train(poison)
+    return {**seen, "said": str(caught.value), "after": whole(backend.stage().ready(), 2)}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, cache: Path, rows: Path) -> dict[str, Any]:
+    """All that needs two ranks and no launcher, in one start of them."""
+    import torch
+    import torch.multiprocessing as processes
+
+    folder = tmp_path_factory.mktemp("deepspeed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEXA_CACHE", str(cache))
+        make_context(job(rows, **JOB))  # prepared once
+        processes.spawn(two_ranks, args=(str(folder), str(rows)), nprocs=2)
+    values: dict[str, Any] = torch.load(folder / "found.pt", weights_only=False)
+    return values
+
+
+def differences(ours: list[Any], theirs: list[Any]) -> dict[str, float]:
+    """The largest of all steps, relative."""
+    return {
+        key: max(abs(getattr(a, key) / getattr(b, key) - 1) for a, b in zip(ours, theirs, strict=True))
+        for key in ("loss", "grad_norm")
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if "zero" in name and "bf16" not in name])
+def test_steps_validation_and_state_are_those_of_fsdp(found: dict[str, Any], name: str) -> None:
+    ours, theirs = found[name], found[reference(name)]
+    assert len(ours.steps) == 20
+    assert [(s.step, s.tokens, s.learning_rate) for s in ours.steps] == [
+        (s.step, s.tokens, s.learning_rate) for s in theirs.steps
+    ]
+    assert max(differences(ours.steps, theirs.steps).values()) < 1e-5
+    assert ours.validation == pytest.approx(theirs.validation, rel=1e-5)
+    assert ours.after.keys() == theirs.after.keys()
+    assert all(tensor.shape == ours.after[tensor_name].shape for tensor_name, tensor in theirs.after.items())
+    assert max((ours.after[key] - tensor).abs().max().item() for key, tensor in theirs.after.items()) < 1e-4
+    assert all(not ours.before[key].equal(tensor) for key, tensor in ours.after.items())  # all of it was trained
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_keeps_exact_weights_beside_those_it_computes_with(found: dict[str, Any], stage: int) -> None:
+    ours, theirs = found[f"bf16, zero {stage}"], found["bf16"]
+    assert all(
+        ours.before[name].equal(tensor) for name, tensor in found["fsdp"].before.items() if "exp_avg" not in name
+    )
+    assert differences(ours.steps, theirs.steps)["loss"] < 0.01
+    assert differences(ours.steps, found["fsdp"].steps[:4])["loss"] > 1e-6  # and it is not float32 that computed
+    small = ours.after["model.norm.weight"]
+    assert not small.equal(small.bfloat16().float())
+
+
+def test_a_checkpoint_passes_from_zero_2_to_fsdp_on_one_rank_to_zero_3(found: dict[str, Any]) -> None:
+    legs, expected = found["passed on"], found["fsdp"]
+    steps = [step for leg in legs for step in leg.steps]
+    assert [step.step for step in steps] == list(range(1, 21))
+    assert max(differences(steps, expected.steps).values()) < 1e-5
+    for earlier, later in pairwise(legs):
+        assert earlier.after.keys() == later.before.keys()
+        assert all(later.before[name].equal(tensor) for name, tensor in earlier.after.items())  # to the last bit
+    assert max((legs[-1].after[name] - tensor).abs().max().item() for name, tensor in expected.after.items()) < 1e-4
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_gradient_that_is_not_finite_stops_before_the_optimiser_moves(found: dict[str, Any], name: str) -> None:
+    seen = found["not finite"][name]
+    assert "step 3, rank 0: loss 8" in seen["said"] or "gradient norm inf" in seen["said"]
+    assert all(seen["before"][key].equal(tensor) for key, tensor in seen["after"].items())
+
+
+Make = Callable[..., Attempts]
+SHORT = {"training": {"max_steps": 30, "save_every_steps": 3}, "optimizer": {"lr": 0.001}}
+
+
+@pytest.fixture(scope="module")
+def nursery(cache: Path) -> Iterator[Nursery]:
+    started = Nursery(cache, "deepspeed")
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def make(nursery: Nursery, runs: Runs, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    monkeypatch.setenv("NEXA_CACHE", str(cache))
+
+    def made(**change: Any) -> Attempts:
+        return Attempts(nursery, runs.make(**change), tmp_path / f"attempts-{runs.count}")
+
+    return made
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_killed_and_a_stopped_run_end_with_the_bits_of_an_undisturbed_one(make: Make, stage: int) -> None:
+    digest = make(**SHORT, **zero(stage)).finish(2)["checkpoint"]["weights_digest"]
+    attempts = make(**SHORT, **zero(stage))
+    pids = attempts.start(2)
+    wait_until(lambda: attempts.committed >= 3, timeout_seconds=120, what="a checkpoint", interval_seconds=0.01)
+    os.kill(pids[1], signal.SIGKILL)
+    assert attempts.wait()[1] == -signal.SIGKILL
+    killed_at = attempts.committed
+    attempts.start(2)
+    wait_until(lambda: attempts.step > killed_at, timeout_seconds=120, what="a step", interval_seconds=0.01)
+    attempts.rundir.ask_to_stop()
+    assert attempts.wait() == [75, 75]
+    assert killed_at < attempts.committed < 30
+    assert attempts.finish(2)["checkpoint"]["weights_digest"] == digest
+
+
+def test_one_rank_takes_the_steps_of_two(make: Make) -> None:
+    one, two = make(**SHORT, **zero(2)), make(**SHORT, **zero(2))
+    one.finish(1)
+    two.finish(2)
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in one.run.logs] == pytest.approx([row[key] for row in two.run.logs], rel=1e-5)
+
+
+def test_nothing_is_compiled_nor_said(runs: Runs, tmp_path: Path) -> None:
+    run = runs.make(**zero(3), cluster={"num_nodes": 2}, training={"max_steps": 2, "save_every_steps": 2})
+    compiled = tmp_path / "extensions"
+    run.environment |= {"TORCH_EXTENSIONS_DIR": str(compiled), "CXX": "/bin/false"}
+    assert run.finish()["exit_code"] == 0, run.last  # whose standard output is one JSON document
+    assert not compiled.exists()
+    assert run.last is not None
+    assert not [line for line in run.last.stderr.splitlines() if "Warning" in line or "WARNING" in line]
+
+
+def test_what_deepspeed_is_given_is_decided_by_the_job() -> None:
+    from nexa_train.backend_config.deepspeed import deepspeed_config
+    from nexa_train.config import JobSpec
+    from nexa_train.plan import make_plan
+
+    values = {
+        "data": {"remote_uri": "rows.jsonl"},
+        "training": {"global_batch_size": 16, "microbatch_size_per_gpu": 2, "precision": "bf16", "max_steps": 1},
+        "optimizer": {"max_grad_norm": 0.5},
+        "cluster": {"gpus_per_node": 4},
+        **zero(3, "all"),
+    }
+    spec = JobSpec.model_validate(values)
+    given = deepspeed_config(spec, make_plan(spec))
+    assert json.loads(json.dumps(given)) == given
+    assert (given["train_batch_size"], given["train_micro_batch_size_per_gpu"]) == (16, 2)
+    assert given["gradient_accumulation_steps"] == 2
+    assert given["gradient_clipping"] == 0.5
+    assert given["bf16"]["enabled"]
+    sharding = given["zero_optimization"]
+    assert sharding["stage"] == 3
+    assert sharding["offload_optimizer"] == sharding["offload_param"] == {"device": "cpu", "pin_memory": True}
