@@ -1,0 +1,70 @@
+"""A microbatch that does not fit is made smaller; nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.harness import Runs
+
+pytestmark = pytest.mark.training
+
+PROBE = """
+import torch, transformers, nexa_train.rank
+torch.ones(64, 64) @ torch.ones(64, 64)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData")))
+"""
+ROOM = 450 << 20
+"""Beside what a rank needs before it trains: 64 sequences take several times as much, eight do not."""
+
+LARGE: dict[str, Any] = {
+    "model": {"d_model": 128, "n_layers": 4, "n_heads": 4, "max_seq_len": 512},
+    "data": {"format": "text", "validation": {"rows": 1}},
+    "method": {"type": "pretrain"},
+    "training": {"global_batch_size": 64, "microbatch_size_per_gpu": "auto", "max_steps": 2, "save_every_steps": 1},
+    "cluster": {"resources": {"cpu": "1"}},
+}
+
+
+@pytest.fixture(scope="module")
+def long_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    texts = [" ".join(str(number * factor) for factor in range(1, 400)) for number in range(65)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def limit() -> int:
+    """Bytes of private memory for a rank: enough to start, not for every microbatch."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+    return int(done.stdout) * 1024 + ROOM
+
+
+def test_a_microbatch_that_does_not_fit_is_halved_until_one_does(runs: Runs, long_rows: Path, limit: int) -> None:
+    run = runs.make(**LARGE | {"data": {**LARGE["data"], "remote_uri": str(long_rows)}})
+    outcome = run.finish(prefix=["prlimit", f"--data={limit}"])
+    assert run.last is not None
+    assert outcome["exit_code"] == 0, run.last.stderr
+    assert "ran out of memory with 64 sequences at once" in run.last.stderr
+    world = run.manifests[-1].world
+    assert world["microbatch"] < 64
+    assert world["microbatch"] * world["accumulation"] == 64
+    remembered = sorted(int(path.stem) for path in run.artifacts.glob("checkpoints/*/out-of-memory/*.json"))
+    assert min(remembered) == 2 * world["microbatch"]
+    assert max(remembered) == 64
+    assert [manifest.step for manifest in run.manifests] == [1, 2]
+
+
+def test_a_microbatch_that_was_asked_for_is_never_changed(runs: Runs, long_rows: Path, limit: int) -> None:
+    fixed = {"training": {**LARGE["training"], "microbatch_size_per_gpu": 64}}
+    run = runs.make(**LARGE | {"data": {**LARGE["data"], "remote_uri": str(long_rows)}} | fixed)
+    outcome = run.finish(prefix=["prlimit", f"--data={limit}"])
+    assert (outcome["exit_code"], outcome["cause"], outcome["retryable"]) == (1, "OutOfMemory", False)
+    assert "set training.microbatch_size_per_gpu lower, or to auto" in outcome["message"]
+    assert not run.manifests
