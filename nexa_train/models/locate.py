@@ -24,8 +24,8 @@ from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.errors import ConfigError, NexaError, NotFoundError
 from nexa_train.registry import MODELS, TINY_VOCAB_SIZE, Architecture, scratch
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Decoders whose logits are the head's product and nothing more, so that the loss may apply the head itself."""
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+"""Decoders whose logits are the head's product, perhaps with a soft cap, so that the loss may apply the head itself."""
 
 TINY_TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny_tokenizer"
 

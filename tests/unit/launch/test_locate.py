@@ -41,7 +41,7 @@ def test_other_weights_in_the_same_folder_are_another_origin(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gemma2"}, "is of type gemma2; this version trains llama"),
+        ({"model_type": "gpt2"}, "is of type gpt2; this version trains gemma, gemma2, "),
         ({"model_type": "llama", "max_position_embeddings": 64}, "model.max_seq_len: 512 is more than the 64 tokens"),
         ({"model_type": "llama", "vocab_size": 10}, "embeds 10 ids, but its tokenizer makes 4096"),
     ],
