@@ -93,12 +93,12 @@ def product(
     real_cluster.kubectl("delete", "ntj", "--all", "--wait=true", "--timeout=60s", check=False)
 
 
-def example(name: str | None = None, **groups: dict[str, Any]) -> dict[str, Any]:
+def example(name: str | None = None, **groups: dict[str, Any] | str) -> dict[str, Any]:
     """examples/job.yaml, perhaps under another name and with some keys changed."""
     document: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
     document["metadata"]["name"] = name or document["metadata"]["name"]
     for group, keys in groups.items():
-        document["spec"][group] = {**document["spec"][group], **keys}
+        document["spec"][group] = {**document["spec"][group], **keys} if isinstance(keys, dict) else keys
     return document
 
 
@@ -186,8 +186,10 @@ def test_a_missing_data_file_fails_the_job_at_once_and_says_which(product: Produ
     assert not list(product.minio.client.list_objects("nexa-models", "checkpoints/default-no-data"))
 
 
-def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: Path) -> None:
-    document = example("killed", training={"maxSteps": 120, "saveEverySteps": 10})
+@pytest.mark.parametrize("backend", ["fsdp", "hf", "deepspeed"])
+def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: Path, backend: str) -> None:
+    steps = {"maxSteps": 120, "saveEverySteps": 10}
+    document = example(f"killed-{backend}", backend=backend, training=steps)
     name = product.apply(document)
 
     def checkpointed() -> bool:
@@ -203,6 +205,7 @@ def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: P
     on_the_way = [each for each in seen if 0 < each.get("step", 0) < 120 and each.get("etaSeconds")]
     assert on_the_way, "neither step nor ETA was told while it trained"
     assert all(each["loss"] > 0 and each["progress"] == f"{each['step']}/120" for each in on_the_way)
+    assert product.nexa("verify", status["checkpoint"]["uri"]).returncode == 0
     job = tmp_path / "job.json"
     job.write_text(json.dumps(document))
     outcome = json.loads(
