@@ -49,7 +49,7 @@ class Nursery:
     def start(self, rundir: Path, world: int) -> list[int]:
         """Process ids of the ranks, which run what `rundir` says."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{rundir} {world} {_free_port()}\n")
+        self.process.stdin.write(f"{rundir} {world} {free_port()}\n")
         self.process.stdin.flush()
         return self._answer()
 
@@ -114,7 +114,7 @@ class Attempts:
         return progress.model_dump()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

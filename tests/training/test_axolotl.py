@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from nexa_train.backend_config.axolotl import VERSION, environment
 from nexa_train.config import JobSpec
 from nexa_train.errors import ConfigError, NonFiniteLossError
 from nexa_train.launch.installed import unmet
+from tests.cluster.paths import REPOSITORY
 from tests.cluster.run import wait_until
 from tests.training.harness import Runs
 from tests.training.nursery import Attempts, Nursery
@@ -31,6 +34,16 @@ LONG = {"training": {"max_steps": 40, "save_every_steps": 5}}
 LORA = {"tuning": {"type": "lora", "rank": 4}}
 QLORA = {"tuning": {"type": "qlora", "rank": 4}}
 DPO = {"method": {"type": "dpo", "beta": 0.2}}
+
+TWO_GPUS = {"cluster": {"gpus_per_node": 2}}
+FSDP = {"axolotl": {"sharding": "fsdp"}}
+ZERO = {"axolotl": {"sharding": "deepspeed"}}
+SHARDED: dict[str, dict[str, Any]] = {
+    "fsdp": FSDP,
+    "fsdp-lora": {**FSDP, **LORA},
+    "zero-2": ZERO,
+    "zero-1-lora": {**ZERO, **LORA, "deepspeed": {"zero_stage": 1}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +125,30 @@ def test_steps_are_those_of_the_native_backend(rows: Path, preferences: dict[str
     assert axolotl.validate() == pytest.approx(native.validate(), rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def sharded(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What became of `SHARDED`, each job on two ranks."""
+    folder = tmp_path_factory.mktemp("sharded")
+    jobs = {name: job(rows, **AXOLOTL, **TWO_GPUS, **SHORT, **change) for name, change in SHARDED.items()}
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    command = [sys.executable, "-m", "tests.training.axolotl_sharded", str(folder)]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    done = subprocess.run(command, env=alone, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_it_takes_the_same_steps_and_goes_on_with_the_same_bits(rows: Path, sharded: Path, name: str) -> None:
+    change = {key: value for key, value in SHARDED[name].items() if key == "tuning"}
+    alone, _ = trained(made(job(rows, **AXOLOTL, **SHORT, **change)))
+    whole, resumed = (json.loads((sharded / name / f"{leg}.json").read_text()) for leg in ("whole", "resumed"))
+    assert whole["losses"] == pytest.approx(alone, rel=1e-5)
+    assert resumed["losses"] == whole["losses"][3:]
+    assert resumed["weights"] == whole["weights"]
+    assert ("DeepSpeedEngine" if "zero" in name else "FSDP") in whole["kind"]
+
+
 @pytest.mark.parametrize("change", [pytest.param({}, id="sft"), pytest.param(DPO, id="dpo")])
 def test_qlora_trains_over_weights_of_four_bits(
     rows: Path, preferences: dict[str, Any], change: dict[str, Any]
@@ -125,7 +162,7 @@ def test_qlora_trains_over_weights_of_four_bits(
     assert backend.validate() < before
     kinds = {type(module).__name__ for module in backend.causal.modules()}
     assert "Linear4bit" in kinds
-    staged = backend.stage().ready()
+    staged = backend.stage().ready().ready()
     assert {piece.tensor.dtype for piece in [*staged.weights.values(), *staged.optimizer.values()]} == {torch.float32}
     assert all("lora_" in name for name in staged.weights)
 
@@ -178,10 +215,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser_moves(rows: Path) 
     backend = made(job(rows, **AXOLOTL))
     with torch.no_grad():
         backend.causal.base_model.norm.weight[0] = float("nan")
-    before = {name: piece.tensor.clone() for name, piece in backend.stage().ready().weights.items()}
+    before = {name: piece.tensor.clone() for name, piece in backend.stage().ready().ready().weights.items()}
     with pytest.raises(NonFiniteLossError, match=r"step 1, rank 0.*sequences were \[.*samples \["):
         trained(backend)
-    for name, piece in backend.stage().ready().weights.items():
+    for name, piece in backend.stage().ready().ready().weights.items():
         torch.testing.assert_close(piece.tensor, before[name], equal_nan=True, rtol=0, atol=0)
 
 
