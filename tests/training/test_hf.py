@@ -18,14 +18,16 @@ DPO = {"method": {"type": "dpo"}, "data": {"format": "preference"}, "optimizer":
 PARTIAL = {"max_steps": None, "epochs": 1, "global_batch_size": 12, "microbatch_size_per_gpu": 2}
 """88 sequences, 12 a step: the eighth has four, all of them the first rank's."""
 
+FEW = {"max_steps": 6}
+
 CASES: dict[str, dict[str, Any]] = {
     "sft": {"training": {"max_steps": 20}},
-    "sft with lora": {"tuning": LORA},
-    "sft packed": {"data": {"packing": True}, "model": {"max_seq_len": 160}},
+    "sft with lora": {"tuning": LORA, "training": FEW},
+    "sft packed": {"data": {"packing": True}, "model": {"max_seq_len": 160}, "training": FEW},
     "sft to a partial step": {"training": PARTIAL},
-    "sft recomputing activations": {"training": {"activation_checkpointing": True, "max_steps": 6}},
+    "sft recomputing activations": {"training": {**FEW, "activation_checkpointing": True}},
     "dpo": {**DPO, "training": {"max_steps": 20}},
-    "dpo with lora": {**DPO, "tuning": LORA},
+    "dpo with lora": {**DPO, "tuning": LORA, "training": FEW},
     "dpo to a partial step": {**DPO, "training": PARTIAL},
 }
 """What both backends take."""
@@ -58,6 +60,7 @@ def jobs(rows: Path, pairs: Path, model_folder: Path) -> dict[tuple[str, str], d
         "backend": "hf",
         "model": {"d_model": None, "n_layers": None, "n_heads": None, "name": str(model_folder)},
         "tuning": {"type": "qlora", "rank": 4},
+        "training": FEW,
     }
     for name, change in QLORA.items():
         made[name, "hf"] = job(pairs if name.startswith("dpo") else rows, **quantised, **change)
