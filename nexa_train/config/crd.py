@@ -71,7 +71,7 @@ CROSS_FIELD: dict[str, list[Schema]] = {
     ],
     "DeepspeedSpec": [
         _rule(
-            "self.offload != 'all' || self.zeroStage == 3",
+            "!has(self.offload) || self.offload != 'all' || self.zeroStage == 3",
             "offload all needs zeroStage 3, which shards weights",
             "offload",
         )
