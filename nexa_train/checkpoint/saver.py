@@ -271,7 +271,7 @@ class _Gather:
         """This rank's own tensor, whole once the works that are returned too are done."""
         spans = self.spans[item]
         mine = self._piece(item)
-        if mine is not None and len(spans) == 1:
+        if mine is not None and [span.rank for span in spans] == [self.wire.rank]:
             return mine.tensor, []
         whole, works = torch.empty(item[1].num_bytes, dtype=torch.uint8), []
         size = item[1].item_bytes

@@ -349,6 +349,7 @@ def two_ranks(rank: int, folder: str) -> None:
         _read_and_write(path, rank)
         _fail_together(path, rank)
         _stage_replicas(path, rank)
+        _stage_one_row(path, rank)
     finally:
         dist.destroy_process_group()
 
@@ -401,6 +402,19 @@ def _stage_replicas(path: Path, rank: int) -> None:
     staged = state.stage(1)
     assert len(staged.weights) == 2
     save(make_saver(path, LocalStore(path / "replicas"), rank=rank, world=2), staged)
+
+
+def _stage_one_row(path: Path, rank: int) -> None:
+    """Of weights of one row, as adapters of rank 1 have, the second rank writes some and holds nothing."""
+    import torch
+
+    from nexa_train.backends.base import Piece, Staged
+
+    held = torch.ones(1 - rank, 4)
+    weights, moments = ({name: Piece(held, 4 * rank, (1, 4)) for name in names} for names in ("ab", "cd"))
+    store = LocalStore(path / "one-row")
+    save(make_saver(path, store, rank=rank, world=2), Staged(weights, moments, 1))
+    assert_equal(fetched(store, 1, path / f"one-row-{rank}"), dict.fromkeys("abcd", torch.ones(1, 4)))
 
 
 def test_two_ranks_read_what_one_wrote_and_one_reads_what_two_wrote(tmp_path: Path) -> None:
