@@ -158,7 +158,8 @@ class ZeroState:
         for flat in {id(share.flat): share.flat for share in self.shares}.values():
             # As AdamW would at its first step; a state can be asked for, or restored, before that.
             zeros = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
-            self.moments[flat] = {"step": torch.tensor(0.0), **zeros}
+            # The fused kernel reads the count where the weights are.
+            self.moments[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
 
     @torch.no_grad()
     def stage(self, step: int) -> Staged:
