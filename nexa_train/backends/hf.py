@@ -53,9 +53,11 @@ class HfBackend:
         if not isinstance(spec.tuning, FullTuning):
             self.lora = lora_config(spec.tuning, self.causal)
             self.model = get_peft_model(self.causal, self.lora)
+        self.reference: PreTrainedModel | None = build_reference(spec, located, tokenizer)
         if torch.cuda.is_available() and spec.tuning.type != "qlora":
             self.model.to("cuda")
-        self.reference: PreTrainedModel | None = build_reference(spec, located, tokenizer)
+            if self.reference is not None:
+                self.reference.to("cuda")  # TRL would, but validation comes before
         self.optimizer = make_optimizer(spec.optimizer, self.causal.named_parameters())
         self.torch_state = TorchState(
             self.causal,
