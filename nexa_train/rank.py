@@ -43,6 +43,10 @@ def main(folder: str) -> int:
         _run(rundir, rank)
     except Exception as exc:  # noqa: BLE001 - a rank must say what ended it, whatever it was
         return _ended_by(exc, rundir, rank)
+    finally:
+        if dist.is_initialized():
+            # After the last words: the others fail when the connections go, and whoever speaks first is the cause.
+            dist.destroy_process_group()
     return 0
 
 
@@ -78,14 +82,10 @@ def _run(rundir: RunDir, rank: int) -> None:
     if world > 1:
         # Flags and sums of a few bytes live on the CPU also where weights do not.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        context = make_context(work, rank, world)
-        facts = RunFacts(work.job, work.attempt, work.dataset, work.code, work.world_facts())
-        store = open_store(work.store_uri)
-        TrainingPipeline(context, facts, store, rundir, local_rank=local_rank).run()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    context = make_context(work, rank, world)
+    facts = RunFacts(work.job, work.attempt, work.dataset, work.code, work.world_facts())
+    store = open_store(work.store_uri)
+    TrainingPipeline(context, facts, store, rundir, local_rank=local_rank).run()
 
 
 def configure(work: RankWork, local_rank: int) -> None:
