@@ -36,7 +36,7 @@ def main(folder: str) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks for stacks when a step hangs
     rundir = RunDir(Path(folder))
     rank = int(os.environ.get("RANK", "0"))
-    rundir.stop_on_signals()
+    rundir.stop_on_signals(of_a_rank=True)
     # Blocked by the launcher until now; one that came meanwhile is obeyed here.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:

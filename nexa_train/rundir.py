@@ -2,6 +2,7 @@
 
     run.json             what the ranks are to do (launcher -> ranks)
     stop                 exists: commit a checkpoint and end (launcher -> ranks)
+    stop-ranks           the same, but said to a rank by a signal: it ends these ranks, not those that may follow
     progress.json        `protocol.Progress` of this node (local rank 0 -> launcher)
     outcome-RANK.json    `protocol.Termination` of a rank that failed (ranks -> launcher)
     warnings             what a person should read (ranks -> launcher)
@@ -34,7 +35,7 @@ class RunDir:
     def write_run(self, document: dict[str, Any]) -> Path:
         """Hand the ranks their work and forget what earlier ones told. A stop that was asked for stays asked for."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for path in [*self.path.glob("outcome-*.json"), self.path / "progress.json"]:
+        for path in [*self.path.glob("outcome-*.json"), self.path / "progress.json", self.path / "warnings"]:
             path.unlink(missing_ok=True)
         _replace(self.path / "run.json", json.dumps(document))
         return self.path / "run.json"
@@ -43,23 +44,32 @@ class RunDir:
         """What `write_run` wrote."""
         return dict(json.loads((self.path / "run.json").read_text(encoding="utf-8")))
 
-    def ask_to_stop(self) -> None:
+    def ask_to_stop(self, name: str = "stop") -> None:
         """Have the ranks commit a checkpoint after the current step and end."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "stop").touch()
+        (self.path / name).touch()
 
-    def stop_on_signals(self) -> None:
-        """SIGTERM and Ctrl-C ask to stop from now on; nothing is torn down in the handler."""
+    def forget_ranks_stop(self) -> None:
+        """Let other ranks follow those that were ended by a signal; what the launcher was asked stays asked for."""
+        (self.path / "stop-ranks").unlink(missing_ok=True)
+
+    def stop_on_signals(self, *, of_a_rank: bool = False) -> None:
+        """SIGTERM and Ctrl-C ask to stop from now on; nothing is torn down in the handler.
+
+        Args:
+            of_a_rank: torchrun sends SIGTERM to the ranks that are left when one has failed, which says nothing about
+                those that the launcher may start next.
+        """
 
         def ask(_signal: int, _frame: FrameType | None) -> None:
-            self.ask_to_stop()
+            self.ask_to_stop("stop-ranks" if of_a_rank else "stop")
 
         signal.signal(signal.SIGTERM, ask)
         signal.signal(signal.SIGINT, ask)
 
     def stop_asked(self) -> bool:
         """Whether `ask_to_stop` was called."""
-        return (self.path / "stop").exists()
+        return any((self.path / name).exists() for name in ("stop", "stop-ranks"))
 
     def saving(self, step: int, rank: int) -> Path:
         """Where a rank writes its files of a checkpoint before they are published."""

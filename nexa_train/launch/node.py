@@ -74,7 +74,9 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
         print(f"nexa: {note}", file=sys.stderr, flush=True)
     sizes, threads = architecture(job.spec.model, located), available_processors(job) // node.ranks or 1
     precision = usable_precision(job)
-    plan = make_plan(job.spec, num_sequences=prepared.num_sequences, architecture=sizes, threads=threads)
+    plan = make_plan(
+        job.spec, num_sequences=prepared.num_sequences, architecture=sizes, threads=threads, precision=precision
+    )
     found_out = {"microbatch": plan.microbatch, "threads": plan.threads}
     frozen = claim_run(store, job.run_id, _identity(job, prepared, located, tokenizer), frozen=found_out)
     plan = make_plan(
@@ -127,6 +129,7 @@ def run_node(
         if node.count > 1:
             return ended  # the other nodes' ranks ended too: all begin again with the next attempt
         print(f"nexa: {ended.message}; trying fewer", file=sys.stderr, flush=True)
+        rundir.forget_ranks_stop()
 
 
 def _run_ranks(
@@ -148,7 +151,8 @@ def _run_ranks(
             os.killpg(ranks.pid, signal.SIGKILL)
             ranks.wait()
         rundir.drop_tensors()
-    if ended.cause == "Killed" and out_of_memory_kills() > killed_before:
+    # Where it was one of several, the others' words are the last: they lost the connection to it.
+    if ended.exit_code == 1 and ended.retryable and out_of_memory_kills() > killed_before:
         message = f"the kernel killed a rank for memory with {work.plan.microbatch} sequences at once"
         return ended.model_copy(update={"cause": OUT_OF_MEMORY, "message": message})
     return ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -33,6 +34,32 @@ def test_a_stop_that_was_asked_for_before_the_ranks_started_stays_asked_for(rund
     rundir.ask_to_stop()
     rundir.write_run({"attempt": 1})
     assert rundir.stop_asked()
+
+
+def test_what_torchrun_tells_the_ranks_of_a_failed_one_does_not_stop_those_that_follow(rundir: RunDir) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    rundir.stop_on_signals(of_a_rank=True)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
+    assert rundir.stop_asked()
+    rundir.forget_ranks_stop()
+    assert not rundir.stop_asked()
+
+
+def test_a_stop_that_the_launcher_was_asked_for_is_not_forgotten_with_its_ranks(rundir: RunDir) -> None:
+    rundir.ask_to_stop()
+    rundir.forget_ranks_stop()
+    assert rundir.stop_asked()
+
+
+def test_what_earlier_ranks_warned_of_is_not_told_again(rundir: RunDir) -> None:
+    rundir.warn("a damaged checkpoint is not used")
+    assert rundir.warnings() == ["a damaged checkpoint is not used"]
+    rundir.write_run({"attempt": 1})
+    assert rundir.warnings() == []
 
 
 def test_a_stop_is_seen_once_it_was_asked_for(rundir: RunDir) -> None:
