@@ -81,22 +81,16 @@ def make_plan(
         num_sequences: in the prepared data, an epoch; None: not prepared.
         architecture: of the model, where known.
         threads: CPU threads of a rank where cluster.threads_per_rank does not say.
-        microbatch: what `auto` resolved to when this run began; it is frozen from then on.
+        microbatch: what `auto` resolved to when this run began. It stays, or with more ranks becomes the largest
+            below it that divides what is left to each.
         too_large: the smallest microbatch that ran out of memory since then; `auto` stays below it.
         precision: what this machine can do of what the job asks for; None: all.
-
-    Raises:
-        ConfigError: a frozen microbatch does not divide what this world size leaves to each rank; or not even
-            one sequence at a time fits into memory.
     """
+    if precision is not None:
+        spec = in_precision(spec, precision)
     cluster, training = spec.cluster, spec.training
     per_rank = training.global_batch_size // cluster.world_size
     chosen = _below(per_rank, _microbatch(spec, architecture, microbatch), too_large)
-    if per_rank % chosen:
-        raise ConfigError(
-            f"training.microbatch_size_per_gpu: this run began with {chosen}, which does not divide the "
-            f"{per_rank} sequences that each of {cluster.world_size} ranks takes; use another number of ranks"
-        )
     total = training.max_steps * training.global_batch_size if training.max_steps else None
     if total is None and num_sequences is not None:
         total = max(1, round((training.epochs or 1.0) * num_sequences))
@@ -111,10 +105,15 @@ def make_plan(
         total_sequences=total,
         save_every=training.save_every_steps,
         threads=cluster.threads_per_rank or threads,
-        precision=precision or training.precision,
+        precision=training.precision,
         memory=estimate_memory(spec, architecture, chosen) if architecture else None,
         checkpoint_bytes=estimate_checkpoint(spec, architecture) if architecture else None,
     )
+
+
+def in_precision(spec: JobSpec, precision: str) -> JobSpec:
+    """The same job in the number format that a machine has."""
+    return spec.model_copy(update={"training": spec.training.model_copy(update={"precision": precision})})
 
 
 def estimate_memory(spec: JobSpec, architecture: Architecture, microbatch: int) -> Memory:
@@ -194,15 +193,9 @@ def _microbatch(spec: JobSpec, architecture: Architecture | None, frozen: int | 
 
 
 def _below(per_rank: int, microbatch: int, too_large: int | None) -> int:
-    """The microbatch, or the largest that divides a rank's share and is smaller than what did not fit."""
-    if too_large is None or microbatch < too_large:
-        return microbatch
-    if too_large == 1:
-        raise ConfigError(
-            "training.microbatch_size_per_gpu: auto came down to 1 and even that ran out of memory; lower "
-            "model.max_seq_len, set training.activation_checkpointing, or use more ranks or memory"
-        )
-    return max(size for size in range(1, too_large) if per_rank % size == 0)
+    """The largest that divides a rank's share, is not above the microbatch and is smaller than what did not fit."""
+    most = microbatch if too_large is None else min(microbatch, too_large - 1)
+    return max((size for size in range(1, most + 1) if per_rank % size == 0), default=1)
 
 
 def _budget(spec: JobSpec) -> float:

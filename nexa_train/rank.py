@@ -69,9 +69,15 @@ def ran_out_of_memory(exc: Exception) -> bool:
 
 def out_of_memory_message(work: RankWork, rank: int, told: str) -> str:
     """What is said of it: with how many sequences, by whom, and what to do."""
-    advice = "" if work.adapts_microbatch else "; set training.microbatch_size_per_gpu lower, or to auto"
+    at_once = work.plan.microbatch
+    if work.adapts_microbatch:
+        advice = ""
+    elif at_once > 1:
+        advice = "; set training.microbatch_size_per_gpu lower, or to auto"
+    else:
+        advice = "; lower model.max_seq_len, set training.activation_checkpointing, or use more ranks or memory"
     cut = " ".join(told.split())[:300]
-    return f"rank {rank} ran out of memory with {work.plan.microbatch} sequences at once: {cut}{advice}"
+    return f"rank {rank} ran out of memory with {at_once} sequence{'s' * (at_once > 1)} at once: {cut}{advice}"
 
 
 def _run(rundir: RunDir, rank: int) -> None:

@@ -2,6 +2,7 @@
 
 One object a size, `out-of-memory/SIZE.json` beside the run's checkpoints, so that every node of every later
 attempt comes to the same smaller microbatch. The global batch stays what it is: accumulation makes up for it.
+One sequence is never noted: what it needs may be there next time, in more memory or over more ranks.
 """
 
 from __future__ import annotations

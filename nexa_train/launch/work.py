@@ -10,7 +10,7 @@ from nexa_train.config.job import Job
 from nexa_train.config.spec import JobSpec
 from nexa_train.data.prepare import Prepared
 from nexa_train.models.locate import Located
-from nexa_train.plan import Memory, TrainPlan
+from nexa_train.plan import Memory, TrainPlan, in_precision
 from nexa_train.provenance import processor
 from nexa_train.registry import Architecture
 
@@ -35,14 +35,14 @@ class RankWork:
     @property
     def spec(self) -> JobSpec:
         """What the job asks for, in the precision that this machine has."""
-        training = self.job.spec.training.model_copy(update={"precision": self.plan.precision})
-        return self.job.spec.model_copy(update={"training": training})
+        return in_precision(self.job.spec, self.plan.precision)
 
     @property
     def adapts_microbatch(self) -> bool:
         """Whether another attempt may take fewer sequences at once."""
         training = self.job.spec.training
-        return training.microbatch_size_per_gpu == "auto" and training.grad_accumulation_steps == "auto"
+        chosen = (training.microbatch_size_per_gpu, training.grad_accumulation_steps)
+        return self.plan.microbatch > 1 and chosen == ("auto", "auto")
 
     def world_facts(self) -> dict[str, Any]:
         """The world that these bits hold for."""

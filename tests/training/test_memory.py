@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 
+from nexa_train.config.job import Job
+from nexa_train.launch.node import Node, make_ready
+from nexa_train.launch.work import RankWork
 from tests.training.harness import Runs
+from tests.training.ranks import job
 
 pytestmark = pytest.mark.training
 
@@ -68,3 +72,20 @@ def test_a_microbatch_that_was_asked_for_is_never_changed(runs: Runs, long_rows:
     assert (outcome["exit_code"], outcome["cause"], outcome["retryable"]) == (1, "OutOfMemory", False)
     assert "set training.microbatch_size_per_gpu lower, or to auto" in outcome["message"]
     assert not run.manifests
+
+
+@pytest.mark.parametrize(
+    ("microbatch", "advice"), [(1, "lower model.max_seq_len"), (2, "microbatch_size_per_gpu lower")]
+)
+def test_what_would_help_is_said_where_no_smaller_microbatch_will_be_tried(
+    tmp_path: Path, rows: Path, microbatch: int, advice: str
+) -> None:
+    from nexa_train.rank import out_of_memory_message
+
+    artifacts = {"uri": str(tmp_path)}
+    values = job(rows, artifacts=artifacts, training={"microbatch_size_per_gpu": microbatch})
+    work = make_ready(Job.model_validate({"metadata": {"name": "test"}, "spec": values}), Node())
+    assert isinstance(work, RankWork)
+    message = out_of_memory_message(work, 3, "you tried to allocate\n9 bytes")
+    assert message.startswith("rank 3 ran out of memory with ")
+    assert advice in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,10 @@ def test_the_world_of_a_manifest_is_what_the_bits_depend_on() -> None:
         "backend": "fsdp",
         "precision": "fp32",
     }
+
+
+@pytest.mark.parametrize(("microbatch", "adapts"), [(4, True), (2, True), (1, False)])
+def test_a_microbatch_gives_way_down_to_one(microbatch: int, adapts: bool) -> None:
+    described = job(training={"global_batch_size": 4})
+    plan = make_plan(described.spec, num_sequences=10, architecture=MODELS["tiny"].architecture, microbatch=microbatch)
+    assert replace(work(None), job=described, plan=plan).adapts_microbatch is adapts
