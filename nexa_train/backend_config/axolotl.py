@@ -58,7 +58,7 @@ def axolotl_config(
         ConfigError: Axolotl has no way to say what the job asks for.
     """
     return {
-        **_model(spec, base_model or spec.model.name),
+        **_model(spec, plan, base_model or spec.model.name),
         **_data(spec),
         **_tuning(spec),
         **_steps(spec, plan),
@@ -69,7 +69,13 @@ def axolotl_config(
     }
 
 
-def _model(spec: JobSpec, base_model: str) -> dict[str, Any]:
+def _model(spec: JobSpec, plan: TrainPlan, base_model: str) -> dict[str, Any]:
+    if spec.model.attn == "flash" and spec.data.packing and plan.microbatch > 1:
+        # transformers 5, modeling_flash_attention_utils.py: packed samples are looked for in a batch of one row.
+        raise ConfigError(
+            f"model.attn: flash on backend axolotl keeps packed samples apart in microbatches of one sequence alone, "
+            f"not of {plan.microbatch}; set training.microbatch_size_per_gpu 1, or model.attn sdpa"
+        )
     return {
         "base_model": base_model,
         "model_type": "AutoModelForCausalLM",

@@ -133,6 +133,14 @@ def test_a_fractional_alpha_is_refused_by_name() -> None:
         config_of(tuning={"type": "lora", "rank": 4, "alpha": 2.5})
 
 
+def test_flash_attention_that_would_mix_packed_samples_is_refused() -> None:
+    packed: dict[str, Any] = GPU | {"model": {"attn": "flash"}, "data": {"remote_uri": "rows", "packing": True}}
+    with pytest.raises(ConfigError, match=r"^model\.attn: flash .* not of 4; set training.microbatch_size_per_gpu 1"):
+        config_of(**packed, training={"microbatch_size_per_gpu": 4})
+    for allowed in (packed | {"training": {"microbatch_size_per_gpu": 1}}, packed | {"model": {"attn": "sdpa"}}):
+        judged(config_of(**allowed))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
