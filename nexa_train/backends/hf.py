@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,11 +75,13 @@ class HfBackend:
 
     def validate(self) -> float | None:
         """See `loop.mean_loss`."""
-        spec = self.context.spec
+        spec, context = self.context.spec, self.context
         module = make_loss(spec.method, self.causal, self.reference, bf16=spec.training.precision == "bf16")
-        # TRL takes preferences a sample a row, so that model's attention is transformers' own.
-        padded = isinstance(spec.method, DpoMethod)
-        return mean_loss(module, self.context.validation, self.context, padded=padded)
+        if isinstance(spec.method, DpoMethod):
+            # TRL takes preferences a sample a row, so this model's attention is transformers' own. All kinds of it
+            # keep the samples of a pair apart where they are all there is: flash does not look into further rows.
+            context = replace(context, plan=replace(context.plan, microbatch=1))
+        return mean_loss(module, context.validation, context)
 
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """Let TRL take the remaining steps."""
