@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from nexa_train.errors import ConfigError, NexaError, StoppedError
 from nexa_train.launch.lifeline import die_with_parent
 from nexa_train.launch.work import RankWork
 from nexa_train.pipeline import RunFacts, TrainingPipeline
+from nexa_train.plan import TrainPlan
 from nexa_train.rundir import RunDir
 from nexa_train.store import open_store
 
@@ -88,10 +90,25 @@ def _run(rundir: RunDir, rank: int) -> None:
     if world > 1:
         # Flags and sums of a few bytes live on the CPU also where weights do not.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        work = replace(work, plan=agreed(work.plan))
     context = make_context(work, rank, world)
     facts = RunFacts(work.job, work.attempt, work.dataset, work.code, work.world_facts())
     store = open_store(work.store_uri)
     TrainingPipeline(context, facts, store, rundir, local_rank=local_rank).run()
+
+
+def agreed(plan: TrainPlan) -> TrainPlan:
+    """The plan with the smallest microbatch of all ranks' plans, and in fp32 if any is.
+
+    Each node's launcher looks by itself at what ran out of memory before, perhaps a moment before it is noted, and at
+    what its processor can do; ranks that add up in different ways would wait for each other for ever.
+    """
+    least = torch.tensor([plan.microbatch, plan.precision == "bf16"], dtype=torch.int64)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    microbatch, bf16 = least.tolist()
+    accumulation = plan.microbatch * plan.accumulation // microbatch
+    precision = "bf16" if bf16 else "fp32"
+    return replace(plan, microbatch=microbatch, accumulation=accumulation, precision=precision)
 
 
 def configure(work: RankWork, local_rank: int) -> None:

@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 
+from nexa_train.artifact.publish import newest_valid
 from nexa_train.config.job import Job
-from nexa_train.launch.node import Node, make_ready
+from nexa_train.launch.memory import remember_too_large
+from nexa_train.launch.node import Node, make_ready, rank_environment
 from nexa_train.launch.work import RankWork
+from nexa_train.rundir import RunDir
+from nexa_train.store import open_store
 from tests.training.harness import Runs
+from tests.training.nursery import free_port
 from tests.training.ranks import job
 
 pytestmark = pytest.mark.training
@@ -89,3 +94,34 @@ def test_what_would_help_is_said_where_no_smaller_microbatch_will_be_tried(
     message = out_of_memory_message(work, 3, "you tried to allocate\n9 bytes")
     assert message.startswith("rank 3 ran out of memory with ")
     assert advice in message
+
+
+def test_nodes_that_hear_at_different_times_of_what_did_not_fit_agree(
+    tmp_path: Path, rows: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEXA_CACHE", str(cache))
+    training = {"microbatch_size_per_gpu": "auto", "max_steps": 2}
+    artifacts, cluster = {"uri": str(tmp_path / "artifacts")}, {"num_nodes": 2}
+    values = job(rows, artifacts=artifacts, cluster=cluster, training=training)
+    described = Job.model_validate({"metadata": {"name": "test"}, "spec": values})
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    ranks = []
+    for index in range(2):
+        node = Node(index, 2)
+        work = make_ready(described, node)
+        assert isinstance(work, RankWork)
+        assert work.plan.microbatch == (4, 2)[index]
+        remember_too_large(open_store(work.store_uri), work)
+        folder = tmp_path / f"node-{index}"
+        RunDir(folder).write_run(work.to_dict())
+        environment = rank_environment(work, node) | rendezvous | {"RANK": str(index)}
+        ranks.append(subprocess.Popen([sys.executable, "-m", "nexa_train.rank", str(folder)], env=environment))
+    try:
+        assert [rank.wait(90) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    committed = newest_valid(open_store(artifacts["uri"]), described.run_id).committed
+    assert committed is not None
+    world = committed.manifest.world
+    assert (world["microbatch"], world["accumulation"], world["ranks"]) == (2, 2, 2)
