@@ -9,6 +9,7 @@ a process that has imported Axolotl already, and again from the checkpoint of it
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -28,7 +29,8 @@ STEP = 3
 
 def main(folder: Path) -> None:
     """Train all jobs; FOLDER/NAME/LEG.json says what became of each: losses, and the trained weights as lists."""
-    import nexa_train.backends.axolotl  # noqa: F401 - what a fork finds imported
+    for module in ("nexa_train.backends.axolotl", "axolotl.core.builders", "deepspeed"):
+        importlib.import_module(module)  # what a fork finds imported
 
     for name, values in json.loads((folder / "jobs.json").read_text(encoding="utf-8")).items():
         (folder / name).mkdir()

@@ -3,8 +3,8 @@
 What runs is the rank's own `main` with the environment that torchrun gives it, ended like torchrun ends ranks: when
 one fails, the others are killed. So a test can kill a run dozens of times without waiting for imports.
 
-`python -m tests.training.nursery BACKEND` reads lines `RUNDIR WORLD PORT` and answers each with the ranks' process
-ids, and with their exit codes once all have ended.
+`python -m tests.training.nursery BACKEND MODULE...` reads lines `RUNDIR WORLD PORT` and answers each with the ranks'
+process ids, and with their exit codes once all have ended.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from tests.training.harness import Run
 class Nursery:
     """Starts ranks and says how they ended."""
 
-    def __init__(self, cache: Path, backend: str = "fsdp") -> None:
+    def __init__(self, cache: Path, backend: str = "fsdp", *modules: str) -> None:
         fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MKL_CBWR": "AUTO", "PYTHONHASHSEED": "0"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.training.nursery", backend],
+            [sys.executable, "-m", "tests.training.nursery", backend, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **fixed, "NEXA_CACHE": str(cache)},
@@ -154,7 +154,7 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     # What a fork finds imported.
-    for module in ("nexa_train.rank", f"nexa_train.backends.{sys.argv[1]}"):
+    for module in ("nexa_train.rank", f"nexa_train.backends.{sys.argv[1]}", *sys.argv[2:]):
         importlib.import_module(module)
     for line in sys.stdin:
         rundir, world, port = line.split()
