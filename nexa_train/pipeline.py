@@ -209,7 +209,7 @@ class TrainingPipeline:
         record = self.record
         metrics = {
             "loss": record.loss,
-            "perplexity": None if record.loss is None else math.exp(min(record.loss, 700.0)),
+            "perplexity": self._perplexity(),
             "validation_loss": record.validation_loss,
             "initial_validation_loss": record.initial_validation_loss,
         }
@@ -223,6 +223,12 @@ class TrainingPipeline:
             cursor={"sequences": min(self.step * self.context.plan.global_batch, self.context.order.total)},
             logs=record.logs,
         )
+
+    def _perplexity(self) -> float | None:
+        """None for preferences, whose loss is not one of tokens."""
+        if self.record.loss is None or self.context.spec.method.type == "dpo":
+            return None
+        return math.exp(min(self.record.loss, 700.0))
 
     def _adopt(self, committed: Committed) -> None:
         manifest, metrics = committed.manifest, committed.manifest.metrics

@@ -144,7 +144,7 @@ class Backend(Protocol):
         """
 
     def validate(self) -> float | None:
-        """Mean loss over the validation split's target tokens; None: nothing is held out, or a stop came between."""
+        """Mean loss over the validation split's target tokens, or pairs; None: none are, or a stop came between."""
 
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """Take the remaining steps; ends early when `after_step` returns True.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -27,7 +28,7 @@ from nexa_train.rundir import RunDir
 from nexa_train.store.base import Stored
 from nexa_train.store.local import LocalStore
 from tests.cluster.run import wait_until
-from tests.training.harness import Run, Runs
+from tests.training.harness import Run, Runs, merged, write_pairs
 
 if TYPE_CHECKING:
     from nexa_train.pipeline import TrainingPipeline
@@ -105,6 +106,21 @@ def test_training_goes_on_during_a_save_and_the_next_save_waits_for_it(runs: Run
     rows = [row for manifest in run.manifests for row in manifest.logs]
     assert [row["step"] for row in rows if "save_stall_seconds" in row] == [2, 4, 6]
     assert rows[3]["save_background_seconds"] > 0
+
+
+def test_tokens_have_a_perplexity_and_preferences_have_none(runs: Runs, cache: Path, tmp_path: Path) -> None:
+    once: dict[str, Any] = {"training": {"max_steps": 1}, "data": {"validation": {"rows": None}}}
+    tokens = runs.make(**once)
+    folder = tmp_path / "preferred"
+    folder.mkdir()
+    preferred = Runs(cache, write_pairs(folder / "pairs.jsonl"), folder).make(
+        **merged(once, {"method": {"type": "dpo"}, "data": {"format": "preference"}})
+    )
+    for run in (tokens, preferred):
+        pipeline_of(run).run()
+    found, without = (run.manifests[0].metrics for run in (tokens, preferred))
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert without.keys() == {"loss"}
 
 
 def test_a_store_that_fails_in_the_background_ends_the_run_with_its_words(runs: Runs) -> None:
