@@ -21,6 +21,9 @@ FUSED, EXPLICIT = "nexa-fused", "nexa-explicit"
 FLASH_HEAD = 256
 """Channels of a head that torch's flash attention takes at most."""
 
+FLASH_CAPABILITY = (8, 0)
+"""Of the GPUs that it runs on, at least: Ampere."""
+
 
 def sample_edges(position_ids: Tensor) -> Tensor:
     """Where samples begin, and the end of the last: int32 [samples + 1].
@@ -109,7 +112,9 @@ def _explicit(
 
 
 def _has_flash(value: Tensor) -> bool:
-    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and value.shape[-1] <= FLASH_HEAD
+    if not value.is_cuda or torch.cuda.get_device_capability(value.device) < FLASH_CAPABILITY:
+        return False
+    return value.dtype in (torch.bfloat16, torch.float16) and value.shape[-1] <= FLASH_HEAD
 
 
 def _flash(rows: list[Tensor], edges: Tensor, longest: int, scaling: float, window: int | None) -> Tensor:
