@@ -128,7 +128,10 @@ class LocalStore:
 
     def _sweep(self) -> None:
         """Remove the temporary files that nobody writes any more."""
-        for path in _files(self._temporaries, skip=Path()):
+        temporaries: builtins.list[Path] = []
+        with contextlib.suppress(OSError):
+            temporaries = builtins.list(_files(self._temporaries, skip=Path()))
+        for path in temporaries:
             with contextlib.suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -146,7 +149,11 @@ class LocalStore:
 
 
 def _files(folder: Path, *, skip: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
+    def refuse(exc: OSError) -> None:
+        if not isinstance(exc, FileNotFoundError | NotADirectoryError):  # pruned, or never there
+            raise exc  # or checkpoints that cannot be listed would pass for none
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if Path(parent, name) != skip]
         yield from (Path(parent, name) for name in names)
 

@@ -127,3 +127,13 @@ def test_a_folder_without_permission_is_refused_with_its_name(tmp_path: Path) ->
 
     with pytest.raises(RefusedError, match="Permission denied"):
         open_store(tmp_path).probe()
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_and_does_not_pass_for_an_empty_one(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.create("run/k", b"x")
+    (tmp_path / "loop").symlink_to("loop")
+
+    with pytest.raises(RefusedError, match="cannot list loop in"):
+        store.list("loop")
+    assert store.list("none") == store.list("run/k") == []
