@@ -122,6 +122,22 @@ def between(minio: MinioServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         proxy.close()
 
 
+def test_a_bucket_where_nothing_may_be_deleted_can_be_trained_to(
+    minio: MinioServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = minio.make_bucket()
+    allowed = {"Effect": "Allow", "Principal": "*", "Action": ["s3:GetObject", "s3:PutObject", "s3:ListBucket"]}
+    places = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
+    policy = {"Version": "2012-10-17", "Statement": [allowed | {"Resource": places}]}
+    minio.client.set_bucket_policy(bucket, json.dumps(policy))
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    store = open_store(f"s3://{bucket}")
+
+    with pytest.raises(RefusedError, match="cannot delete k in bucket"):
+        store.delete("k")
+    store.probe()
+
+
 def test_a_server_that_ignores_the_condition_is_refused_by_name(
     minio: MinioServer, between: Callable[..., FaultProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
