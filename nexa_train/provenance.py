@@ -12,7 +12,11 @@ from typing import Any
 
 from nexa_train.config.protocol import ENV_IMAGE
 
-PACKAGES = ("nexa-train", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
+PACKAGES = (
+    "nexa-train", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed", "axolotl",
+    "safetensors", "tokenizers", "numpy",
+)  # fmt: skip
+"""What decides weights, or how they are written."""
 
 CPUINFO = Path("/proc/cpuinfo")
 
