@@ -1,10 +1,10 @@
-"""Training speed and memory beside TRL and a plain loop: every side in one run, by turns, each at its best.
+"""Training speed and memory beside TRL and a plain loop: every side in one run, by turns.
 
     make bench                                  with data preparation and checkpoints
     python -m benchmarks.trainer                some 15 minutes
     python -m benchmarks.trainer --quick        sft and head only, in 3
     python -m benchmarks.trainer --only bf16    where the processor has units for it
-    python -m benchmarks.trainer --only search  what TRL's best settings are here
+    python -m benchmarks.trainer --only search  which of TRL's settings are fastest here
 
 What is compared, and how to read it, is in docs/benchmarks.md.
 """
@@ -50,10 +50,10 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "a worker loads": {"train_sampling_strategy": "group_by_length", "dataloader_num_workers": 1},
     "compiled": {"train_sampling_strategy": "group_by_length", "torch_compile": True},
 }
-"""Ways to the best that TRL can do on a CPU, all with `PEER`; `--only search` tries them."""
+"""What makes TRL faster on a CPU, all with `PEER`; `--only search` compares them."""
 
-TRL_BEST = ("sorted by length", "row by row")
-"""What came out ahead there; both take part, and the faster one of a run is TRL's best."""
+TRL_CHOSEN = ("sorted by length", "row by row")
+"""Both take part, the faster one of a run counts. Chosen for what they avoid, most padding or all of it."""
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 
@@ -65,21 +65,21 @@ def sft_part(bench: Bench, model: Path, precision: str = "fp32") -> Part:
     work = bench.work(f"sft-{precision}", model, training={"precision": precision})
     packed = bench.work(f"sft-packed-{precision}", model, packed=True, training={"precision": precision})
     ours = [bench.nexa("nexa", work, turn), bench.nexa("nexa packed", packed, turn)]
-    best = [bench.trl(f"trl {name}", work, turn, PEER | {"bf16": bf16} | TRL_SETTINGS[name]) for name in TRL_BEST]
+    tuned = [bench.trl(f"trl {name}", work, turn, PEER | {"bf16": bf16} | TRL_SETTINGS[name]) for name in TRL_CHOSEN]
     loop = bench.plain("plain loop", work, turn, bf16=bf16)
     defaults = [bench.trl("trl defaults", work, 1, {"bf16": bf16})]
     if not bench.quick:
         defaults.append(bench.trl("trl defaults, packed", work, 1, {"bf16": bf16, "packing": True}))
     for side in defaults:
         side.rounds = 1
-    sides = [*ours, *best, loop, *defaults]
+    sides = [*ours, *tuned, loop, *defaults]
     bench.by_turns(sides, rounds)
-    fastest, peer = max(ours, key=_rate), max(best, key=_rate)
+    fastest, peer = max(ours, key=_rate), max(tuned, key=_rate)
     rival = max([peer, loop], key=_rate)
     nominal, needed = (flops * fastest.rate / bench.limit[precision] for flops in _flops(work, fastest))
     targets = [
         *(Target(f"{fastest.name} / {side.name}", fastest.rate / side.rate, 4.0) for side in defaults),
-        Target(f"{fastest.name} / {rival.name}, the better of TRL's best and a plain loop", _over(fastest, rival), 1.3),
+        Target(f"{fastest.name} / {rival.name}, the better of TRL tuned and a plain loop", _over(fastest, rival), 1.3),
         Target("share of the matmul limit, 6 x parameters a real token", nominal, 0.65),
         Target("share of the matmul limit, head counted for target tokens only", needed, 0.65),
         Target(f"peak memory, {fastest.name} / {peer.name}", fastest.peak / peer.peak, 0.8, at_most=True),
@@ -97,13 +97,13 @@ def lora_part(bench: Bench) -> Part:
     work = bench.work("lora", model, held_out=8, tuning=tuning)
     packed = bench.work("lora-packed", model, held_out=8, packed=True, tuning=tuning)
     ours = [bench.nexa("nexa", work, turn), bench.nexa("nexa packed", packed, turn)]
-    best = [
+    tuned = [
         bench.trl(f"trl {name}", work, turn, PEER | {"bf16": False} | TRL_SETTINGS[name], lora=LORA)
-        for name in TRL_BEST
+        for name in TRL_CHOSEN
     ]
-    sides = [*ours, *best]
+    sides = [*ours, *tuned]
     bench.by_turns(sides, rounds)
-    fastest, peer = max(ours, key=_rate), max(best, key=_rate)
+    fastest, peer = max(ours, key=_rate), max(tuned, key=_rate)
     targets = [
         Target(f"{fastest.name} / {peer.name}", _over(fastest, peer), 1.2),
         Target(f"peak memory, {fastest.name} / {peer.name}", fastest.peak / peer.peak, 0.8, at_most=True),
@@ -112,14 +112,14 @@ def lora_part(bench: Bench) -> Part:
 
 
 def search_part(bench: Bench, model: Path) -> Part:
-    """TRL's settings beside each other: which are its best on this machine."""
+    """TRL's settings beside each other, the fastest on this machine first."""
     turn, rounds = 1, 3
     work = bench.work("search", model)
     sides = [
         bench.trl(f"trl {name}", work, turn, PEER | {"bf16": False} | config) for name, config in TRL_SETTINGS.items()
     ]
     bench.by_turns(sides, rounds)
-    return Part("What TRL's best settings are, fp32", _COLUMNS, _rows(sorted(sides, key=_rate, reverse=True)))
+    return Part("TRL's settings, the fastest first, fp32", _COLUMNS, _rows(sorted(sides, key=_rate, reverse=True)))
 
 
 _COLUMNS = (
