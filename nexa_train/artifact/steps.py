@@ -69,11 +69,12 @@ def step_states(listing: Iterable[Stored]) -> list[StepState]:
 def step_state(folder: str, objects: Iterable[Stored]) -> StepState:
     """What the objects in the folder of a step, all of them, make of it."""
     sizes = {stored.key: stored.size for stored in objects}
-    generation, key = max(((_generation(key.removeprefix(f"{folder}/")), key) for key in sizes), default=(0, ""))
+    generation, key = max(((generation_of(key.removeprefix(f"{folder}/")), key) for key in sizes), default=(0, ""))
     others = tuple(sorted(other for other in sizes if not generation or other != key))
     return StepState(folder=folder, generation=generation, committed=generation > 0 and sizes[key] > 0, others=others)
 
 
-def _generation(name: str) -> int:
+def generation_of(name: str) -> int:
+    """The inverse of `manifest_name`; 0 for any other name."""
     match = _NAME.fullmatch(name)
     return int(match[1] or 1) if match else 0

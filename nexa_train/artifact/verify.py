@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from nexa_train.artifact.manifest import CHECKPOINTS, MANIFEST_NAME
 from nexa_train.artifact.publish import Committed, check_files, committed_folders, read_manifest, still_there
-from nexa_train.artifact.steps import step_states
+from nexa_train.artifact.steps import generation_of, step_states
 from nexa_train.errors import ConfigError, DamagedError, NotFoundError
 from nexa_train.store import open_store
 from nexa_train.store.base import Store, Stored
@@ -120,7 +120,10 @@ def _folders(store: Store, key: str) -> list[str]:
     """The folders at or below `key` that hold the manifest of a checkpoint, sorted."""
     if key == MANIFEST_NAME:
         return [""] if _holds(store, MANIFEST_NAME) else []
-    below = store.list(key.removesuffix(f"/{MANIFEST_NAME}"))
+    folder, _, name = key.rpartition("/")
+    if generation_of(name):
+        return [state.folder for state in step_states(store.list(folder)) if state.committed and state.key == key]
+    below = store.list(key)
     if not key and any(stored.key == MANIFEST_NAME for stored in below):
         return ["", *_committed(below)]
     return _committed(below)

@@ -146,6 +146,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(runs
     assert outcome["exit_code"] == 0, (outcome, run.last)
     assert outcome["checkpoint"]["weights_digest"] == digest
     assert run.last is not None
+    assert run.last.returncode == 0, run.last.stderr
     assert "a damaged checkpoint is not used: model.safetensors" in run.last.stderr
     assert [manifest.step for manifest in run.manifests] == [4, 8, 12]
     assert len(list(newest.glob("damaged-*.json"))) == 1

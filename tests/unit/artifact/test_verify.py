@@ -216,3 +216,19 @@ def test_a_relative_path_is_split_from_where_the_process_is(tmp_path: Path, monk
 def test_an_empty_uri_names_nothing() -> None:
     with pytest.raises(ConfigError, match="names nothing"):
         split_artifact_uri("")
+
+
+def test_a_step_that_was_committed_anew_is_verified_by_the_name_of_its_manifest(
+    root: Path, chain: list[Committed], tmp_path: Path
+) -> None:
+    weights(root, chain[2]).write_bytes(b"other")
+    publisher = Publisher(open_store(root), RUN, "a1")
+    publisher.resume()
+    again = publisher.publish(150, files_in(tmp_path / "again", {"w": b"right"}), draft())
+
+    assert again.key.endswith("/manifest-3.json")
+    report = verify(f"{root}/{again.key}")
+    assert [one.digest for one in report.manifests] == [again.digest]
+    for old in ("manifest.json", "manifest-2.json"):
+        with pytest.raises(NotFoundError, match=old):
+            verify(f"{root}/{again.folder}/{old}")
