@@ -110,13 +110,14 @@ def run(work: RankWork, folder: Path) -> Watch:
 
 def checkpoint_part(watch: Watch) -> Part:
     """The two promises, and what they are made of."""
-    # The first save of each pays for its memory; the first pair warms up too.
-    ours, theirs = statistics.median(watch.stalls[1:-1]), statistics.median(watch.trainers[1:])
+    # The first save of each pays for its memory, and our last waits until it is committed; with one pair there are no more.
+    stalls = watch.stalls[1:-1] or watch.stalls[:1]
+    ours, theirs = statistics.median(stalls), statistics.median(watch.trainers[1:])
     after, plain = watch.segments[::2], watch.segments[1::2]
     added = [with_save[0] / without[0] - 1 for with_save, without in zip(after, plain, strict=False)]
     cpu = [with_save[1] / without[1] - 1 for with_save, without in zip(after, plain, strict=False)]
     rows = [
-        ("ours, training stands still", ours, min(watch.stalls[1:-1])),
+        ("ours, training stands still", ours, min(stalls)),
         ("Trainer, training stands still", theirs, min(watch.trainers[1:])),
         (f"{EVERY} steps after a save", *_middle([seconds for seconds, _ in after])),
         (f"{EVERY} steps without", *_middle([seconds for seconds, _ in plain])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+from benchmarks.checkpoint import Watch, checkpoint_part
 from benchmarks.contender import Step, Turns
 from benchmarks.report import Part, Target
 
@@ -37,3 +38,9 @@ def test_a_part_is_a_table_and_a_document() -> None:
     assert "| ours   | 1235     |" in part.text()
     assert "MISSED  speed: 2 (>= 4)" in part.text()
     assert part.document()["rows"][1] == {"side": "theirs", "tokens/s": None}
+
+
+def test_a_first_look_at_saving_has_one_stall_to_tell_of() -> None:
+    watch = object.__new__(Watch)  # as one pair of segments leaves it; the last save waits until it is committed
+    watch.segments, watch.stalls, watch.trainers = [(1.02, 1.0), (1.0, 1.0)], [0.01, 0.5], [0.3, 0.2]
+    assert [row[1] for row in checkpoint_part(watch).rows] == [0.01, 0.2, 1.02, 1.0]
