@@ -110,7 +110,7 @@ def run(work: RankWork, folder: Path) -> Watch:
 
 def checkpoint_part(watch: Watch) -> Part:
     """The two promises, and what they are made of."""
-    # The first save of each pays for its memory, and our last waits until it is committed; with one pair there are no more.
+    # The first save of each pays for its memory, our last waits until it is committed; one pair has no other.
     stalls = watch.stalls[1:-1] or watch.stalls[:1]
     ours, theirs = statistics.median(stalls), statistics.median(watch.trainers[1:])
     after, plain = watch.segments[::2], watch.segments[1::2]
