@@ -14,6 +14,7 @@ from nexa_train.backend_config import backend_config
 from nexa_train.config import Job
 from nexa_train.config.support import check_supported, without_meaning
 from nexa_train.errors import ConfigError
+from nexa_train.launch.installed import check_installed
 from nexa_train.models.locate import architecture
 from nexa_train.plan import GIB, TrainPlan, make_plan
 
@@ -21,6 +22,7 @@ from nexa_train.plan import GIB, TrainPlan, make_plan
 def validate_job(job: Job, *, with_data: bool, as_json: bool) -> int:
     """Print that a job is valid, with what became of its data where asked; errors are raised on the way here."""
     check_supported(job.spec)
+    backend_config(job.spec, plan_of(job))
     notes = None
     if with_data:
         from nexa_train.cli.data import check_data  # noqa: PLC0415 - reads everything, and only where it is asked for
@@ -95,13 +97,15 @@ def submit_job(job: Job, *, slurm: bool) -> int:
     """Submit to Slurm.
 
     Raises:
-        ConfigError: no scheduler was named.
+        ConfigError: no scheduler was named; or this environment, which is the nodes' too, cannot carry the backend.
     """
     from nexa_train.launch.slurm import submit_or_print  # noqa: PLC0415 - only where it is asked for
 
     if not slurm:
         raise ConfigError("submit: name a scheduler: --slurm; on Kubernetes the same file goes to kubectl apply -f")
     check_supported(job.spec)
+    backend_config(job.spec, plan_of(job))
+    check_installed(job.spec.backend)
     if ignored := without_meaning(job.spec, "slurm"):
         print(f"nexa: not applied on Slurm: {', '.join(ignored)}", file=sys.stderr)
     print(submit_or_print(job))

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from nexa_train.artifact.manifest import step_folder
 from nexa_train.artifact.publish import claim_run, committed_folders, manifest_uri, newest_valid
-from nexa_train.backend_config import axolotl
+from nexa_train.backend_config import axolotl, backend_config
 from nexa_train.config.job import Job
 from nexa_train.config.protocol import EXIT_STALLED, OUT_OF_MEMORY, CheckpointRef, Progress, Termination
 from nexa_train.config.support import check_supported
@@ -77,6 +77,7 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
     plan = make_plan(
         job.spec, num_sequences=prepared.num_sequences, architecture=sizes, threads=threads, precision=precision
     )
+    backend_config(job.spec, plan)  # refuses what the backend's library has no words for
     found_out = {"microbatch": plan.microbatch, "threads": plan.threads}
     frozen = claim_run(store, job.run_id, _identity(job, prepared, located, tokenizer), frozen=found_out)
     plan = make_plan(

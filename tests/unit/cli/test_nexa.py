@@ -231,3 +231,19 @@ def test_verify_ends_with_3_where_nothing_is(nexa: Nexa, tmp_path: Path) -> None
     done = nexa("verify", tmp_path / "nothing")
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith("nexa: error: no manifest.json at or below")
+
+
+@pytest.mark.parametrize("command", [["validate"], ["plan", "--show-backend-config"], ["submit", "--slurm"]])
+def test_what_a_backends_library_has_no_words_for_is_refused_before_anything_starts(
+    nexa: Nexa, job: Path, command: list[str]
+) -> None:
+    sets = ("--set", "backend=axolotl", "--set", "tuning={type: lora, rank: 4, alpha: 2.5}")
+    done = nexa(*command, job, *sets)
+    assert done.returncode == 2
+    assert "tuning.alpha: 2.5 is not available on backend axolotl, which takes whole numbers" in done.stderr
+
+
+def test_a_job_is_not_submitted_from_an_environment_that_cannot_carry_its_backend(nexa: Nexa, job: Path) -> None:
+    done = nexa("submit", job, "--slurm", "--set", "backend=axolotl")
+    assert done.returncode == 2
+    assert "backend: axolotl runs in an environment of its own, and this is not it" in done.stderr
