@@ -25,7 +25,6 @@ from nexa_train.checkpoint.state import (
     TorchState,
     adapter_files,
     check_fits,
-    local_part,
     model_files,
     trained_parameters,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "TorchState",
     "adapter_files",
     "check_fits",
-    "local_part",
     "model_files",
     "trained_parameters",
 ]

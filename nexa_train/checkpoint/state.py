@@ -33,14 +33,11 @@ class Buffers:
         self._kept: dict[str, Tensor] = {}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="stage")
 
-    def copy(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of all `sources`, in the memory that the last call returned for the same names."""
-        copies, copied = self.begin(sources)
-        copied.result()
-        return copies
-
     def begin(self, sources: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Future[None]]:
-        """As `copy`, in a thread: the sources must not change until the future is done."""
+        """Copy all `sources` in a thread, into the memory that the last call returned for the same names.
+
+        The sources must not change until the future is done.
+        """
         copies = {name: self._buffer(name, source) for name, source in sources.items()}
         stream = None
         if any(source.is_cuda for source in sources.values()):

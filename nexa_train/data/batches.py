@@ -18,15 +18,13 @@ class Batch:
     """One microbatch; see `losses.CausalLoss.forward` for the tensors.
 
     Attributes:
-        tokens: real ones, without padding. num_targets: that count in the loss. sequences: their numbers.
+        tokens: real ones, without padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     targets: Tensor
     tokens: int
-    num_targets: int
-    sequences: tuple[int, ...]
 
 
 class Split:
@@ -81,8 +79,7 @@ class Split:
 
     def _batch(self, parts: list[np.ndarray], sequences: Sequence[int]) -> Batch:
         input_ids, positions, targets = map(torch.from_numpy, parts)
-        num_targets = int((targets != IGNORE).sum())
-        return Batch(input_ids, positions, targets, self.num_tokens(sequences), num_targets, tuple(sequences))
+        return Batch(input_ids, positions, targets, self.num_tokens(sequences))
 
     def _row(self, sequence: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64 [length] each: ids, positions, targets (shifted by one, so that position t predicts t + 1)."""
