@@ -120,7 +120,7 @@ class Reconciler:
 
     async def _reconcile(self, key: Key, body: Body) -> None:
         seen = await self._observe(key, body)
-        job, decision = self._decide(body, seen)
+        job, decision = judge(body, seen, defaults=self.defaults, now=self.clock())
         if isinstance(decision, Rest | Expire):
             self._forget(key)
             await self._end(key, decision)
@@ -141,18 +141,6 @@ class Reconciler:
             self.cluster.list(JOBS, key.namespace, labels), self.cluster.list(PODS, key.namespace, labels)
         )
         return observe(body, jobs=jobs, pods=pods, progress=self.progress.latest(key))
-
-    def _decide(self, body: Body, seen: Observed) -> tuple[Job | None, Decision]:
-        try:
-            job = parse(body)
-            image_of(job, self.defaults)
-        except (ConfigError, RuntimeUnavailableError) as exc:
-            if seen.record.finished:
-                return None, rest(seen, ttl_seconds=None, now=self.clock())
-            reason = "ConfigRejected" if isinstance(exc, ConfigError) else "RuntimeUnavailable"
-            return None, Fail(reason=reason, message=str(exc))
-        spec = job.spec
-        return job, decide(seen, recovery=spec.recovery, schedule=spec.schedule, now=self.clock())
 
     def _context(self, key: Key, body: Body, job: Job | None) -> Context:
         return Context(
@@ -223,6 +211,24 @@ def key_of(body: Body) -> Key:
     """The key of a NexaTrainingJob."""
     metadata = body["metadata"]
     return Key(namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"])
+
+
+def judge(body: Body, seen: Observed, *, defaults: Defaults, now: datetime.datetime) -> tuple[Job | None, Decision]:
+    """The job and what to do about it; no job where this operator cannot carry it out. Pure.
+
+    Pods that run have their image: a default that was taken away since is missed only where others shall follow.
+    """
+    try:
+        job = parse(body)
+        decision = decide(seen, recovery=job.spec.recovery, schedule=job.spec.schedule, now=now)
+        if isinstance(decision, Create | Restart | Resume):
+            image_of(job, defaults)
+    except (ConfigError, RuntimeUnavailableError) as exc:
+        if seen.record.finished:
+            return None, rest(seen, ttl_seconds=None, now=now)
+        reason = "ConfigRejected" if isinstance(exc, ConfigError) else "RuntimeUnavailable"
+        return None, Fail(reason=reason, message=str(exc))
+    return job, decision
 
 
 def _to_remove(seen: Observed, decision: Decision) -> tuple[str, ...]:

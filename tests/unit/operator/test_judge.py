@@ -1,0 +1,39 @@
+"""A job that this operator cannot carry out is failed by name, but not while its pods do."""
+
+from __future__ import annotations
+
+import pytest
+
+from nexa_operator.decide import Create, Decision, Fail, Succeed, Watch
+from nexa_operator.observe import Observed
+from nexa_operator.plan import Defaults
+from nexa_operator.reconcile import judge
+from tests.unit.operator.builders import NOW, body, failed, gang, rank, seen
+
+HEAVY = Defaults(image="trainer:1", heavy_image="heavy:1")
+NO_HEAVY = Defaults(image="trainer:1")
+
+
+def judged(observed: Observed, defaults: Defaults) -> Decision:
+    return judge(body(backend="axolotl"), observed, defaults=defaults, now=NOW)[1]
+
+
+def test_a_job_whose_image_nobody_named_is_not_begun() -> None:
+    decision = judged(seen(), NO_HEAVY)
+    assert isinstance(decision, Fail)
+    assert decision.reason == "RuntimeUnavailable"
+    assert "spec.image" in decision.message
+    assert judged(seen(), HEAVY) == Create(attempt=0)
+
+
+@pytest.mark.parametrize(
+    ("observed", "expected"), [(seen(gang(rank(0), rank(1))), Watch()), (seen(gang(complete=True)), Succeed())]
+)
+def test_pods_that_run_go_on_when_the_image_of_their_backend_is_no_longer_named(
+    observed: Observed, expected: Decision
+) -> None:
+    assert judged(observed, NO_HEAVY) == expected
+
+
+def test_a_lost_attempt_is_not_followed_by_one_without_an_image() -> None:
+    assert isinstance(judged(seen(gang(failed())), NO_HEAVY), Fail)
