@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -66,6 +67,7 @@ def _run(job: Job, node: Node, rundir: RunDir, *, port: int) -> Termination:
     except NexaError as exc:
         return failed_outcome(job, node, exc)
     except Exception as exc:  # noqa: BLE001 - whatever it was, the pod's last words must name it
+        traceback.print_exception(exc)
         return Termination(
             run_id=job.run_id, attempt=node.attempt, exit_code=1, cause=type(exc).__name__, message=str(exc)
         )

@@ -177,3 +177,18 @@ def test_a_wrong_environment_ends_with_last_words_and_is_not_tried_again(
     said = Termination.model_validate_json(done.stdout)
     assert (done.returncode, said.exit_code, said.cause, said.retryable) == (2, 2, "ConfigError", False)
     assert complaint in said.message
+
+
+def test_what_nobody_foresaw_is_in_the_last_words_and_its_place_in_the_log(serving: ThreadingHTTPServer) -> None:
+    body = {"metadata": {"name": "demo"}, "spec": {"data": {"remoteUri": "rows.jsonl"}}}
+    own = {"NEXA_JOB": json.dumps(body), "NEXA_PROGRESS_PORT": str(serving.server_port)}
+    done = subprocess.run(
+        [sys.executable, "-m", "nexa_train.entrypoint"],
+        env={**os.environ, **own},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = Termination.model_validate_json(done.stdout)
+    assert (done.returncode, said.exit_code, said.cause, said.retryable) == (1, 1, "OSError", True)
+    assert "in serve" in done.stderr
