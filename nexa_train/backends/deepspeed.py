@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from nexa_train.backend_config.deepspeed import deepspeed_config
 from nexa_train.backends.base import Piece, RankContext, Staged, StepMetrics
-from nexa_train.checkpoint import Buffers, Saved, adapter_files, check_fits, model_files, trained_parameters
+from nexa_train.backends.common import TorchBackend
+from nexa_train.checkpoint import Buffers, Saved, check_fits, trained_parameters
 from nexa_train.config.spec import JobSpec, LoraTuning
 from nexa_train.data.batches import Batch
 from nexa_train.loop import Engine, batch_loss
@@ -31,20 +32,12 @@ from nexa_train.losses import CausalLoss
 from nexa_train.models.build import build_model, inject_adapters, lora_config
 from nexa_train.optim import make_optimizer
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight."""
 
 
-class DeepspeedBackend:
+class DeepspeedBackend(TorchBackend):
     """See `base.Backend`."""
-
-    def __init__(self, context: RankContext) -> None:
-        self.context = context
-        self.lora: LoraConfig | None = None
-        self.done = 0
 
     def setup(self) -> None:
         """Build on every rank from the same seed; DeepSpeed keeps this rank's share."""
@@ -54,20 +47,15 @@ class DeepspeedBackend:
             self.lora = lora_config(spec.tuning, self.causal)
             inject_adapters(self.lora, self.causal)
         if spec.training.activation_checkpointing:
-            self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+            self.causal.activation_checkpointing_enable({"use_reentrant": False})
         trained = dict(trained_parameters(self.causal, adapter=self.lora is not None))
         shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
         # DeepSpeed would begin with weights rounded to bf16.
         exact = {name: parameter.detach() for name, parameter in trained.items()} if _bf16(spec) else {}
         zero = _initialize(CausalLoss(self.causal), self.context)
-        self.state = ZeroState(zero, trained, shapes, self.context.rank)
-        self.state.set_weights(exact)
+        self.state = state = ZeroState(zero, trained, shapes, self.context.rank)
+        state.set_weights(exact)
         self.engine = ZeroEngine(self.context, zero)
-
-    def restore(self, saved: Saved) -> None:
-        """Each rank reads its own elements of every tensor."""
-        self.done = saved.step
-        self.state.restore(saved)
 
     def validate(self) -> float | None:
         """See `Engine.validate`."""
@@ -75,20 +63,7 @@ class DeepspeedBackend:
 
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """See `Engine.train`."""
-
-        def counted(metrics: StepMetrics) -> bool:
-            self.done = metrics.step
-            return after_step(metrics)
-
-        self.engine.train(self.done, counted)
-
-    def stage(self) -> Staged:
-        """See `base.Backend.stage`."""
-        return self.state.stage(self.done)
-
-    def describe(self) -> dict[str, bytes]:
-        """See `base.Backend.describe`."""
-        return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
+        self.engine.train(self.done, self.counted(after_step))
 
 
 class ZeroEngine(Engine):

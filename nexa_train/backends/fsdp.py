@@ -6,31 +6,23 @@ With one rank nothing is sharded and no process group is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from nexa_train.backends.base import RankContext, Staged, StepMetrics
-from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files
+from nexa_train.backends.base import StepMetrics
+from nexa_train.backends.common import TorchBackend
+from nexa_train.checkpoint import TorchState
 from nexa_train.config.spec import LoraTuning
 from nexa_train.loop import Engine
 from nexa_train.losses import CausalLoss, PreferenceLoss, make_loss
 from nexa_train.models.build import build_model, build_reference, inject_adapters, lora_config
 from nexa_train.optim import make_optimizer
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
-
-class FsdpBackend:
+class FsdpBackend(TorchBackend):
     """See `base.Backend`."""
-
-    def __init__(self, context: RankContext) -> None:
-        self.context = context
-        self.lora: LoraConfig | None = None
-        self.done = 0
 
     def setup(self) -> None:
         """Build on every rank from the same seed, then keep only this rank's shards."""
@@ -49,7 +41,7 @@ class FsdpBackend:
         else:
             module.to(_device())
         self.optimizer = make_optimizer(spec.optimizer, module.named_parameters())
-        self.torch_state = TorchState(
+        self.state = TorchState(
             self.causal,
             self.optimizer,
             adapter=self.lora is not None,
@@ -57,11 +49,6 @@ class FsdpBackend:
             world=self.context.world,
         )
         self.engine = Engine(self.context, module, self.optimizer)
-
-    def restore(self, saved: Saved) -> None:
-        """See `checkpoint.TorchState.restore`."""
-        self.done = saved.step
-        self.torch_state.restore(saved)
 
     def validate(self) -> float | None:
         """See `Engine.validate`."""
@@ -73,20 +60,7 @@ class FsdpBackend:
 
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """See `Engine.train`."""
-
-        def counted(metrics: StepMetrics) -> bool:
-            self.done = metrics.step
-            return after_step(metrics)
-
-        self.engine.train(self.done, counted)
-
-    def stage(self) -> Staged:
-        """See `base.Backend.stage`."""
-        return self.torch_state.stage(self.done)
-
-    def describe(self) -> dict[str, bytes]:
-        """See `base.Backend.describe`."""
-        return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
+        self.engine.train(self.done, self.counted(after_step))
 
     def _shard(self, module: CausalLoss | PreferenceLoss, *, bf16: bool) -> None:
         policy = MixedPrecisionPolicy(

@@ -21,8 +21,9 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallbac
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from nexa_train.backend_config.trl import trl_config
-from nexa_train.backends.base import RankContext, Staged, StepMetrics
-from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files
+from nexa_train.backends.base import StepMetrics
+from nexa_train.backends.common import TorchBackend
+from nexa_train.checkpoint import TorchState
 from nexa_train.config.spec import DpoMethod, FullTuning
 from nexa_train.errors import NonFiniteLossError
 from nexa_train.loop import clip_gradients, derived_seed, mean_loss, summed
@@ -38,13 +39,8 @@ Inputs = dict[str, Any]
 """What a model is called with: tensors, and how long samples are."""
 
 
-class HfBackend:
+class HfBackend(TorchBackend):
     """See `base.Backend`."""
-
-    def __init__(self, context: RankContext) -> None:
-        self.context = context
-        self.lora: Any = None
-        self.done = 0
 
     def setup(self) -> None:
         """Base model, adapters, optimiser; the Trainer itself is made when training starts."""
@@ -60,18 +56,13 @@ class HfBackend:
             if self.reference is not None:
                 self.reference.to("cuda")  # TRL would, but validation comes before
         self.optimizer = make_optimizer(spec.optimizer, self.causal.named_parameters())
-        self.torch_state = TorchState(
+        self.state = TorchState(
             self.causal,
             self.optimizer,
             adapter=self.lora is not None,
             rank=self.context.rank,
             world=self.context.world,
         )
-
-    def restore(self, saved: Saved) -> None:
-        """See `base.Backend.restore`."""
-        self.done = saved.step
-        self.torch_state.restore(saved)
 
     def validate(self) -> float | None:
         """See `loop.mean_loss`."""
@@ -90,14 +81,6 @@ class HfBackend:
             trainer = kind(self, after_step)
             trainer.remove_callback(PrinterCallback)  # prints a dictionary at the end; progress is told elsewhere
             trainer.train()
-
-    def stage(self) -> Staged:
-        """See `base.Backend.stage`."""
-        return self.torch_state.stage(self.done)
-
-    def describe(self) -> dict[str, bytes]:
-        """See `base.Backend.describe`."""
-        return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
 
 
 class _Planned(Trainer):
@@ -125,7 +108,7 @@ class _Planned(Trainer):
             train_dataset=Dataset.from_dict({column: [[0]] for column in self.columns}),
             processing_class=_pad_token(AutoTokenizer.from_pretrained(context.located.folder, local_files_only=True)),
             optimizers=(backend.optimizer, schedule),
-            callbacks=[_AfterStep(self, after_step)],
+            callbacks=[_AfterStep(self, backend.counted(after_step))],
             **given,
         )
         for parameter, data in zip(self.trained, before, strict=True):
@@ -178,7 +161,6 @@ class _Planned(Trainer):
         metrics = StepMetrics(step + 1, self.step_loss, self.step_norm, rate, self.step_tokens)
         self.step_loss, self.microbatches_done = 0.0, 0
         self._metrics["train"].clear()  # TRL's own, which nobody would ever fetch
-        self.backend.done = metrics.step
         return metrics
 
 
