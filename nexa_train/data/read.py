@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from nexa_train.data.stdlib import docstring_rows
 from nexa_train.errors import ConfigError, DataError, NotFoundError
@@ -101,15 +102,28 @@ def _stdlib() -> bytes:
 
 def _local(path: Path, uri: str) -> Iterator[tuple[str, BinaryIO]]:
     if path.is_file():
-        yield path.name, path.open("rb")
+        yield path.name, _opened(path)
         return
     if not path.is_dir():
         raise NotFoundError(f"data.remote_uri: {uri}: no such file or folder; give one with --set data.remote_uri=FILE")
-    files = sorted(file for file in path.rglob("*.jsonl") if file.is_file())
+    below = os.walk(path, onerror=_refuse)
+    files = sorted(Path(folder, name) for folder, _, names in below for name in names if name.endswith(".jsonl"))
     if not files:
         raise NotFoundError(f"data.remote_uri: folder {uri} holds no *.jsonl file")
     for file in files:
-        yield file.relative_to(path).as_posix(), file.open("rb")
+        yield file.relative_to(path).as_posix(), _opened(file)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as exc:
+        _refuse(exc)
+
+
+def _refuse(exc: OSError) -> NoReturn:
+    """What is there and cannot be read is never left out without a word."""
+    raise NotFoundError(f"data.remote_uri: {exc.filename} cannot be read: {exc.strerror}") from exc
 
 
 def _remote(uri: str) -> Iterator[tuple[str, BinaryIO]]:

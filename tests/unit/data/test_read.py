@@ -116,3 +116,10 @@ def test_rows_that_changed_since_they_were_counted_are_an_error(
     jsonl(tmp_path / "a.jsonl", *later)
     with pytest.raises(DataError, match=r"a.jsonl: changed while it was read; run again"):
         list(raw.rows())
+
+
+def test_a_file_of_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "part-1.jsonl").write_text('{"text": "here"}\n')
+    (tmp_path / "part-2.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(NotFoundError, match=r"part-2.jsonl cannot be read: No such file"):
+        read_rows(str(tmp_path))
