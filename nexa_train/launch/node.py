@@ -155,7 +155,9 @@ def _run_ranks(
     # Where it was one of several, the others' words are the last: they lost the connection to it.
     if ended.exit_code == 1 and ended.retryable and out_of_memory_kills() > killed_before:
         message = f"the kernel killed a rank for memory with {work.plan.microbatch} sequences at once"
-        return ended.model_copy(update={"cause": OUT_OF_MEMORY, "message": message})
+        # Where nothing gives way, another attempt may still fit: the node may have been short of memory, not the run.
+        cause = OUT_OF_MEMORY if work.adapts_microbatch else "Killed"
+        return ended.model_copy(update={"cause": cause, "message": message})
     return ended
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from nexa_operator.observe import Gang, Observed, Rank
+from nexa_train.config.protocol import OUT_OF_MEMORY
 from nexa_train.config.spec import RecoveryRule, RecoverySpec, ScheduleSpec
 
 FATAL_EXIT_CODES = {2: "ConfigError", 3: "NotFoundError", 5: "DataError"}
@@ -185,7 +186,10 @@ def _loss(rank: Rank, rules: Iterable[RecoveryRule]) -> Loss:
     retryable = _is_retryable(rank, code) if action is None else action == "retry"
     # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
     gone = rank.disrupted or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
-    return Loss(cause=cause, message=message, exit_code=code, retryable=retryable, charged=not gone)
+    # The next attempt takes fewer sequences at once; with one there is no next, so this ends by itself.
+    gives_way = words is not None and words.cause == OUT_OF_MEMORY and words.retryable
+    charged = not (gone or gives_way)
+    return Loss(cause=cause, message=message, exit_code=code, retryable=retryable, charged=charged)
 
 
 def _is_retryable(rank: Rank, code: int | None) -> bool:

@@ -232,3 +232,18 @@ def test_ranks_that_stopped_as_asked_are_not_charged():
 def test_a_crash_is_charged_even_when_the_survivors_are_already_being_removed():
     loss = classify(gang(failed(0), rank(1, deleting=True), rank(2, deleting=True)))
     assert (loss.cause, loss.charged) == ("Killed", True)
+
+
+def test_attempts_that_make_the_microbatch_smaller_use_up_no_restarts_and_explain_the_others() -> None:
+    lost = [failed(0, termination=words(cause="RuntimeError", message="Connection closed by peer"))]
+    lost.append(failed(1, termination=words(cause="OutOfMemory", retryable=True)))
+    got = decision(seen(gang(*lost), record=Record(charged=3)))
+    assert isinstance(got, Restart)
+    assert (got.loss.cause, got.charged) == ("OutOfMemory", 3)
+
+
+def test_a_rank_for_which_even_one_sequence_is_too_much_fails_the_job() -> None:
+    rules = [RecoveryRule(exit_codes=[1], action="retry")]
+    lost = gang(failed(termination=words(cause="OutOfMemory", retryable=False)))
+    assert isinstance(decision(seen(lost)), Fail)
+    assert classify(lost, rules=rules).charged
