@@ -72,6 +72,9 @@ def _training(spec: JobSpec) -> list[str]:
     problems = []
     if spec.method.type == "dpo" and spec.data.packing:
         problems.append("data.packing: method dpo takes pairs, which are not packed; leave it out")
+    if spec.method.type == "dpo" and spec.backend == "axolotl" and spec.cluster.world_size > 1:
+        # TRL as Axolotl pins it gathers a number for each pair, and ranks may hold unequal numbers of them.
+        problems.append("backend: axolotl takes method dpo on one rank alone; use backend fsdp or hf for more")
     if spec.optimizer.name == "adafactor":
         if spec.backend == "fsdp" and spec.cluster.world_size > 1:
             problems.append("optimizer.name: torch's adafactor takes no sharded weights; use backend hf, or adamw")

@@ -34,6 +34,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"method": {"type": "dpo"}, "data": {"format": "preference", "packing": True}},
         "data.packing: method dpo takes pairs, which are not packed",
     ),
+    "preferences over Axolotl's ranks": (
+        {
+            "method": {"type": "dpo"},
+            "data": {"format": "preference"},
+            "backend": "axolotl",
+            "cluster": {"num_nodes": 2},
+        },
+        "backend: axolotl takes method dpo on one rank alone; use backend fsdp or hf for more",
+    ),
     "pretrain on hf": (
         {"method": {"type": "pretrain"}, "data": {"format": "text"}, "backend": "hf"},
         "method.type: pretrain is not available on backend hf, which takes sft, dpo",
