@@ -72,7 +72,7 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
     prepared = prepare(job.spec, tokenizer)
     for note in prepared.notes:
         print(f"nexa: {note}", file=sys.stderr, flush=True)
-    sizes, threads = architecture(job.spec.model, located), available_processors(job) // node.ranks or 1
+    sizes, threads = architecture(job.spec.model, located), threads_of_a_rank(job, node)
     precision = usable_precision(job)
     plan = make_plan(
         job.spec, num_sequences=prepared.num_sequences, architecture=sizes, threads=threads, precision=precision
@@ -273,10 +273,12 @@ def usable_precision(job: Job) -> str:
     return "fp32"
 
 
-def available_processors(job: Job) -> int:
-    """Processors for the ranks of this node: what the job asks for, else what this process may use."""
-    asked = job.spec.cluster.resources.cpu
-    return max(1, int(parse_quantity(asked))) if asked else len(os.sched_getaffinity(0))
+def threads_of_a_rank(job: Job, node: Node) -> int:
+    """A rank's share of the processors that the job asks for a pod, wherever it runs; else of those there are here."""
+    cluster = job.spec.cluster
+    if cluster.resources.cpu:
+        return int(parse_quantity(cluster.resources.cpu)) // cluster.ranks_per_node or 1
+    return len(os.sched_getaffinity(0)) // node.ranks or 1
 
 
 def _identity(job: Job, prepared: Prepared, located: Located, tokenizer: ChatTokenizer) -> dict[str, object]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nexa_train.errors import ConfigError, NexaError, RefusedError, StoppedError
-from nexa_train.launch.node import Node, available_processors, failed_outcome, rank_command, visible_devices
+from nexa_train.launch.node import Node, failed_outcome, rank_command, threads_of_a_rank, visible_devices
 from tests.unit.config.builders import job
 
 FOLDER = Path("/run/nexa")
@@ -78,7 +78,12 @@ def test_ranks_see_one_device_each(given: str | None, gpus_per_node: int, ranks:
     assert visible_devices(given, gpus_per_node=gpus_per_node, ranks=ranks) == expected
 
 
-def test_processors_are_what_the_job_asks_for_else_what_this_process_may_use() -> None:
-    assert available_processors(job(cluster={"resources": {"cpu": "3500m"}})) == 3
-    assert available_processors(job(cluster={"resources": {"cpu": "500m"}})) == 1
-    assert available_processors(job()) == len(os.sched_getaffinity(0))
+def test_threads_are_what_the_job_asks_for_else_what_this_process_may_use() -> None:
+    assert threads_of_a_rank(job(cluster={"resources": {"cpu": "3500m"}}), Node()) == 3
+    assert threads_of_a_rank(job(cluster={"resources": {"cpu": "500m"}}), Node()) == 1
+    assert threads_of_a_rank(job(), Node()) == len(os.sched_getaffinity(0))
+
+
+def test_two_pods_and_two_ranks_of_one_machine_have_the_same_threads() -> None:
+    two = job(cluster={"num_nodes": 2, "resources": {"cpu": "4"}})
+    assert threads_of_a_rank(two, Node(count=2, ranks=1)) == threads_of_a_rank(two, Node(ranks=2)) == 4
