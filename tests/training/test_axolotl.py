@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,13 @@ def test_a_lora_target_that_matches_nothing_is_refused(rows: Path) -> None:
         made(job(rows, **AXOLOTL, tuning=tuning))
 
 
-def test_what_axolotl_has_against_a_job_is_one_error(rows: Path, preferences: dict[str, Any]) -> None:
-    change = {"cluster": {"gpus_per_node": 2}, "axolotl": {"sharding": "fsdp"}, "data": preferences}
+def test_what_axolotl_has_against_a_job_is_one_error(rows: Path) -> None:
+    from nexa_train.backends import make_backend
+
+    values = job(rows, **AXOLOTL, **TWO_GPUS, **FSDP, **QLORA)
+    values["data"] = {**values["data"], "format": "preference"}
+    # Past our own refusal of several ranks of dpo: Axolotl has another.
+    context = replace(make_context(job(rows)), spec=JobSpec.model_validate({**values, **DPO}))
+    context = replace(context, plan=replace(context.plan, world_size=2))
     with pytest.raises(ConfigError, match=r"axolotl refuses .* FSDP2 does not support .* load_in_4bit"):
-        made(job(rows, **AXOLOTL, **QLORA, **DPO, **change))
+        make_backend(context).setup()
