@@ -29,6 +29,7 @@ import obstore
 import obstore.exceptions as refusals
 import obstore.store
 import stamina
+from stamina.instrumentation import RetryDetails, set_on_retry_hooks
 
 from nexa_train.errors import AlreadyExistsError, ConfigError, NexaError, NotFoundError, RefusedError
 from nexa_train.store.base import RESERVED, Opened, Stored, check_key, check_prefix
@@ -208,7 +209,15 @@ class S3Store:
 
 
 class _Again(Exception):
-    """This create may be tried once more."""
+    """This may be tried once more."""
+
+
+def _log_retry(details: RetryDetails) -> None:
+    """stamina itself would tell structlog, which prints to stdout, where answers for programs are."""
+    _log.info("%s; trying again in %.1f s", details.caused_by, details.wait_for)
+
+
+set_on_retry_hooks([_log_retry])
 
 
 class _Taken(Exception):

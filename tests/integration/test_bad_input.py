@@ -63,8 +63,9 @@ def test_a_wrong_config_is_refused(tmp_path: Path, change: dict[str, Any], parts
     assert not (tmp_path / "artifacts").exists()
 
 
+GOOD = '{"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]}\n'
 ROWS = [
-    pytest.param('{"messages": []}\n{"messages": [}\n', ["rows.jsonl row 2", "not valid JSON"], id="malformed row"),
+    pytest.param(GOOD + '{"messages": [}\n', ["rows.jsonl row 2", "not valid JSON"], id="malformed row"),
     pytest.param("", ["rows.jsonl", "no rows"], id="empty"),
     pytest.param('{"text": "x"}\n', ["row 1", "no column 'messages'", "text"], id="another format"),
     pytest.param(
