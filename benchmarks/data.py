@@ -1,6 +1,6 @@
 """Data preparation beside TRL's and beside the tokenizer alone, by turns, each turn in a process of its own.
 
-    python -m benchmarks.data ../shared/data/gsm8k_train.jsonl
+    python -m benchmarks.data gsm8k_train.jsonl
     python -m benchmarks.data ROWS --model FOLDER --rounds 5
 
 Rows have a question and an answer. Ours is all of `prepare`: read, render, tokenise, mask, pack, write, digest. TRL's
