@@ -93,6 +93,22 @@ class Engine:
         )
 
 
+def check_finite(context: RankContext, step: int, loss: float, norm: float) -> None:
+    """For other libraries' trainers, before their optimiser moves; `step` counts from 0.
+
+    Raises:
+        NonFiniteLossError: names step, rank and the samples of this rank.
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    sequences = context.step_sequences(step)
+    raise NonFiniteLossError(
+        f"step {step + 1}, rank {context.rank}: loss {loss}, gradient norm {norm}; the optimiser did not move. This "
+        f"rank's sequences were {sequences}, samples {context.train.samples(sequences)}; look at them, or lower "
+        "optimizer.lr"
+    )
+
+
 def mean_loss(module: nn.Module, split: Split, context: RankContext, *, padded: bool = False) -> float | None:
     """Mean loss over the split's target tokens or pairs, shared out over the ranks.
 

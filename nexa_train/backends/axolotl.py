@@ -25,21 +25,18 @@ from transformers import AutoTokenizer
 
 from nexa_train.backend_config.axolotl import axolotl_config
 from nexa_train.backends.axolotl_trainer import Microbatches, Summed
-from nexa_train.backends.base import RankContext, Staged, StepMetrics
+from nexa_train.backends.base import StepMetrics
+from nexa_train.backends.common import TorchBackend
 from nexa_train.backends.deepspeed import ZeroState, library
-from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files, trained_parameters
+from nexa_train.checkpoint import model_files, trained_parameters
 from nexa_train.config.spec import FullTuning
 from nexa_train.errors import ConfigError
 from nexa_train.loop import mean_loss
 from nexa_train.models.build import build_model, keep_trainable
 
 
-class AxolotlBackend:
+class AxolotlBackend(TorchBackend):
     """See `base.Backend`."""
-
-    def __init__(self, context: RankContext) -> None:
-        self.context = context
-        self.done = 0
 
     def setup(self) -> None:
         """Have Axolotl check its configuration, then build model and trainer; the optimiser is made now, too."""
@@ -56,22 +53,10 @@ class AxolotlBackend:
         self._check_targets()
         shapes = {name: tuple(weight.shape) for name, weight in self._trained().items()}
         self.trainer.prepare(self.context)
-        self.state: TorchState | ZeroState
         if self.trainer.is_deepspeed_enabled:
             self.state = ZeroState(self.trainer.deepspeed, self._trained(), shapes, self.context.rank)
         else:
-            self.state = TorchState(
-                self.causal,
-                self.trainer.optimizer.optimizer,
-                adapter=self.lora is not None,
-                rank=self.context.rank,
-                world=self.context.world,
-            )
-
-    def restore(self, saved: Saved) -> None:
-        """See `base.Backend.restore`."""
-        self.done = saved.step
-        self.state.restore(saved)
+            self.state = self.torch_state(self.trainer.optimizer.optimizer)
 
     def validate(self) -> float | None:
         """See `loop.mean_loss`."""
@@ -79,20 +64,7 @@ class AxolotlBackend:
 
     def train(self, after_step: Callable[[StepMetrics], bool]) -> None:
         """Let Axolotl's trainer take the remaining steps."""
-
-        def counted(metrics: StepMetrics) -> bool:
-            self.done = metrics.step
-            return after_step(metrics)
-
-        self.trainer.go_on(self.done, counted)
-
-    def stage(self) -> Staged:
-        """See `base.Backend.stage`."""
-        return self.state.stage(self.done)
-
-    def describe(self) -> dict[str, bytes]:
-        """See `base.Backend.describe`."""
-        return model_files(self.causal) if self.lora is None else adapter_files(self.lora, self.context.located)
+        self.trainer.go_on(self.done, self.counted(after_step))
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return dict(trained_parameters(self.causal, adapter=self.lora is not None))

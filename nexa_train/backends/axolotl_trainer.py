@@ -7,7 +7,6 @@ and in what order, what a step's loss is divided by, the learning rate, and who 
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from nexa_train.backends.base import RankContext, StepMetrics
-from nexa_train.errors import NonFiniteLossError
-from nexa_train.loop import clip_gradients, derived_seed, summed
+from nexa_train.loop import check_finite, clip_gradients, derived_seed, summed
 from nexa_train.losses import IGNORE
 from nexa_train.optim import learning_rate, make_optimizer
 
@@ -148,14 +146,7 @@ class _Planned(Trainer):
         """Called right before the optimiser moves: the last moment to refuse."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.step_norm = float(norm)
-        if not (math.isfinite(self.step_loss) and math.isfinite(self.step_norm)):
-            step = self.state.global_step
-            sequences = self.context.step_sequences(step)
-            raise NonFiniteLossError(
-                f"step {step + 1}, rank {self.context.rank}: loss {self.step_loss}, gradient norm {self.step_norm}; "
-                f"the optimiser did not move. This rank's sequences were {sequences}, samples "
-                f"{self.context.train.samples(sequences)}; look at them, or lower optimizer.lr"
-            )
+        check_finite(self.context, self.state.global_step, self.step_loss, self.step_norm)
         return norm
 
     def finished_step(self) -> StepMetrics:

@@ -25,11 +25,10 @@ from nexa_train.backend_config.deepspeed import deepspeed_config
 from nexa_train.backends.base import Piece, RankContext, Staged, StepMetrics
 from nexa_train.backends.common import TorchBackend
 from nexa_train.checkpoint import Buffers, Saved, check_fits, trained_parameters
-from nexa_train.config.spec import JobSpec, LoraTuning
+from nexa_train.config.spec import JobSpec
 from nexa_train.data.batches import Batch
 from nexa_train.loop import Engine, batch_loss
 from nexa_train.losses import CausalLoss
-from nexa_train.models.build import build_model, inject_adapters, lora_config
 from nexa_train.optim import make_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,12 +41,7 @@ class DeepspeedBackend(TorchBackend):
     def setup(self) -> None:
         """Build on every rank from the same seed; DeepSpeed keeps this rank's share."""
         spec = self.context.spec
-        self.causal = build_model(spec, self.context.located, self.context.tokenizer)
-        if isinstance(spec.tuning, LoraTuning):
-            self.lora = lora_config(spec.tuning, self.causal)
-            inject_adapters(self.lora, self.causal)
-        if spec.training.activation_checkpointing:
-            self.causal.activation_checkpointing_enable({"use_reentrant": False})
+        self.build_native()
         trained = dict(trained_parameters(self.causal, adapter=self.lora is not None))
         shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
         # DeepSpeed would begin with weights rounded to bf16.

@@ -13,11 +13,9 @@ from transformers import PreTrainedModel
 
 from nexa_train.backends.base import StepMetrics
 from nexa_train.backends.common import TorchBackend
-from nexa_train.checkpoint import TorchState
-from nexa_train.config.spec import LoraTuning
 from nexa_train.loop import Engine
 from nexa_train.losses import CausalLoss, PreferenceLoss, make_loss
-from nexa_train.models.build import build_model, build_reference, inject_adapters, lora_config
+from nexa_train.models.build import build_reference
 from nexa_train.optim import make_optimizer
 
 
@@ -27,12 +25,7 @@ class FsdpBackend(TorchBackend):
     def setup(self) -> None:
         """Build on every rank from the same seed, then keep only this rank's shards."""
         spec = self.context.spec
-        self.causal = build_model(spec, self.context.located, self.context.tokenizer)
-        if isinstance(spec.tuning, LoraTuning):
-            self.lora = lora_config(spec.tuning, self.causal)
-            inject_adapters(self.lora, self.causal)
-        if spec.training.activation_checkpointing:
-            self.causal.activation_checkpointing_enable({"use_reentrant": False})
+        self.build_native()
         reference = build_reference(spec, self.context.located, self.context.tokenizer)
         sharded, bf16 = self.context.world > 1, spec.training.precision == "bf16"
         module = make_loss(spec.method, self.causal, reference, bf16=bf16 and not sharded)
@@ -41,13 +34,7 @@ class FsdpBackend(TorchBackend):
         else:
             module.to(_device())
         self.optimizer = make_optimizer(spec.optimizer, module.named_parameters())
-        self.state = TorchState(
-            self.causal,
-            self.optimizer,
-            adapter=self.lora is not None,
-            rank=self.context.rank,
-            world=self.context.world,
-        )
+        self.state = self.torch_state(self.optimizer)
         self.engine = Engine(self.context, module, self.optimizer)
 
     def validate(self) -> float | None:

@@ -23,10 +23,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from nexa_train.backend_config.trl import trl_config
 from nexa_train.backends.base import StepMetrics
 from nexa_train.backends.common import TorchBackend
-from nexa_train.checkpoint import TorchState
 from nexa_train.config.spec import DpoMethod, FullTuning
-from nexa_train.errors import NonFiniteLossError
-from nexa_train.loop import clip_gradients, derived_seed, mean_loss, summed
+from nexa_train.loop import check_finite, clip_gradients, derived_seed, mean_loss, summed
 from nexa_train.losses import IGNORE, make_loss
 from nexa_train.models.attention import sample_edges
 from nexa_train.models.build import build_model, build_reference, lora_config
@@ -56,13 +54,7 @@ class HfBackend(TorchBackend):
             if self.reference is not None:
                 self.reference.to("cuda")  # TRL would, but validation comes before
         self.optimizer = make_optimizer(spec.optimizer, self.causal.named_parameters())
-        self.state = TorchState(
-            self.causal,
-            self.optimizer,
-            adapter=self.lora is not None,
-            rank=self.context.rank,
-            world=self.context.world,
-        )
+        self.state = self.torch_state(self.optimizer)
 
     def validate(self) -> float | None:
         """See `loop.mean_loss`."""
@@ -144,14 +136,7 @@ class _Planned(Trainer):
         tokens = self.context.train.num_tokens(self.context.step_sequences(self.state.global_step))
         sums = summed(torch.tensor([self.step_loss, tokens], dtype=torch.float64), self.context.world)
         self.step_loss, self.step_norm, self.step_tokens = float(sums[0]), norm, int(sums[1])
-        if not (math.isfinite(self.step_loss) and math.isfinite(self.step_norm)):
-            step = self.state.global_step
-            sequences = self.context.step_sequences(step)
-            raise NonFiniteLossError(
-                f"step {step + 1}, rank {self.context.rank}: loss {self.step_loss}, gradient norm {self.step_norm}; "
-                f"the optimiser did not move. This rank's sequences were {sequences}, samples "
-                f"{self.context.train.samples(sequences)}; look at them, or lower optimizer.lr"
-            )
+        check_finite(self.context, self.state.global_step, self.step_loss, self.step_norm)
         return norm
 
     def finished_step(self) -> StepMetrics:
