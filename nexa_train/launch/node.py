@@ -37,6 +37,7 @@ from nexa_train.rundir import RunDir
 from nexa_train.store import Store, open_store
 
 POLL_SECONDS = 0.2
+SIGNAL_AGAIN_SECONDS = 0.5
 STACKS_GRACE_SECONDS = 2.0
 """Time that stalled ranks get to write their stacks."""
 
@@ -178,20 +179,29 @@ def _made_ready(job: Job, node: Node, rundir: RunDir) -> RankWork | Termination:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Raise _Signalled after whatever a signal does already."""
+    """Raise _Signalled after whatever a signal does already.
+
+    Again and again, for Python drops what is raised while it runs a finaliser or a weak reference's callback.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         before[number](number, frame)
+        signal.setitimer(signal.ITIMER_REAL, SIGNAL_AGAIN_SECONDS, SIGNAL_AGAIN_SECONDS)
+        raise _Signalled
+
+    def end_again(_number: int, _frame: FrameType | None) -> None:
         raise _Signalled
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before: dict[int, Any] = {number: handler for number, handler in handlers.items() if callable(handler)}
+    alarm = signal.signal(signal.SIGALRM, end_again)
     try:
         for number in before:
             signal.signal(number, end)
         yield
     finally:
-        for number, handler in before.items():
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in [*before.items(), (signal.SIGALRM, alarm)]:
             signal.signal(number, handler)
 
 

@@ -211,6 +211,8 @@ def test_a_stop_waits_for_the_save_in_flight_and_commits_one_more(runs: Runs) ->
     assert told(pipeline)[2] == pipeline.step
 
 
+# What the signal raises may come up in a finaliser, where Python drops it with a word.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_sigterm_while_data_is_prepared_ends_at_once_with_75(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +238,31 @@ def test_sigterm_while_data_is_prepared_ends_at_once_with_75(
     assert signal.getsignal(signal.SIGTERM) is before
     assert not list(prepared.glob("*/audit.json"))
     assert not list((tmp_path / "cache").glob("runs/*/*/run.json"))
+
+
+class SignalledWhileFinalised:
+    """What is raised in `__del__` goes nowhere."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sigterm_is_heard_where_python_drops_what_a_signal_raises(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nexa_train.cli.run import run_job
+    from nexa_train.launch import node
+
+    def prepare(*_: object) -> None:
+        SignalledWhileFinalised()
+        threading.Event().wait(60)
+        pytest.fail("a minute after SIGTERM, data was still being prepared")
+
+    monkeypatch.setattr(node, "prepare", prepare)
+    assert run_job(load_job(runs.make().job), as_json=True) == 75
+    assert json.loads(capsys.readouterr().out)["cause"] == "Stopped"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 class Bait:
