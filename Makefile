@@ -73,7 +73,7 @@ test-axolotl: axolotl-env ## Train with Axolotl for real, in that environment
 .PHONY: bench
 bench: setup ## Compare speed and memory with what people use today: NEXA_BENCH_DATA=rows of questions and answers
 	@test -f "$$NEXA_BENCH_DATA" || { echo "bench: skipped: NEXA_BENCH_DATA='$$NEXA_BENCH_DATA' is no file" >&2; exit 0; }; \
-		$(BIN)/python -m benchmarks.trainer && $(BIN)/python -m benchmarks.data "$$NEXA_BENCH_DATA" && \
+		$(BIN)/python -m benchmarks.trainer && $(BIN)/python -m benchmarks.data && \
 		$(BIN)/python -m benchmarks.checkpoint
 
 .PHONY: lint

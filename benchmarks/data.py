@@ -1,7 +1,7 @@
 """Data preparation beside TRL's and beside the tokenizer alone, by turns, each turn in a process of its own.
 
-    python -m benchmarks.data gsm8k_train.jsonl
-    python -m benchmarks.data ROWS --model FOLDER --rounds 5
+    python -m benchmarks.data --data gsm8k_train.jsonl
+    python -m benchmarks.data --data ROWS --model FOLDER --rounds 5
 
 Rows have a question and an answer. Ours is all of `prepare`: read, render, tokenise, mask, pack, write, digest. TRL's
 is what SFTTrainer does to a data set that is in memory already, with the same chat template and completion-only loss.
@@ -162,7 +162,7 @@ def packing_part(rows: str, model: str) -> Part:
 
 
 def _turn(side: str, rows: str, model: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.data", rows, "--model", model, "--side", side]
+    command = [sys.executable, "-m", "benchmarks.data", "--data", rows, "--model", model, "--side", side]
     variables = environment(len(os.sched_getaffinity(0))) | {"TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -173,17 +173,20 @@ def _turn(side: str, rows: str, model: str) -> dict[str, Any]:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description="Data preparation beside TRL's.")
-    parser.add_argument("rows")
+    parser.add_argument("--data", default=os.environ.get("NEXA_BENCH_DATA"), help="rows (NEXA_BENCH_DATA)")
     parser.add_argument("--model", help="a model folder; default: SmolLM2-135M-Instruct of this environment")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if not flags.data or not Path(flags.data).is_file():
+        print(f"benchmarks.data: skipped: no data at {flags.data or 'NEXA_BENCH_DATA'}", file=sys.stderr)
+        return
     model = flags.model or str(locate(ModelSpec(name="smollm2-135m-instruct")).folder)
     if flags.side:
-        print(json.dumps(SIDES[flags.side](flags.rows, model) | {"peak": peak_bytes()}))
+        print(json.dumps(SIDES[flags.side](flags.data, model) | {"peak": peak_bytes()}))
         return
-    print(packing_part(flags.rows, model).text())
-    print(preparation_part(flags.rows, model, flags.rounds).text())
+    print(packing_part(flags.data, model).text())
+    print(preparation_part(flags.data, model, flags.rounds).text())
 
 
 if __name__ == "__main__":
