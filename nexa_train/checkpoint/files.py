@@ -119,7 +119,7 @@ def write_shard(path: Path, shard: Shard, tensors: Iterator[Tensor]) -> tuple[st
     """Stream whole tensors, as many as the shard has, into a file.
 
     Returns:
-        SHA-256 of the file, and of the bytes of each tensor.
+        SHA-256 of the file, and of the bytes of each tensor of the weights, for `weights_digest`.
     """
     sha, digests = hashlib.sha256(), {}
     with path.open("wb") as file:
@@ -127,14 +127,16 @@ def write_shard(path: Path, shard: Shard, tensors: Iterator[Tensor]) -> tuple[st
         sha.update(header)
         file.write(header)
         for entry, tensor in zip(shard.entries, tensors, strict=False):
-            own = hashlib.sha256()
+            own = None if shard.stem == OPTIMIZER else hashlib.sha256()
             content = tensor.reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(content), _CHUNK_BYTES):
                 chunk = content[start : start + _CHUNK_BYTES]
-                own.update(chunk)
                 sha.update(chunk)
                 file.write(chunk)
-            digests[entry.name] = own.hexdigest()
+                if own is not None:
+                    own.update(chunk)
+            if own is not None:
+                digests[entry.name] = own.hexdigest()
     return sha.hexdigest(), digests
 
 
