@@ -2,7 +2,7 @@
 
 Pure: both sides import it, neither imports the other.
 
-The operator puts these variables into each pod (`JOB_COMPLETION_INDEX` comes from the indexed Job):
+The operator puts these variables into each pod:
 
 | variable | value |
 |---|---|
@@ -10,6 +10,7 @@ The operator puts these variables into each pod (`JOB_COMPLETION_INDEX` comes fr
 | NEXA_ATTEMPT | number of the attempt, from 0 |
 | NEXA_NUM_NODES | pods of the gang |
 | NEXA_RDZV_ENDPOINT | host:port of pod 0, where torchrun's c10d rendezvous listens |
+| JOB_COMPLETION_INDEX | this node's index; an indexed Job sets it, elsewhere the pod's label does |
 | NEXA_IMAGE | the image as the pod names it, for the manifest |
 | NEXA_PROGRESS_PORT | where to serve progress; default 8080, 0: any free port |
 """

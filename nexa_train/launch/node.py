@@ -38,6 +38,8 @@ from nexa_train.store import Store, open_store
 
 POLL_SECONDS = 0.2
 SIGNAL_AGAIN_SECONDS = 0.5
+_TORCHRUN_S_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Others set them too, and mean nodes: a rank without torchrun would wait for a world that never comes."""
 STACKS_GRACE_SECONDS = 2.0
 """Time that stalled ranks get to write their stacks."""
 
@@ -315,7 +317,8 @@ def rank_environment(work: RankWork, node: Node) -> dict[str, str]:
     fixed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     fixed |= axolotl.environment(work.job.spec)
     own = {variable.name: variable.value for variable in work.job.spec.cluster.env}
-    return {**os.environ, **own, **fixed}
+    inherited = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_S_OWN}
+    return {**inherited, **own, **fixed}
 
 
 def _finished(work: RankWork, store: Store) -> Termination | None:

@@ -8,43 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import aiohttp
 from kubernetes.aio import client, config
 
 from nexa_operator.errors import ApiError, ConflictError, NameTakenError
+from nexa_operator.kinds import Kind
 from nexa_operator.naming import FIELD_MANAGER
-from nexa_train.config import API_VERSION, PLURAL
+from nexa_operator.reading import owner_uid
 
 Object = dict[str, Any]
 
 _APPLY = "application/apply-patch+yaml"
 _MERGE = "application/merge-patch+json"
 _TIMEOUT_SECONDS = 30
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Where objects of one kind are found."""
-
-    api: str
-    plural: str
-
-    def path(self, namespace: str, name: str = "", subresource: str = "") -> str:
-        where = f"{self.api}/namespaces/{namespace}" if namespace else self.api
-        return "/".join(part for part in (where, self.plural, name, subresource) if part)
-
-
-JOBS = Kind("/apis/batch/v1", "jobs")
-PODS = Kind("/api/v1", "pods")
-SERVICES = Kind("/api/v1", "services")
-EVENTS = Kind("/api/v1", "events")
-LEASES = Kind("/apis/coordination.k8s.io/v1", "leases")
-TRAINING_JOBS = Kind(f"/apis/{API_VERSION}", PLURAL)
 
 
 class Cluster(Protocol):
@@ -66,8 +46,10 @@ class Cluster(Protocol):
         """Merge into the object; with a subresource apply that as the operator's own."""
         ...
 
-    async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str = "") -> None:
-        """Delete it, its children in the background; no error if it is gone, or has another UID."""
+    async def delete(
+        self, kind: Kind, namespace: str, name: str, *, uid: str = "", children_first: bool = False
+    ) -> None:
+        """Delete it, its children in the background or before it; no error if it is gone, or has another UID."""
         ...
 
 
@@ -102,13 +84,13 @@ class KubernetesCluster:
 
     async def _check_owner(self, kind: Kind, body: Object, conflict: ConflictError) -> None:
         """Names are deterministic: what has ours and our owner is what was to be created."""
-        owner, metadata = _controller(body), body["metadata"]
-        if owner is None:
+        owner, metadata = owner_uid(body), body["metadata"]
+        if not owner:
             return
         there = await self.read(kind, metadata["namespace"], metadata["name"])
         if there is None:
             raise conflict
-        if _controller(there) != owner:
+        if owner_uid(there) != owner:
             asked = f"create {kind.path(metadata['namespace'], metadata['name'])}"
             message = "the name is taken by an object of another owner: delete or rename that one"
             raise NameTakenError(asked, status=409, message=message)
@@ -119,8 +101,10 @@ class KubernetesCluster:
         query = [("fieldManager", FIELD_MANAGER)] + ([("force", "true")] if subresource else [])
         await self._call("PATCH", path, body=body, query=query, content_type=_APPLY if subresource else _MERGE)
 
-    async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str = "") -> None:
-        options: Object = {"propagationPolicy": "Background"}
+    async def delete(
+        self, kind: Kind, namespace: str, name: str, *, uid: str = "", children_first: bool = False
+    ) -> None:
+        options: Object = {"propagationPolicy": "Foreground" if children_first else "Background"}
         if uid:
             options["preconditions"] = {"uid": uid}
         try:
@@ -172,11 +156,6 @@ def _parsed(raw: bytes) -> Object:
         # Something in front of the API server answered, a load balancer for example.
         return {"message": raw[:200].decode(errors="replace")}
     return answer if isinstance(answer, dict) else {}
-
-
-def _controller(body: Mapping[str, Any]) -> str | None:
-    references = body["metadata"].get("ownerReferences") or []
-    return next((reference["uid"] for reference in references if reference.get("controller")), None)
 
 
 @asynccontextmanager

@@ -61,7 +61,15 @@ class Resume:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """The gang does its work."""
+    """The gang does its work, or waits in its queue for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """Nothing can be done until something outside changes."""
+
+    reason: str
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +77,8 @@ class Suspend:
     """The gang runs and should not: its ranks commit a checkpoint and stop."""
 
     gang: str
+    withdraw: bool = False
+    """Take it out of its queue: while it is there, the queue's owner alone suspends it and lets it go."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +112,7 @@ class Expire:
     """Over, and its time to live too: delete the job."""
 
 
-Decision: TypeAlias = Create | Restart | Resume | Watch | Suspend | Hold | Succeed | Fail | Rest | Expire
+Decision: TypeAlias = Create | Restart | Resume | Watch | Wait | Suspend | Hold | Succeed | Fail | Rest | Expire
 
 
 def decide(seen: Observed, *, recovery: RecoverySpec, schedule: ScheduleSpec, now: datetime.datetime) -> Decision:
@@ -112,17 +122,21 @@ def decide(seen: Observed, *, recovery: RecoverySpec, schedule: ScheduleSpec, no
         return rest(seen, ttl_seconds=schedule.ttl_seconds_after_finished, now=now)
     if gang is not None and gang.complete:
         return Succeed()
+    queued = schedule.queue_name is not None
     if schedule.suspend:
-        running = gang is not None and not gang.suspended and not gang.deleting
-        return Suspend(gang=gang.name) if gang is not None and running else Hold()
+        running = gang is not None and not gang.deleting and (queued or not gang.suspended)
+        return Suspend(gang=gang.name, withdraw=queued) if gang is not None and running else Hold()
+    if seen.unavailable:
+        return Wait(reason="RuntimeUnavailable", message=seen.unavailable)
     if gang is None:
         return Create(attempt=attempt)
     if gang.deleting:
         # Someone deletes it; once it is gone the same attempt is created again.
         return Watch()
-    if gang.suspended:
+    if gang.suspended and not queued:
         return Resume(attempt=attempt + 1)
-    if gang.failure or gang.lost_ranks:
+    # Ranks of a gang that its queue suspended go because of that: it goes on when it is let go again.
+    if gang.failure or (gang.lost_ranks and not gang.suspended):
         return _after_loss(seen, gang, recovery)
     return Watch()
 
@@ -185,7 +199,7 @@ def _loss(rank: Rank, rules: Iterable[RecoveryRule]) -> Loss:
     action = next((rule.action for rule in rules if code in rule.exit_codes), None)
     retryable = _is_retryable(rank, code) if action is None else action == "retry"
     # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
-    gone = rank.disrupted or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
+    gone = rank.disrupted or rank.replaced or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
     # The next attempt takes fewer sequences at once; with one there is no next, so this ends by itself.
     gives_way = words is not None and words.cause == OUT_OF_MEMORY and words.retryable
     charged = not (gone or gives_way)
@@ -207,4 +221,4 @@ def _cause_without_words(rank: Rank, code: int | None) -> str:
         return FATAL_EXIT_CODES[code]
     if rank.reason and rank.reason != "Error":
         return rank.reason
-    return _DELETED if rank.deleting and code is None else "Killed"
+    return _DELETED if rank.replaced or (rank.deleting and code is None) else "Killed"

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import structlog
 
-from nexa_operator.cluster import LEASES, Cluster, Object
+from nexa_operator.cluster import Cluster, Object
 from nexa_operator.errors import ApiError, ConflictError
+from nexa_operator.kinds import LEASES
 from nexa_operator.naming import FIELD_MANAGER
 
 log = structlog.get_logger(__name__)

@@ -13,9 +13,10 @@ import httpx
 import kopf
 import structlog
 
-from nexa_operator.cluster import TRAINING_JOBS, Cluster, KubernetesCluster, connected
+from nexa_operator.cluster import Cluster, KubernetesCluster, connected
 from nexa_operator.errors import ApiError
 from nexa_operator.handlers import CHILDREN, registry_of
+from nexa_operator.kinds import TRAINING_JOBS
 from nexa_operator.leadership import Lease, lead_forever
 from nexa_operator.metrics import Metrics, serving
 from nexa_operator.naming import LABEL_JOB_UID

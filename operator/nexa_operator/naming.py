@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 
 from nexa_train.config import GROUP
-from nexa_train.config.protocol import RDZV_PORT
 
 FIELD_MANAGER = "nexa-operator"
 LABEL_JOB_UID = f"{GROUP}/job-uid"
@@ -20,18 +19,13 @@ STORAGE_PREFIX = "nexa-storage-"
 
 
 def gang_name(job_name: str, attempt: int) -> str:
-    """The Job that carries the ranks of one attempt."""
+    """The object that carries the ranks of one attempt."""
     return f"{job_name}-a{attempt}"
 
 
 def service_name(job_name: str) -> str:
     """The headless Service of all attempts: host names differ by attempt already, so one is enough."""
     return f"{job_name}-ranks"
-
-
-def rendezvous_endpoint(job_name: str, attempt: int, namespace: str) -> str:
-    """host:port of pod 0, as DNS gives it inside the cluster."""
-    return f"{gang_name(job_name, attempt)}-0.{service_name(job_name)}.{namespace}:{RDZV_PORT}"
 
 
 def event_name(job_name: str, *parts: str) -> str:

@@ -6,19 +6,16 @@ Children are bucketed once, here; nothing after this module sees a Kubernetes ob
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pydantic import ValidationError
 
 from nexa_operator import naming
-from nexa_operator.runtimes.job import CONTAINER
+from nexa_operator.reading import Body, condition_of, first_true, is_deleting, is_true, label_of, owner_uid
+from nexa_operator.runtimes import Runtime, runtime_of
+from nexa_operator.runtimes.base import resumed_at
 from nexa_train.config.protocol import CheckpointRef, Progress, Termination
-
-Body = Mapping[str, Any]
-
-LABEL_INDEX = "batch.kubernetes.io/job-completion-index"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,24 +34,27 @@ class Rank:
     disrupted: bool = False
     """DisruptionTarget: evicted, preempted, its node lost or shut down."""
     deleting: bool = False
+    replaced: bool = False
+    """Its pod ran and is gone. The runtime makes another, with which the others will not go on."""
 
     @property
     def lost(self) -> bool:
         """Whether the gang cannot go on with it."""
-        return self.phase == "Failed" or (self.deleting and self.phase != "Succeeded")
+        return self.phase == "Failed" or self.replaced or (self.deleting and self.phase != "Succeeded")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gang:
-    """The Job of one attempt, with its pods in the order of their indices."""
+    """What carries one attempt, with its pods in the order of their indices."""
 
     name: str
     attempt: int
+    uid: str = ""
     suspended: bool = False
     deleting: bool = False
     complete: bool = False
     failure: str = ""
-    """Reason of FailureTarget or Failed. Failed waits for terminating pods, FailureTarget does not."""
+    """Why it failed, in one word."""
     failure_message: str = ""
     ranks: tuple[Rank, ...] = ()
 
@@ -89,7 +89,11 @@ class Observed:
     gang: Gang | None = None
     """Of the attempt on record."""
     leftovers: tuple[str, ...] = ()
-    """Names of Jobs of other attempts."""
+    """Names of gangs of other attempts."""
+    unavailable: str = ""
+    """What is missing for the job's runtime to be seen at all, and what to do; empty: nothing."""
+    admission: str = ""
+    """What a suspended gang waits for in its queue."""
     progress: Progress | None = None
     """What pod 0 of the gang said last; None: nothing that is of this run and attempt."""
 
@@ -107,18 +111,32 @@ def newest(*checkpoints: CheckpointRef | None) -> CheckpointRef | None:
     return max(known, key=lambda checkpoint: checkpoint.step, default=None)
 
 
-def observe(body: Body, *, jobs: Iterable[Body], pods: Iterable[Body], progress: Progress | None = None) -> Observed:
-    """Sort what was listed into the attempt on record and leftovers."""
+def observe(
+    body: Body, *, children: Sequence[Body], pods: Iterable[Body], progress: Progress | None = None
+) -> Observed:
+    """Sort what was listed into the attempt on record and leftovers.
+
+    Args:
+        children: of the runtime's kind, and its parts.
+    """
     uid, record = body["metadata"]["uid"], read_record(body.get("status") or {})
-    ours = {_attempt(job): job for job in jobs if _owner_uid(job) == uid}
+    ours = {_attempt(child): child for child in children if owner_uid(child) == uid}
     current = ours.get(record.attempt)
-    others = (job for attempt, job in sorted(ours.items()) if attempt != record.attempt)
+    others = (child for attempt, child in sorted(ours.items()) if attempt != record.attempt)
     return Observed(
         record=record,
-        gang=_gang(current, pods) if current else None,
-        leftovers=tuple(job["metadata"]["name"] for job in others if not _deleting(job)),
+        gang=_gang(body, current, children, pods) if current else None,
+        leftovers=tuple(child["metadata"]["name"] for child in others if not is_deleting(child)),
         progress=progress if progress is not None and progress.attempt == record.attempt else None,
     )
+
+
+def observe_unavailable(body: Body) -> Observed:
+    """What is known where nothing serves the runtime's kind, so that nothing can be there of it."""
+    runtime = runtime_of(body)
+    kind = f"{runtime.KIND.plural}.{runtime.KIND.group}"
+    message = f"the cluster does not serve {kind}: install {runtime.PROVIDER}, or use schedule.runtime job"
+    return Observed(record=read_record(body.get("status") or {}), unavailable=message)
 
 
 def read_record(status: Body) -> Record:
@@ -132,17 +150,6 @@ def read_record(status: Body) -> Record:
         finished=next((kind for kind in ("Succeeded", "Failed") if is_true(status, kind)), ""),
         completed_at=_time(status.get("completionTime")),
     )
-
-
-def is_true(status: Body, kind: str) -> bool:
-    """Whether the condition of that type is there and true."""
-    return condition_of(status, kind).get("status") == "True"
-
-
-def condition_of(status: Body, kind: str) -> Body:
-    """The condition of that type; empty if there is none."""
-    conditions: list[Body] = status.get("conditions") or []
-    return next((condition for condition in conditions if condition.get("type") == kind), {})
 
 
 def _time(text: str | None) -> datetime.datetime | None:
@@ -160,46 +167,65 @@ def _read_checkpoint(seen: Body | None) -> CheckpointRef | None:
     )
 
 
-def _gang(job: Body, pods: Iterable[Body]) -> Gang:
-    uid = job["metadata"]["uid"]
-    ranks = sorted((_rank(pod) for pod in pods if _owner_uid(pod) == uid), key=_rank_order)
-    failure = _first_true(job, "FailureTarget", "Failed")
+def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) -> Gang:
+    runtime, resumed = runtime_of(body), resumed_at(child)
+    owners = runtime.owners(child, parts)
+    own = [pod for pod in pods if owner_uid(pod) in owners and not _is_of_before(pod, resumed)]
+    state = runtime.state(child, parts, own)
+    replaces = state.num_replaced > 0 and _ran_since(body, resumed)
+    ranks = [_rank(runtime, pod, replaces=replaces) for pod in own]
+    if replaces:
+        ranks += [Rank(index=-1, replaced=True)] * (state.num_replaced - len(own))
     return Gang(
-        name=job["metadata"]["name"],
-        attempt=_attempt(job),
-        suspended=bool(job["spec"].get("suspend")),
-        deleting=_deleting(job),
-        complete=bool(_first_true(job, "SuccessCriteriaMet", "Complete")),
-        failure=failure.get("reason", "") or ("Failed" if failure else ""),
-        failure_message=failure.get("message", ""),
-        ranks=tuple(ranks),
+        name=child["metadata"]["name"],
+        attempt=_attempt(child),
+        uid=child["metadata"]["uid"],
+        suspended=state.suspended,
+        deleting=is_deleting(child),
+        complete=state.complete,
+        failure=state.failure,
+        failure_message=state.failure_message,
+        ranks=tuple(sorted(ranks, key=_rank_order)),
     )
+
+
+def _is_of_before(pod: Body, resumed: str) -> bool:
+    """Whether the gang's suspension is what this pod goes for. Times of the API server compare as texts."""
+    return is_deleting(pod) and pod["metadata"].get("creationTimestamp", "") < resumed
+
+
+def _ran_since(body: Body, resumed: str) -> bool:
+    """Whether all ranks of the attempt on record are known to have run, since it was last let go."""
+    running = condition_of(body.get("status") or {}, "Running")
+    return running.get("status") == "True" and running["lastTransitionTime"] > resumed
 
 
 def _rank_order(rank: Rank) -> tuple[int, bool, str]:
     return rank.index, rank.deleting, rank.finished_at
 
 
-def _rank(pod: Body) -> Rank:
-    metadata, status = pod["metadata"], pod.get("status") or {}
-    ended, waiting = _container_states(status)
+def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
+    status = pod.get("status") or {}
+    ended, waiting = _container_states(status, runtime.CONTAINER)
+    phase = status.get("phase", "Pending")
     return Rank(
-        index=int((metadata.get("labels") or {}).get(LABEL_INDEX, -1)),
-        phase=status.get("phase", "Pending"),
+        index=int(runtime.index(pod) or -1),
+        phase=phase,
         ip=status.get("podIP", ""),
         exit_code=ended.get("exitCode"),
         reason=ended.get("reason") or waiting.get("reason") or status.get("reason", ""),
         message=waiting.get("message") or _unscheduled(status) or status.get("message", ""),
         finished_at=ended.get("finishedAt") or "",
         termination=_last_words(ended.get("message", "")),
-        disrupted=bool(_first_true(pod, "DisruptionTarget")),
-        deleting=_deleting(pod),
+        disrupted=bool(first_true(pod, "DisruptionTarget")),
+        deleting=is_deleting(pod),
+        replaced=replaces and phase == "Pending",
     )
 
 
-def _container_states(status: Body) -> tuple[Body, Body]:
+def _container_states(status: Body, name: str) -> tuple[Body, Body]:
     containers = status.get("containerStatuses") or []
-    state = next((entry.get("state") or {} for entry in containers if entry.get("name") == CONTAINER), {})
+    state = next((entry.get("state") or {} for entry in containers if entry.get("name") == name), {})
     return state.get("terminated") or {}, state.get("waiting") or {}
 
 
@@ -216,20 +242,6 @@ def _last_words(message: str) -> Termination | None:
         return None
 
 
-def _first_true(body: Body, *kinds: str) -> Body:
-    status = body.get("status") or {}
-    return next((condition_of(status, kind) for kind in kinds if is_true(status, kind)), {})
-
-
-def _attempt(job: Body) -> int:
-    label = (job["metadata"].get("labels") or {}).get(naming.LABEL_ATTEMPT, "")
+def _attempt(child: Body) -> int:
+    label = label_of(child, naming.LABEL_ATTEMPT)
     return int(label) if label.isdecimal() else -1
-
-
-def _owner_uid(body: Body) -> str:
-    references = body["metadata"].get("ownerReferences") or []
-    return next((reference["uid"] for reference in references if reference.get("controller")), "")
-
-
-def _deleting(body: Body) -> bool:
-    return "deletionTimestamp" in body["metadata"]

@@ -13,7 +13,6 @@ from nexa_train.config.protocol import (
     ENV_IMAGE,
     ENV_JOB,
     ENV_NUM_NODES,
-    ENV_RDZV_ENDPOINT,
 )
 from nexa_train.config.spec import ClusterSpec
 
@@ -41,9 +40,12 @@ class RunPlan:
     image: str
     cluster: ClusterSpec
     environment: tuple[tuple[str, str], ...]
+    """All of the protocol's but where pod 0 is, which the runtime knows."""
     storage: str | None
     priority_class: str | None
     active_deadline_seconds: int | None
+    queue: str | None
+    """Kueue's; None: nobody is asked before the gang starts."""
 
 
 def make_plan(job: Job, *, owner_uid: str, attempt: int, defaults: Defaults) -> RunPlan:
@@ -68,12 +70,12 @@ def make_plan(job: Job, *, owner_uid: str, attempt: int, defaults: Defaults) -> 
             (ENV_JOB, _as_json(job)),
             (ENV_ATTEMPT, str(attempt)),
             (ENV_NUM_NODES, str(job.spec.cluster.num_nodes)),
-            (ENV_RDZV_ENDPOINT, naming.rendezvous_endpoint(name, attempt, namespace)),
             (ENV_IMAGE, image),
         ),
         storage=_storage(job, defaults),
         priority_class=job.spec.schedule.priority,
         active_deadline_seconds=job.spec.schedule.active_deadline_seconds,
+        queue=job.spec.schedule.queue_name,
     )
 
 

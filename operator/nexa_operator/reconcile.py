@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import datetime
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
-from nexa_operator import naming
-from nexa_operator.cluster import EVENTS, JOBS, PODS, SERVICES, TRAINING_JOBS, Cluster, Object
+from nexa_operator import naming, queueing
+from nexa_operator.cluster import Cluster, Object
 from nexa_operator.decide import (
     Create,
     Decision,
@@ -25,23 +25,30 @@ from nexa_operator.decide import (
     Restart,
     Resume,
     Suspend,
+    Wait,
     Watch,
     decide,
     rest,
 )
 from nexa_operator.errors import ApiError, ConflictError, RuntimeUnavailableError
+from nexa_operator.kinds import EVENTS, PODS, TRAINING_JOBS, WORKLOADS, Kind
 from nexa_operator.metrics import Metrics
-from nexa_operator.observe import Body, Observed, observe
+from nexa_operator.observe import Gang, Observed, observe, observe_unavailable
 from nexa_operator.plan import Defaults, RunPlan, image_of, make_plan
 from nexa_operator.progress import ProgressReader, Target
-from nexa_operator.runtimes import job as job_runtime
+from nexa_operator.reading import Body, condition_of
+from nexa_operator.runtimes import runtime_of
 from nexa_operator.spec import is_ours, parse
-from nexa_operator.status import Context, Happening, happenings, next_status, timestamp
+from nexa_operator.status import WAITING_FOR_ADMISSION, Context, Happening, happenings, next_status, timestamp
 from nexa_operator.workqueue import WorkQueue
 from nexa_train.config import API_VERSION, KIND, Job
 from nexa_train.errors import ConfigError
 
 log = structlog.get_logger(__name__)
+
+_GONE_SECONDS = 2.0
+_SERVED_SECONDS = 10.0
+_KUEUE_SECONDS = 3.0
 
 
 @dataclass(frozen=True, order=True)
@@ -126,6 +133,8 @@ class Reconciler:
             await self._end(key, decision)
             return
         self._follow(key, job, seen, decision)
+        if (seconds := _unwatched(body, seen, decision)) is not None:
+            self.queue.add_after(key, seconds)
         context = self._context(key, body, job)
         status = next_status(body.get("status") or {}, seen=seen, decision=decision, context=context)
         await self._write_status(body, status)
@@ -136,11 +145,32 @@ class Reconciler:
         await self._carry_out(key, body, job, seen, decision)
 
     async def _observe(self, key: Key, body: Body) -> Observed:
-        labels = f"{naming.LABEL_JOB_UID}={key.uid}"
-        jobs, pods = await asyncio.gather(
-            self.cluster.list(JOBS, key.namespace, labels), self.cluster.list(PODS, key.namespace, labels)
+        runtime, labels = runtime_of(body), f"{naming.LABEL_JOB_UID}={key.uid}"
+        kinds = (*dict.fromkeys((runtime.KIND, *runtime.PARTS)), PODS)
+        listed = await asyncio.gather(*(self._list_served(kind, key.namespace, labels) for kind in kinds))
+        if listed[0] is None:
+            return observe_unavailable(body)
+        *children, pods = (items or [] for items in listed)
+        seen = observe(
+            body, children=[child for each in children for child in each], pods=pods, progress=self.progress.latest(key)
         )
-        return observe(body, jobs=jobs, pods=pods, progress=self.progress.latest(key))
+        queue = ((body.get("spec") or {}).get("schedule") or {}).get("queueName")
+        if queue and seen.gang and seen.gang.suspended:
+            return replace(seen, admission=await self._admission(key.namespace, queue, seen.gang))
+        return seen
+
+    async def _list_served(self, kind: Kind, namespace: str, labels: str) -> list[Object] | None:
+        """None: the cluster does not serve that kind, now."""
+        try:
+            return await self.cluster.list(kind, namespace, labels)
+        except ApiError as exc:
+            if exc.status == 404:
+                return None
+            raise
+
+    async def _admission(self, namespace: str, queue: str, gang: Gang) -> str:
+        labels = f"{queueing.LABEL_GANG_UID}={gang.uid}"
+        return queueing.waits_for(queue, await self._list_served(WORKLOADS, namespace, labels))
 
     def _context(self, key: Key, body: Body, job: Job | None) -> Context:
         return Context(
@@ -169,11 +199,16 @@ class Reconciler:
         await self.cluster.patch(TRAINING_JOBS, document, subresource="status")
 
     async def _carry_out(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
+        runtime = runtime_of(body)
         try:
             for name in _to_remove(seen, decision):
-                await self.cluster.delete(JOBS, key.namespace, name)
-            if isinstance(decision, Suspend):
-                await self.cluster.patch(JOBS, _suspension(key, decision.gang))
+                await self.cluster.delete(runtime.KIND, key.namespace, name)
+            if isinstance(decision, Suspend) and decision.withdraw:
+                # After its pods, so that their last words can still be read.
+                await self.cluster.delete(runtime.KIND, key.namespace, decision.gang, children_first=True)
+            elif isinstance(decision, Suspend):
+                metadata = {"namespace": key.namespace, "name": decision.gang}
+                await self.cluster.patch(runtime.KIND, {"metadata": metadata, "spec": runtime.suspension()})
             if job is not None and isinstance(decision, Create | Restart | Resume):
                 plan = make_plan(job, owner_uid=key.uid, attempt=decision.attempt, defaults=self.defaults)
                 await self._create(key, body, plan)
@@ -183,8 +218,8 @@ class Reconciler:
         self._trouble.pop(key, None)
 
     async def _create(self, key: Key, body: Body, plan: RunPlan) -> None:
-        await self.cluster.create(SERVICES, job_runtime.service(plan))
-        if await self.cluster.create(JOBS, job_runtime.gang(plan)):
+        created = [await self.cluster.create(kind, document) for kind, document in runtime_of(body).objects(plan)]
+        if created[-1]:
             said = f"attempt {plan.attempt} with {plan.cluster.num_nodes} pods"
             await self._tell(key, body, Happening(type="Normal", reason="Created", message=said))
 
@@ -231,6 +266,17 @@ def judge(body: Body, seen: Observed, *, defaults: Defaults, now: datetime.datet
     return job, decision
 
 
+def _unwatched(body: Body, seen: Observed, decision: Decision) -> float | None:
+    """How soon to look again at what nobody tells of; pods and Jobs alone are watched, so that no CRD need be there."""
+    if isinstance(decision, Wait):
+        return _SERVED_SECONDS
+    if seen.gang is not None and seen.gang.deleting:
+        return _GONE_SECONDS
+    # Kueue takes a moment to say what is missing; later changes of its mind are for the resync.
+    first_seen = condition_of(body.get("status") or {}, "Queued").get("reason") != WAITING_FOR_ADMISSION
+    return _KUEUE_SECONDS if seen.admission and first_seen else None
+
+
 def _to_remove(seen: Observed, decision: Decision) -> tuple[str, ...]:
     """Gangs that have no future. The failed gang of a failed job stays: its pods' logs say why."""
     gang = seen.gang
@@ -240,10 +286,6 @@ def _to_remove(seen: Observed, decision: Decision) -> tuple[str, ...]:
     # Refused while it runs, by an operator that was upgraded: nothing else would ever end it.
     refused = isinstance(decision, Fail) and not (gang.failure or gang.lost_ranks)
     return (*seen.leftovers, gang.name) if over or refused else seen.leftovers
-
-
-def _suspension(key: Key, gang: str) -> Object:
-    return {"metadata": {"namespace": key.namespace, "name": gang}, "spec": {"suspend": True}}
 
 
 def _event(key: Key, body: Body, happening: Happening, *, now: datetime.datetime) -> Object:

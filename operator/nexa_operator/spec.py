@@ -62,14 +62,6 @@ def _check_artifacts_outlive_pods(job: Job) -> None:
 
 def _check_available(job: Job) -> None:
     schedule = job.spec.schedule
-    if schedule.runtime != "job":
-        raise RuntimeUnavailableError(
-            f"schedule.runtime {schedule.runtime} is not available in this operator, which has job"
-        )
-    if schedule.queue_name is not None:
-        raise RuntimeUnavailableError(
-            f"schedule.queueName {schedule.queue_name}: queueing by Kueue is not available; leave it out"
-        )
     if schedule.deletion_policy != "Retain":
         raise RuntimeUnavailableError(
             "schedule.deletionPolicy Delete is not available: artifacts outlive the job; use Retain"

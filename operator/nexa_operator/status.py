@@ -23,8 +23,10 @@ from nexa_operator.decide import (
     Resume,
     Succeed,
     Suspend,
+    Wait,
 )
-from nexa_operator.observe import Body, Observed, condition_of, is_true
+from nexa_operator.observe import Observed
+from nexa_operator.reading import Body, condition_of, is_true
 from nexa_train.config.protocol import CheckpointRef, Progress, Termination
 
 TYPES = (
@@ -39,6 +41,7 @@ TYPES = (
     "CheckpointReady",
     "ProgressUnknown",
 )
+WAITING_FOR_ADMISSION = "WaitingForAdmission"
 _LONGEST_MESSAGE = 1024
 
 
@@ -191,6 +194,9 @@ def _verdict(seen: Observed, decision: Decision, context: Context) -> _Verdict:
         said = "by schedule.suspend"
         true = {"Suspended": ("Suspended", said), "Ready": ("Suspended", said)}
         return _Verdict(phase="Suspended", true=true)
+    if isinstance(decision, Wait):
+        why = (_reason(decision.reason), _shortened(decision.message))
+        return _Verdict(phase="Pending", true={"Queued": why, "Reconciling": why})
     if context.trouble:
         refused = ("Refused", _shortened(context.trouble))
         return _Verdict(phase="Pending", true={"Queued": refused, "Reconciling": refused})
@@ -211,6 +217,9 @@ def _starting(decision: Create | Restart | Resume) -> _Verdict:
 
 
 def _watching(seen: Observed, context: Context) -> _Verdict:
+    if seen.admission:
+        queued = (WAITING_FOR_ADMISSION, _shortened(f"attempt {seen.record.attempt} {seen.admission}"))
+        return _Verdict(phase="Queued", true={"Queued": queued, "Reconciling": queued})
     ranks = seen.gang.ranks if seen.gang else ()
     up = sum(rank.phase in ("Running", "Succeeded") and not rank.deleting for rank in ranks)
     if up >= context.num_nodes:

@@ -79,6 +79,8 @@ def test_the_rights_are_exactly_those_that_are_used(helm):
         *(("nexatrainingjobs", verb) for verb in ("get", "list", "watch", "delete")),
         ("nexatrainingjobs/status", "patch"),
         *(("jobs", verb) for verb in ("get", "list", "watch", "create", "patch", "delete")),
+        *((kind, verb) for kind in ("jobsets", "pytorchjobs") for verb in ("get", "list", "create", "patch", "delete")),
+        ("workloads", "list"),
         *(("pods", verb) for verb in ("list", "watch")),
         *(("services", verb) for verb in ("get", "create")),
         ("events", "create"),

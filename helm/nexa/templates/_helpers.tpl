@@ -44,6 +44,15 @@ app.kubernetes.io/component: operator
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, patch, delete] # patch: suspend
+- apiGroups: [jobset.x-k8s.io]
+  resources: [jobsets]
+  verbs: [get, list, create, patch, delete] # not watched: pods and Jobs tell enough
+- apiGroups: [kubeflow.org]
+  resources: [pytorchjobs]
+  verbs: [get, list, create, patch, delete]
+- apiGroups: [kueue.x-k8s.io]
+  resources: [workloads]
+  verbs: [list] # why a job waits in its queue
 - apiGroups: [""]
   resources: [pods]
   verbs: [list, watch]

@@ -7,181 +7,71 @@ terminal, so the attempt would hang.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from nexa_operator import naming
+from nexa_operator.kinds import JOBS, SERVICES, Kind
 from nexa_operator.plan import RunPlan
-from nexa_train.config import API_VERSION, KIND
-from nexa_train.config.protocol import PROGRESS_PORT, RDZV_PORT, TERMINATION_LOG
-from nexa_train.config.spec import Toleration, Volume
+from nexa_operator.reading import Body, first_true, label_of
+from nexa_operator.runtimes import pod
+from nexa_operator.runtimes.base import Object, State, failure_of
 
-Object = dict[str, Any]
+KIND = JOBS
+PARTS: tuple[Kind, ...] = ()
+PROVIDER = "Kubernetes"
+CONTAINER = pod.CONTAINER
 
-CONTAINER = "trainer"
-TERMINATION_GRACE_SECONDS = 120
-"""Time for a last checkpoint after SIGTERM."""
-USER_ID = 65532
+LABEL_INDEX = "batch.kubernetes.io/job-completion-index"
 
 
-def service(plan: RunPlan) -> Object:
-    """Gives every pod a host name, from before it is ready: ranks must find pod 0 to become ready."""
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {
-            "name": plan.service,
-            "namespace": plan.namespace,
-            "labels": _owner_labels(plan),
-            "ownerReferences": [_owner_reference(plan)],
-        },
-        "spec": {
-            "clusterIP": "None",
-            "publishNotReadyAddresses": True,
-            "selector": _owner_labels(plan),
-            "ports": [
-                {"name": "rendezvous", "port": RDZV_PORT, "protocol": "TCP"},
-                {"name": "progress", "port": PROGRESS_PORT, "protocol": "TCP"},
-            ],
-        },
-    }
+def objects(plan: RunPlan) -> tuple[tuple[Kind, Object], ...]:
+    """The Service that ranks find each other by, and the Job."""
+    return (SERVICES, pod.service(plan)), (KIND, gang(plan))
 
 
 def gang(plan: RunPlan) -> Object:
     """The indexed Job of one attempt."""
+    spec = job_spec(plan, host=f"{plan.name}-0.{plan.service}.{plan.namespace}")
+    if plan.queue is not None:
+        spec["suspend"] = True
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": pod.gang_metadata(plan), "spec": spec}
+
+
+def job_spec(plan: RunPlan, *, host: str) -> Object:
+    """Of an indexed Job, whoever makes it; `host`: where pod 0 is found."""
     spec: Object = {
         "completionMode": "Indexed",
         "completions": plan.cluster.num_nodes,
         "parallelism": plan.cluster.num_nodes,
         "backoffLimit": 0,
         "podReplacementPolicy": "TerminatingOrFailed",
-        "template": {
-            "metadata": {
-                # Ours win: they are how the operator and the Service find the pods.
-                "labels": {**plan.cluster.labels, **_labels(plan)},
-                "annotations": dict(plan.cluster.annotations),
-            },
-            "spec": _pod_spec(plan),
-        },
+        "template": pod.template(plan, host=host),
     }
     if plan.active_deadline_seconds is not None:
         spec["activeDeadlineSeconds"] = plan.active_deadline_seconds
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {
-            "name": plan.name,
-            "namespace": plan.namespace,
-            "labels": _labels(plan),
-            "ownerReferences": [_owner_reference(plan)],
-        },
-        "spec": spec,
-    }
-
-
-def _owner_labels(plan: RunPlan) -> dict[str, str]:
-    return {naming.LABEL_JOB_UID: plan.owner_uid, naming.LABEL_JOB_NAME: plan.job_name}
-
-
-def _labels(plan: RunPlan) -> dict[str, str]:
-    return {**_owner_labels(plan), naming.LABEL_ATTEMPT: str(plan.attempt)}
-
-
-def _owner_reference(plan: RunPlan) -> Object:
-    return {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
-        "name": plan.job_name,
-        "uid": plan.owner_uid,
-        "controller": True,
-        # True would need the right to update finalizers, and only slows deletion down.
-        "blockOwnerDeletion": False,
-    }
-
-
-def _pod_spec(plan: RunPlan) -> Object:
-    spec: Object = {
-        "restartPolicy": "Never",
-        "subdomain": plan.service,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": TERMINATION_GRACE_SECONDS,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER_ID,
-            "runAsGroup": USER_ID,
-            "fsGroup": USER_ID,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [_container(plan)],
-        "volumes": [
-            {"name": "nexa-tmp", "emptyDir": {}},
-            {"name": "nexa-shm", "emptyDir": {"medium": "Memory"}},
-            *(_volume(volume) for volume in plan.cluster.volumes),
-        ],
-    }
-    if plan.cluster.node_selector:
-        spec["nodeSelector"] = dict(plan.cluster.node_selector)
-    if plan.cluster.tolerations:
-        spec["tolerations"] = [_toleration(toleration) for toleration in plan.cluster.tolerations]
-    if plan.priority_class is not None:
-        spec["priorityClassName"] = plan.priority_class
     return spec
 
 
-def _container(plan: RunPlan) -> Object:
-    container: Object = {
-        "name": CONTAINER,
-        "image": plan.image,
-        "imagePullPolicy": "IfNotPresent",
-        "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
-        "env": _environment(plan),
-        "terminationMessagePath": TERMINATION_LOG,
-        "terminationMessagePolicy": "File",
-        "resources": _resources(plan),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "readOnlyRootFilesystem": True,
-        },
-        "volumeMounts": [
-            {"name": "nexa-tmp", "mountPath": "/tmp"},  # noqa: S108 - a path in the pod
-            {"name": "nexa-shm", "mountPath": "/dev/shm"},  # noqa: S108
-            *(_mount(volume) for volume in plan.cluster.volumes),
-        ],
-    }
-    if plan.storage is not None:
-        profile = f"{naming.STORAGE_PREFIX}{plan.storage}"
-        container["envFrom"] = [{"configMapRef": {"name": profile}}, {"secretRef": {"name": profile}}]
-    return container
+def suspension() -> Object:
+    """Its controller then deletes the pods, which is no failure."""
+    return {"suspend": True}
 
 
-def _environment(plan: RunPlan) -> list[Object]:
-    """The last of two equal names wins, so the protocol's variables stand behind the user's."""
-    ours = dict(plan.environment)
-    values = {"HOME": "/tmp", **{item.name: item.value for item in plan.cluster.env}, **ours}  # noqa: S108
-    # A dollar in a value would be expanded; doubling it is how Kubernetes spells a dollar.
-    return [{"name": name, "value": value.replace("$", "$$")} for name, value in values.items()]
+def owners(gang: Body, parts: Sequence[Body]) -> frozenset[str]:
+    """Pods are the Job's own."""
+    return frozenset({gang["metadata"]["uid"]})
 
 
-def _resources(plan: RunPlan) -> Object:
-    amounts = {"cpu": plan.cluster.resources.cpu, "memory": plan.cluster.resources.memory}
-    if plan.cluster.gpus_per_node:
-        amounts["nvidia.com/gpu"] = str(plan.cluster.gpus_per_node)
-    given = {name: amount for name, amount in amounts.items() if amount is not None}
-    return {"requests": given, "limits": given} if given else {}
+def index(pod: Body) -> str:
+    """By the label that the Job's controller puts on it."""
+    return label_of(pod, LABEL_INDEX)
 
 
-def _toleration(toleration: Toleration) -> Object:
-    return toleration.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-def _volume(volume: Volume) -> Object:
-    if volume.claim is not None:
-        claim = {"claimName": volume.claim, "readOnly": volume.read_only}
-        return {"name": volume.name, "persistentVolumeClaim": claim}
-    return {"name": volume.name, "configMap": {"name": volume.config_map}}
-
-
-def _mount(volume: Volume) -> Object:
-    return {"name": volume.name, "mountPath": volume.mount_path, "readOnly": volume.read_only}
+def state(gang: Body, parts: Sequence[Body], pods: Sequence[Body]) -> State:
+    """By its conditions. Failed waits for terminating pods, FailureTarget does not; so for success."""
+    failure, message = failure_of(gang, "FailureTarget", "Failed")
+    return State(
+        suspended=bool(gang["spec"].get("suspend")),
+        complete=bool(first_true(gang, "SuccessCriteriaMet", "Complete")),
+        failure=failure,
+        failure_message=message,
+    )

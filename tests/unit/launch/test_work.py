@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nexa_train.launch.node import Node, rank_environment
 from nexa_train.launch.work import RankWork
 from nexa_train.models.locate import Located
 from nexa_train.plan import make_plan
@@ -47,3 +48,11 @@ def test_a_microbatch_gives_way_down_to_one(microbatch: int, adapts: bool) -> No
     described = job(training={"global_batch_size": 4})
     plan = make_plan(described.spec, num_sequences=10, architecture=MODELS["tiny"].architecture, microbatch=microbatch)
     assert replace(work(None), job=described, plan=plan).adapts_microbatch is adapts
+
+
+def test_ranks_inherit_no_place_in_a_world_that_others_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "PET_SHUTDOWN_TIMEOUT": "60"}.items():
+        monkeypatch.setenv(name, value)
+    environment = rank_environment(work(None), Node(count=2))
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(environment)
+    assert environment["PET_SHUTDOWN_TIMEOUT"] == "60", "torchrun's own settings reach it"

@@ -19,13 +19,13 @@ from tests.unit.operator.builders import (
 
 
 def test_children_of_a_namesake_that_was_deleted_are_not_ours():
-    observed = observe(body(), jobs=[gang_job(owner="another-uid")], pods=[pod()])
+    observed = observe(body(), children=[gang_job(owner="another-uid")], pods=[pod()])
     assert observed.gang is None
     assert observed.leftovers == ()
 
 
 def test_pods_of_a_gang_that_was_deleted_are_not_the_new_gang_s():
-    observed = observe(body(), jobs=[gang_job()], pods=[pod(owner="an-older-gang")])
+    observed = observe(body(), children=[gang_job()], pods=[pod(owner="an-older-gang")])
     assert observed.gang is not None
     assert observed.gang.ranks == ()
 
@@ -33,43 +33,43 @@ def test_pods_of_a_gang_that_was_deleted_are_not_the_new_gang_s():
 @pytest.mark.parametrize("message", ["", "Killed", "{", '{"run_id": 1}', "[]", "null"])
 def test_last_words_that_are_none_are_no_error(message):
     failed = pod(phase="Failed", containerStatuses=ended(137, message))
-    (rank,) = observe(body(), jobs=[gang_job()], pods=[failed]).gang.ranks
+    (rank,) = observe(body(), children=[gang_job()], pods=[failed]).gang.ranks
     assert (rank.termination, rank.exit_code, rank.lost) == (None, 137, True)
 
 
 def test_a_pod_without_a_status_is_pending():
     bare = pod()
     del bare["status"]
-    (rank,) = observe(body(), jobs=[gang_job()], pods=[bare]).gang.ranks
+    (rank,) = observe(body(), children=[gang_job()], pods=[bare]).gang.ranks
     assert (rank.phase, rank.lost) == ("Pending", False)
 
 
 def test_a_job_with_a_label_that_is_no_number_is_a_leftover():
     strange = gang_job()
     strange["metadata"]["labels"]["train.nexa.dev/attempt"] = "many"
-    assert observe(body(), jobs=[strange], pods=[]).leftovers == ("demo-a0",)
+    assert observe(body(), children=[strange], pods=[]).leftovers == ("demo-a0",)
 
 
 def test_a_sidecar_s_state_is_not_the_trainer_s():
     statuses = [{"name": "istio", "state": {"terminated": {"exitCode": 9}}}]
-    (rank,) = observe(body(), jobs=[gang_job()], pods=[pod(containerStatuses=statuses)]).gang.ranks
+    (rank,) = observe(body(), children=[gang_job()], pods=[pod(containerStatuses=statuses)]).gang.ranks
     assert rank.exit_code is None
 
 
 def test_the_attempt_on_record_is_the_gang_and_the_others_are_leftovers():
     jobs = [gang_job(attempt=attempt) for attempt in (2, 0, 1)]
-    observed = observe(body(status={"attempt": 1}), jobs=jobs, pods=[])
+    observed = observe(body(status={"attempt": 1}), children=jobs, pods=[])
     assert observed.gang.attempt == 1
     assert observed.leftovers == ("demo-a0", "demo-a2")
 
 
 def test_ranks_are_in_the_order_of_their_indices():
-    observed = observe(body(), jobs=[gang_job()], pods=[pod(10), pod(2), pod(0)])
+    observed = observe(body(), children=[gang_job()], pods=[pod(10), pod(2), pod(0)])
     assert [rank.index for rank in observed.gang.ranks] == [0, 2, 10]
 
 
 def test_a_replacement_of_rank_zero_is_asked_rather_than_the_pod_that_goes():
-    observed = observe(body(), jobs=[gang_job()], pods=[pod(0, deleting=True), pod(0, podIP="10.0.0.2")])
+    observed = observe(body(), children=[gang_job()], pods=[pod(0, deleting=True), pod(0, podIP="10.0.0.2")])
     assert observed.gang.rank_zero.ip == "10.0.0.2"
 
 
@@ -86,26 +86,26 @@ def test_a_replacement_of_rank_zero_is_asked_rather_than_the_pod_that_goes():
     ],
 )
 def test_conditions_of_the_job(conditions, complete, failure):
-    gang = observe(body(), jobs=[gang_job(conditions=conditions)], pods=[]).gang
+    gang = observe(body(), children=[gang_job(conditions=conditions)], pods=[]).gang
     assert (gang.complete, gang.failure) == (complete, failure)
 
 
 def test_last_words_are_read_with_their_checkpoint():
     said = words(checkpoint=checkpoint(70)).as_bytes().decode()
-    observed = observe(body(), jobs=[gang_job()], pods=[pod(phase="Failed", containerStatuses=ended(1, said))])
+    observed = observe(body(), children=[gang_job()], pods=[pod(phase="Failed", containerStatuses=ended(1, said))])
     assert observed.checkpoint == checkpoint(70)
 
 
 def test_the_newest_checkpoint_known_counts_wherever_it_was_said():
     status = {"checkpoint": {"step": 60, "uri": "u", "digest": "d"}}
-    observed = observe(body(status=status), jobs=[], pods=[], progress=progress(checkpoint=checkpoint(50)))
+    observed = observe(body(status=status), children=[], pods=[], progress=progress(checkpoint=checkpoint(50)))
     assert observed.checkpoint.step == 60
     assert newest(None, checkpoint(5), checkpoint(7), None) == checkpoint(7)
     assert newest() is None
 
 
 def test_progress_of_another_attempt_is_dropped():
-    observed = observe(body(status={"attempt": 1}), jobs=[], pods=[], progress=progress(attempt=0))
+    observed = observe(body(status={"attempt": 1}), children=[], pods=[], progress=progress(attempt=0))
     assert observed.progress is None
 
 
@@ -119,10 +119,10 @@ def test_why_a_pod_waits_is_known():
     waiting = [{"name": "trainer", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}]
     unscheduled = [{"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available"}]
     pods = [pod(0, phase="Pending", containerStatuses=waiting), pod(1, phase="Pending", conditions=unscheduled)]
-    first, second = observe(body(), jobs=[gang_job()], pods=pods).gang.ranks
+    first, second = observe(body(), children=[gang_job()], pods=pods).gang.ranks
     assert (first.reason, first.message) == ("ImagePullBackOff", "no such image")
     assert second.message == "0/3 nodes are available"
 
 
 def test_owners_are_told_by_uid():
-    assert observe(body(), jobs=[gang_job()], pods=[pod(owner=GANG_UID)]).gang.ranks
+    assert observe(body(), children=[gang_job()], pods=[pod(owner=GANG_UID)]).gang.ranks

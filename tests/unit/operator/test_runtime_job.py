@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from nexa_operator.errors import RuntimeUnavailableError
-from nexa_operator.naming import rendezvous_endpoint
 from nexa_operator.plan import Defaults, make_plan
 from nexa_operator.runtimes import job as runtime
+from nexa_operator.runtimes import pod
 from nexa_train.config import Job
+from nexa_train.config.job import Metadata
 from tests.unit.operator.builders import UID, job
 
 DEFAULTS = Defaults(image="trainer:1", storage="")
@@ -64,14 +65,14 @@ def test_a_plan_is_the_same_every_time():
 
 def test_both_children_are_owned_by_the_job_and_block_nothing():
     plan = make_plan(job(), owner_uid=UID, attempt=0, defaults=DEFAULTS)
-    for child in (runtime.gang(plan), runtime.service(plan)):
+    for child in (runtime.gang(plan), pod.service(plan)):
         (reference,) = child["metadata"]["ownerReferences"]
         assert (reference["uid"], reference["controller"], reference["blockOwnerDeletion"]) == (UID, True, False)
 
 
 def test_the_service_finds_the_pods_of_every_attempt_before_they_are_ready():
     plan = make_plan(job(), owner_uid=UID, attempt=4, defaults=DEFAULTS)
-    service, labels = runtime.service(plan), runtime.gang(plan)["spec"]["template"]["metadata"]["labels"]
+    service, labels = pod.service(plan), runtime.gang(plan)["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"].items() <= labels.items()
     assert "train.nexa.dev/attempt" not in service["spec"]["selector"]
     assert service["spec"]["publishNotReadyAddresses"] is True
@@ -202,6 +203,9 @@ def test_a_job_s_own_image_wins():
 
 
 def test_the_longest_names_are_dns_labels():
-    host = rendezvous_endpoint("n" * 45, 99_999, "ns").split(".")
-    assert max(len(part) for part in host[:2]) <= 63
+    longest = job().model_copy(update={"metadata": Metadata(name="n" * 45, namespace="ns")})
+    plan = make_plan(longest, owner_uid=UID, attempt=99_999, defaults=DEFAULTS)
+    (container,) = runtime.gang(plan)["spec"]["template"]["spec"]["containers"]
+    (endpoint,) = [item["value"] for item in container["env"] if item["name"] == "NEXA_RDZV_ENDPOINT"]
+    assert max(len(part) for part in endpoint.split(".")[:2]) <= 63
     assert len("n" * 45 + "-a99999-4095") <= 63

@@ -48,9 +48,6 @@ def test_a_folder_of_a_writable_claim_is_taken_for_artifacts(mount, read_only, k
 @pytest.mark.parametrize(
     ("schedule", "said"),
     [
-        ({"runtime": "jobset"}, "schedule.runtime jobset"),
-        ({"runtime": "pytorchjob"}, "schedule.runtime pytorchjob"),
-        ({"queueName": "team"}, "schedule.queueName team"),
         ({"deletionPolicy": "Delete"}, "schedule.deletionPolicy Delete"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nexa_operator.decide import Create, Fail, Hold, Loss, Restart, Resume, Succeed, Watch
+from nexa_operator.decide import Create, Fail, Hold, Loss, Restart, Resume, Succeed, Wait, Watch
 from nexa_operator.observe import Observed, Record
 from nexa_operator.status import Context, duration, happenings, next_status
 from tests.unit.operator.builders import LATER, NOW, checkpoint, failed, gang, progress, rank, seen, words
@@ -50,6 +50,18 @@ RUNNING = gang(rank(0), rank(1))
             {"Queued": "Restarting", "Reconciling": "Restarting"},
         ),
         (seen(), Resume(attempt=1), "Pending", {"Queued": "Resuming", "Reconciling": "Resuming"}),
+        (
+            seen(unavailable="no JobSet"),
+            Wait(reason="RuntimeUnavailable", message="no JobSet"),
+            "Pending",
+            {"Queued": "RuntimeUnavailable", "Reconciling": "RuntimeUnavailable"},
+        ),
+        (
+            seen(gang(rank(0), rank(1), suspended=True), admission="waits for admission by queue team"),
+            Watch(),
+            "Queued",
+            {"Queued": "WaitingForAdmission", "Reconciling": "WaitingForAdmission"},
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )

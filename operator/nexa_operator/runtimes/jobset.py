@@ -1,0 +1,82 @@
+"""RunPlan -> headless Service and JobSet, as plain dicts; pure.
+
+One replicated job of one Job, which is the default runtime's: the same fields, the same facts. The JobSet restarts
+nothing (`maxRestarts: 0`), for an attempt is one gang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nexa_operator.kinds import JOBS, JOBSETS, SERVICES, Kind
+from nexa_operator.plan import RunPlan
+from nexa_operator.reading import Body, first_true, owner_uid
+from nexa_operator.runtimes import job, pod
+from nexa_operator.runtimes.base import Object, State, failure_of
+
+KIND = JOBSETS
+PARTS: tuple[Kind, ...] = (JOBS,)
+PROVIDER = "JobSet (jobset.sigs.k8s.io)"
+CONTAINER = pod.CONTAINER
+
+REPLICATED = "r"
+"""Short: a pod's name holds it too, and JobSet wants that within 63 characters with its suffix."""
+
+index = job.index
+suspension = job.suspension
+
+
+def objects(plan: RunPlan) -> tuple[tuple[Kind, Object], ...]:
+    """The Service that ranks find each other by, and the JobSet."""
+    return (SERVICES, pod.service(plan)), (KIND, gang(plan))
+
+
+def gang(plan: RunPlan) -> Object:
+    """The JobSet of one attempt."""
+    spec: Object = {
+        # By our Service: one for all attempts, whose host names differ already.
+        "network": {"enableDNSHostnames": True, "subdomain": plan.service, "publishNotReadyAddresses": True},
+        "successPolicy": {"operator": "All"},
+        "failurePolicy": {"maxRestarts": 0},
+        "replicatedJobs": [
+            {
+                "name": REPLICATED,
+                "replicas": 1,
+                "template": {
+                    # By these the operator hears of the Job.
+                    "metadata": {"labels": pod.labels(plan)},
+                    "spec": job.job_spec(plan, host=f"{plan.name}-{REPLICATED}-0-0.{plan.service}.{plan.namespace}"),
+                },
+            }
+        ],
+    }
+    if plan.queue is not None:
+        spec["suspend"] = True
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": pod.gang_metadata(plan),
+        "spec": spec,
+    }
+
+
+def owners(gang: Body, parts: Sequence[Body]) -> frozenset[str]:
+    """Pods are its Job's."""
+    return frozenset(part["metadata"]["uid"] for part in _jobs(gang, parts))
+
+
+def state(gang: Body, parts: Sequence[Body], pods: Sequence[Body]) -> State:
+    """By its Job, which knows earlier and says more; by its own conditions where there is none."""
+    jobs = [job.state(part, (), ()) for part in _jobs(gang, parts)]
+    failures = [(each.failure, each.failure_message) for each in jobs if each.failure]
+    failure, message = (failures or [failure_of(gang, "Failed")])[0]
+    return State(
+        suspended=bool(gang["spec"].get("suspend")),
+        complete=bool(first_true(gang, "Completed")) or any(each.complete for each in jobs),
+        failure=failure,
+        failure_message=message,
+    )
+
+
+def _jobs(gang: Body, parts: Sequence[Body]) -> list[Body]:
+    return [part for part in parts if owner_uid(part) == gang["metadata"]["uid"]]
