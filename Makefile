@@ -47,8 +47,8 @@ test-unit: setup ## Run the tests that start no cluster and train nothing: withi
 	$(BIN)/pytest -q tests/unit -m 'not integration and not training and not e2e'
 
 .PHONY: test-soak
-test-soak: setup ## Run the long tests
-	$(BIN)/pytest -m soak
+test-soak: setup ## Run the long tests, with the figures that they print
+	$(BIN)/pytest -m soak -rP
 
 # Axolotl pins other versions than ours: an environment of its own, made once for all checkouts and kept by what goes in.
 HEAVY := trainer_image/heavy/requirements.txt trainer_image/heavy/constraints.txt

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import aiohttp
 from kubernetes.aio import client, config
 
-from nexa_operator.errors import ApiError, ConflictError, NameTakenError
+from nexa_operator.errors import ApiError, ConflictError, InvalidError, NameTakenError
 from nexa_operator.kinds import Kind
 from nexa_operator.naming import FIELD_MANAGER
 from nexa_operator.reading import owner_uid
@@ -25,6 +25,7 @@ Object = dict[str, Any]
 _APPLY = "application/apply-patch+yaml"
 _MERGE = "application/merge-patch+json"
 _TIMEOUT_SECONDS = 30
+_ERRORS: dict[int, type[ApiError]] = {409: ConflictError, 422: InvalidError}
 
 
 class Cluster(Protocol):
@@ -138,7 +139,7 @@ class KubernetesCluster:
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
             raise ApiError(f"{method} {path}", status=0, message=f"no answer: {exc!r}") from exc
         if response.status >= 300:
-            kind = ConflictError if response.status == 409 else ApiError
+            kind = _ERRORS.get(response.status, ApiError)
             message = answer.get("message") or response.reason
             raise kind(f"{method} {path}", status=response.status, message=message)
         return answer

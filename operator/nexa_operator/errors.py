@@ -3,9 +3,11 @@
 NexaError
 ├── ConfigError                  SettingsError: an environment variable of the operator is missing or wrong
 ├── RuntimeUnavailableError      the job asks for something that this operator cannot carry out
+├── WatchError                   kopf gave up on its watches
 └── RefusedError
     └── ApiError                 the API server answered, and the answer was no
         ├── ConflictError        someone changed the object since it was read: look again
+        ├── InvalidError         what was to be created can never be: a mistake in the job that only the server sees
         └── NameTakenError       a child's name is taken by an object that is not ours
 """
 
@@ -24,6 +26,10 @@ class RuntimeUnavailableError(NexaError):
     retryable = False
 
 
+class WatchError(NexaError):
+    """kopf gave up, as on a 401, an error event or half a line from an API server that comes or goes."""
+
+
 class ApiError(RefusedError):
     """The API server's refusal: what was asked, the HTTP status, its message."""
 
@@ -34,6 +40,10 @@ class ApiError(RefusedError):
 
 class ConflictError(ApiError):
     """The object changed between reading and writing; the next look decides again."""
+
+
+class InvalidError(ApiError):
+    """The object breaks the server's own rules: asking again would change nothing."""
 
 
 class NameTakenError(ApiError):

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Coroutine, Iterator
+import time
+from collections.abc import Coroutine, Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ import kopf
 import structlog
 
 from nexa_operator.cluster import Cluster, KubernetesCluster, connected
-from nexa_operator.errors import ApiError
+from nexa_operator.errors import ApiError, WatchError
 from nexa_operator.handlers import CHILDREN, registry_of
 from nexa_operator.kinds import TRAINING_JOBS
 from nexa_operator.leadership import Lease, lead_forever
@@ -31,7 +32,9 @@ from nexa_train.errors import NexaError
 log = structlog.get_logger(__name__)
 
 _CRD_WAIT_SECONDS = 2.0
+_LIST_SECONDS = 60
 _END_SECONDS = 20
+_BEGIN_AGAIN_SECONDS = 2.0
 
 
 class _Forever:
@@ -51,7 +54,18 @@ def main() -> None:
         print(exc, file=sys.stderr)
         raise SystemExit(exc.exit_code) from exc
     configure_logging(settings.log_level)
-    asyncio.run(run(settings))
+    while not _ended_in_order(settings):
+        time.sleep(_BEGIN_AGAIN_SECONDS)
+
+
+def _ended_in_order(settings: Settings) -> bool:
+    """False if the watches gave up. All that counts is in the cluster: to begin again is as good as a new process."""
+    try:
+        asyncio.run(run(settings))
+    except WatchError as exc:
+        log.error("begins again", error=repr(exc.__cause__), in_seconds=_BEGIN_AGAIN_SECONDS)
+        return False
+    return True
 
 
 async def run(settings: Settings) -> None:
@@ -86,25 +100,37 @@ async def _until_first_ends(coroutines: list[Coroutine[Any, Any, None]]) -> None
     """kopf ends on a signal; anything else that ends is a fault, and ends the operator too."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        ended = await _first_ended(tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
+    ended.result()
+
+
+async def _first_ended(tasks: Iterable[asyncio.Task[None]]) -> asyncio.Task[None]:
+    """kopf, when it ends, cancels all that is new in its loop, parts of a look too; what counts is why it ends."""
+    waiting = set(tasks)
+    while True:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if not task.cancelled():
+                return task
 
 
 async def _watch(settings: Settings, cluster: Cluster, queue: WorkQueue[Key]) -> None:
     """kopf: watches, and nothing of its own on any object."""
     await _wait_for_crd(cluster, settings.watch_namespace)
-    await kopf.operator(
-        registry=registry_of(queue.add),
-        settings=kopf_settings(),
-        standalone=True,
-        clusterwide=not settings.watch_namespace,
-        namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
-    )
+    try:
+        await kopf.operator(
+            registry=registry_of(queue.add),
+            settings=kopf_settings(settings),
+            standalone=True,
+            clusterwide=not settings.watch_namespace,
+            namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
+        )
+    except Exception as exc:
+        raise WatchError from exc
 
 
 async def _wait_for_crd(cluster: Cluster, namespace: str) -> None:
@@ -118,7 +144,7 @@ async def _wait_for_crd(cluster: Cluster, namespace: str) -> None:
             await asyncio.sleep(_CRD_WAIT_SECONDS)
 
 
-def kopf_settings() -> kopf.OperatorSettings:
+def kopf_settings(ours: Settings) -> kopf.OperatorSettings:
     """What differs from kopf's defaults, each for a reason."""
     settings = kopf.OperatorSettings()
     # No rights on namespaces and CRDs are needed when neither is watched.
@@ -129,6 +155,10 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.persistence.progress_storage = NoProgress()
     settings.networking.error_backoffs = _Forever()
     settings.networking.connect_timeout = 10
+    # A list without an answer would hold up its watch for five minutes.
+    settings.networking.request_timeout = _LIST_SECONDS
+    # A connection can die without a word: then nothing comes, not even the bookmarks.
+    settings.watching.inactivity_timeout = ours.watch_silence_seconds
     settings.process.ultimate_exiting_timeout = _END_SECONDS
     for child in CHILDREN:
         # By the server: the other pods of a big cluster never cross the wire.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import ValidationError
 
@@ -121,6 +121,8 @@ def observe(
     """
     uid, record = body["metadata"]["uid"], read_record(body.get("status") or {})
     ours = {_attempt(child): child for child in children if owner_uid(child) == uid}
+    # A later gang than on record: an old view of the job, or its status was lost. That gang is the one that lives.
+    record = replace(record, attempt=max((record.attempt, *ours)))
     current = ours.get(record.attempt)
     others = (child for attempt, child in sorted(ours.items()) if attempt != record.attempt)
     return Observed(

@@ -30,7 +30,7 @@ from nexa_operator.decide import (
     decide,
     rest,
 )
-from nexa_operator.errors import ApiError, ConflictError, RuntimeUnavailableError
+from nexa_operator.errors import ApiError, ConflictError, InvalidError, RuntimeUnavailableError
 from nexa_operator.kinds import EVENTS, PODS, TRAINING_JOBS, WORKLOADS, Kind
 from nexa_operator.metrics import Metrics
 from nexa_operator.observe import Gang, Observed, observe, observe_unavailable
@@ -49,6 +49,7 @@ log = structlog.get_logger(__name__)
 _GONE_SECONDS = 2.0
 _SERVED_SECONDS = 10.0
 _KUEUE_SECONDS = 3.0
+_RESYNC_AGAIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, order=True)
@@ -76,6 +77,7 @@ class Reconciler:
     defaults: Defaults
     clock: Callable[[], datetime.datetime] = now_utc
     _trouble: dict[Key, str] = field(default_factory=dict)
+    _invalid: dict[Key, str] = field(default_factory=dict)
 
     async def work_forever(self, *, may_act: asyncio.Event) -> None:
         """Take jobs from the queue while this operator is the one that acts."""
@@ -93,12 +95,15 @@ class Reconciler:
     async def resync_forever(self, *, namespace: str, interval_seconds: float) -> None:
         """Look at every job now and then, whether or not anything was heard of it."""
         while True:
+            seconds = interval_seconds
             try:
                 for body in await self.cluster.list(TRAINING_JOBS, namespace):
                     self.queue.add(key_of(body))
             except ApiError as exc:
                 log.warning("resync failed", error=str(exc))
-            await asyncio.sleep(interval_seconds)
+                # Soon: after an outage, failed looks wait longer than this.
+                seconds = min(interval_seconds, _RESYNC_AGAIN_SECONDS)
+            await asyncio.sleep(seconds)
 
     async def _look(self, key: Key) -> None:
         try:
@@ -127,7 +132,7 @@ class Reconciler:
 
     async def _reconcile(self, key: Key, body: Body) -> None:
         seen = await self._observe(key, body)
-        job, decision = judge(body, seen, defaults=self.defaults, now=self.clock())
+        job, decision = judge(body, seen, defaults=self.defaults, now=self.clock(), invalid=self._invalid.get(key, ""))
         if isinstance(decision, Rest | Expire):
             self._forget(key)
             await self._end(key, decision)
@@ -218,7 +223,11 @@ class Reconciler:
         self._trouble.pop(key, None)
 
     async def _create(self, key: Key, body: Body, plan: RunPlan) -> None:
-        created = [await self.cluster.create(kind, document) for kind, document in runtime_of(body).objects(plan)]
+        try:
+            created = [await self.cluster.create(kind, document) for kind, document in runtime_of(body).objects(plan)]
+        except InvalidError as exc:
+            self._invalid[key] = str(exc)
+            raise
         if created[-1]:
             said = f"attempt {plan.attempt} with {plan.cluster.num_nodes} pods"
             await self._tell(key, body, Happening(type="Normal", reason="Created", message=said))
@@ -240,6 +249,7 @@ class Reconciler:
     def _forget(self, key: Key) -> None:
         self.progress.forget(key)
         self._trouble.pop(key, None)
+        self._invalid.pop(key, None)
 
 
 def key_of(body: Body) -> Key:
@@ -248,16 +258,21 @@ def key_of(body: Body) -> Key:
     return Key(namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"])
 
 
-def judge(body: Body, seen: Observed, *, defaults: Defaults, now: datetime.datetime) -> tuple[Job | None, Decision]:
+def judge(
+    body: Body, seen: Observed, *, defaults: Defaults, now: datetime.datetime, invalid: str = ""
+) -> tuple[Job | None, Decision]:
     """The job and what to do about it; no job where this operator cannot carry it out. Pure.
 
     Pods that run have their image: a default that was taken away since is missed only where others shall follow.
+    `invalid`: what the server said to the last gang that was made of this job, if it can never take such a one.
     """
     try:
         job = parse(body)
         decision = decide(seen, recovery=job.spec.recovery, schedule=job.spec.schedule, now=now)
         if isinstance(decision, Create | Restart | Resume):
             image_of(job, defaults)
+            if invalid:
+                raise ConfigError(invalid)
     except (ConfigError, RuntimeUnavailableError) as exc:
         if seen.record.finished:
             return None, rest(seen, ttl_seconds=None, now=now)

@@ -7,6 +7,8 @@
 | NEXA_WATCH_NAMESPACE | the only namespace looked at; empty: all | empty |
 | NEXA_DEFAULT_STORAGE | storage profile of jobs with an s3:// URI that name none | none |
 | NEXA_PROGRESS_INTERVAL_SECONDS | between two looks at a job's progress, so at most one status write in it | 10 |
+| NEXA_RESYNC_INTERVAL_SECONDS | between two looks at every job, whether or not anything was heard of it | 60 |
+| NEXA_WATCH_SILENCE_SECONDS | a watch that said nothing for so long is begun again | 70 |
 | NEXA_METRICS_PORT | of /metrics and /healthz; 0: a free one on loopback | 8081 |
 | NEXA_LOG_LEVEL | debug, info, warning, error | info |
 | NEXA_LEASE_NAMESPACE | where the Lease lies that only one operator holds; empty: no Lease | empty |
@@ -33,6 +35,8 @@ class Settings:
     default_storage: str = ""
     progress_interval_seconds: float = 10.0
     resync_interval_seconds: float = 60.0
+    watch_silence_seconds: float = 70.0
+    """The server sends a bookmark a minute, and keeps what was missed for 75 s."""
     metrics_port: int = 8081
     log_level: int = logging.INFO
     lease_namespace: str = ""
@@ -51,6 +55,8 @@ class Settings:
             watch_namespace=environment.get("NEXA_WATCH_NAMESPACE", ""),
             default_storage=environment.get("NEXA_DEFAULT_STORAGE", ""),
             progress_interval_seconds=_number(environment, "NEXA_PROGRESS_INTERVAL_SECONDS", 10.0),
+            resync_interval_seconds=_number(environment, "NEXA_RESYNC_INTERVAL_SECONDS", 60.0),
+            watch_silence_seconds=_number(environment, "NEXA_WATCH_SILENCE_SECONDS", 70.0),
             metrics_port=int(_number(environment, "NEXA_METRICS_PORT", 8081)),
             log_level=_level(environment.get("NEXA_LOG_LEVEL", "info")),
             lease_namespace=environment.get("NEXA_LEASE_NAMESPACE", ""),

@@ -83,7 +83,7 @@ def next_status(previous: Body, *, seen: Observed, decision: Decision, context: 
         "observedGeneration": context.generation,
         "phase": verdict.phase,
         "runId": context.run_id or previous.get("runId"),
-        **_counts(previous, decision),
+        **_counts(previous, seen, decision),
         **_times(previous, decision, context),
         **_facts(previous, seen, decision),
         "checkpoint": _checkpoint(seen.checkpoint),
@@ -93,11 +93,11 @@ def next_status(previous: Body, *, seen: Observed, decision: Decision, context: 
     return {key: value for key, value in status.items() if value is not None}
 
 
-def _counts(previous: Body, decision: Decision) -> dict[str, int]:
+def _counts(previous: Body, seen: Observed, decision: Decision) -> dict[str, int]:
     restarts, charged = previous.get("restarts", 0), previous.get("chargedRestarts", 0)
     if isinstance(decision, Restart):
         return {"attempt": decision.attempt, "restarts": restarts + 1, "chargedRestarts": decision.charged}
-    attempt = decision.attempt if isinstance(decision, Create | Resume) else previous.get("attempt", 0)
+    attempt = decision.attempt if isinstance(decision, Create | Resume) else seen.record.attempt
     return {"attempt": attempt, "restarts": restarts, "chargedRestarts": charged}
 
 

@@ -27,7 +27,9 @@ class Cluster:
     def kubectl(self, *args: str, input: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
         return run([binary("kubectl"), f"--kubeconfig={self.kubeconfig}", *args], input=input, check=check)
 
-    def fake_nodes(self, num_nodes: int, *, tainted: bool = True) -> list[str]:
+    def fake_nodes(
+        self, num_nodes: int, *, tainted: bool = True, keeper: str = "fake", pods_end: bool = True
+    ) -> list[str]:
         raise Unavailable("fake nodes are made only in a cluster that the tests start; unset NEXA_TEST_KUBECONFIG")
 
     @property

@@ -38,6 +38,9 @@ _USERS = {
     "system:kube-proxy": "",
     f"system:node:{NODE_NAME}": "system:nodes",
 }
+NODE_GRACE_SECONDS = 40
+"""How long a node may be silent. As before 1.32; it is 50 now."""
+
 _AUDIT_POLICY = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": [{"level": "Metadata"}]}
 
 
@@ -56,14 +59,18 @@ class ControlPlane(Cluster):
             raise Unavailable("without root the API server listens on loopback, where no pod reaches it")
         return self.network.host_ip
 
-    def fake_nodes(self, num_nodes: int, *, tainted: bool = True) -> list[str]:
-        """Have `fake-0` to `fake-N`, Ready, with eight GPUs each; pods of Jobs complete on them by themselves.
+    def fake_nodes(
+        self, num_nodes: int, *, tainted: bool = True, keeper: str = "fake", pods_end: bool = True
+    ) -> list[str]:
+        """Have `KEEPER-0` to `KEEPER-N`, Ready, with eight GPUs each, kept by a kwok of their own.
 
-        Tainted with `kwok.x-k8s.io/node=fake:NoSchedule`, so that only pods land there that ask for it.
+        Pods of Jobs complete on them by themselves; without `pods_end` they run until they are deleted.
+        Tainted with `kwok.x-k8s.io/node=KEEPER:NoSchedule`, so that only pods land there that ask for it.
         """
-        self._start_kwok_once()
-        names = [f"fake-{index}" for index in range(num_nodes)]
-        nodes = {"apiVersion": "v1", "kind": "List", "items": [_fake_node(name, tainted=tainted) for name in names]}
+        self._start_kwok_once(keeper, pods_end=pods_end)
+        names = [f"{keeper}-{index}" for index in range(num_nodes)]
+        items = [_fake_node(name, keeper, tainted=tainted) for name in names]
+        nodes = {"apiVersion": "v1", "kind": "List", "items": items}
         self.kubectl("apply", "--filename=-", input=json.dumps(nodes))
         self.kubectl("wait", "--for=condition=Ready", "--timeout=60s", *(f"node/{name}" for name in names))
         return names
@@ -79,20 +86,26 @@ class ControlPlane(Cluster):
         """End it and everything that was added to it, and leave nothing behind."""
         self.ledger.undo()
 
-    def _start_kwok_once(self) -> None:
-        if any(entry["name"] == "kwok" for entry in self.ledger.entries("process")):
+    def signal_keeper(self, keeper: str, number: int) -> None:
+        """Stopped, it lets its nodes fall silent; continued, they are back."""
+        (pid,) = (entry["pid"] for entry in self.ledger.entries("process") if entry["name"] == f"kwok-{keeper}")
+        os.kill(int(pid), number)
+
+    def _start_kwok_once(self, keeper: str, *, pods_end: bool) -> None:
+        if any(entry["name"] == f"kwok-{keeper}" for entry in self.ledger.entries("process")):
             return
+        stages = [stage for stage in module_files("kwok") if pods_end or stage.stem != "pod-complete"]
         port = free_ports(1)[0]
         kwok = start(
             self.ledger,
-            "kwok",
+            f"kwok-{keeper}",
             [
                 binary("kwok"),
                 f"--kubeconfig={self.kubeconfig}",
                 "--manage-all-nodes=false",
-                "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
+                f"--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node={keeper}",
                 f"--server-address={_LOOPBACK}:{port}",
-                *(f"--config={stage}" for stage in module_files("kwok")),
+                *(f"--config={stage}" for stage in stages),
             ],
         )
         kwok.wait_until(lambda: answers(f"http://{_LOOPBACK}:{port}/healthz"), timeout_seconds=60, what="healthy")
@@ -205,6 +218,7 @@ def _start_controllers(plane: ControlPlane) -> None:
         f"--cluster-signing-key-file={plane.pki.ca_key}",
         "--use-service-account-credentials=true",
         "--concurrent-job-syncs=20",
+        f"--node-monitor-grace-period={NODE_GRACE_SECONDS}s",
     )
     scheduler = _start_client(plane, "kube-scheduler", scheduler_port)
     for process, port in ((manager, manager_port), (scheduler, scheduler_port)):
@@ -221,19 +235,16 @@ def _start_client(plane: ControlPlane, program: str, port: int, *flags: str) -> 
     return start(plane.ledger, program, [binary(program), *where, "--leader-elect=false", *_CLIENT_LIMITS, *flags])
 
 
-def _fake_node(name: str, *, tainted: bool) -> dict[str, object]:
+def _fake_node(name: str, keeper: str, *, tainted: bool) -> dict[str, object]:
     resources = {"cpu": "64", "memory": "512Gi", "pods": "256", "nvidia.com/gpu": "8"}
     return {
         "apiVersion": "v1",
         "kind": "Node",
         "metadata": {
             "name": name,
-            "annotations": {"kwok.x-k8s.io/node": "fake", "node.alpha.kubernetes.io/ttl": "0"},
+            "annotations": {"kwok.x-k8s.io/node": keeper, "node.alpha.kubernetes.io/ttl": "0"},
             "labels": {"type": "kwok", "kubernetes.io/hostname": name, "kubernetes.io/os": "linux"},
         },
-        "spec": {"taints": [_FAKE_TAINT] if tainted else []},
+        "spec": {"taints": [{"key": "kwok.x-k8s.io/node", "value": keeper, "effect": "NoSchedule"}] if tainted else []},
         "status": {"allocatable": resources, "capacity": resources},
     }
-
-
-_FAKE_TAINT = {"key": "kwok.x-k8s.io/node", "value": "fake", "effect": "NoSchedule"}

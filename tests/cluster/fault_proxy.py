@@ -9,13 +9,23 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from http.client import HTTPException, HTTPResponse
-from typing import BinaryIO, Literal
+from http.client import HTTPResponse
+from typing import Literal
+
+from tests.cluster.http_proxy import (
+    PATIENCE_SECONDS,
+    Answer,
+    Cut,
+    HttpProxy,
+    Request,
+    answer_of,
+    refusal,
+    reset,
+)
 
 Fault = Literal[
     "reset before",  # the connection is reset and the server sees nothing
@@ -43,43 +53,13 @@ _CODES = {
     "500": "InternalError",
     "503": "SlowDown",
 }
-_WRITES = ("PUT", "POST", "DELETE")
 _SLOW_SECONDS = 0.03
-_PATIENCE_SECONDS = 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One request as it came: its head without the empty line, and its body."""
-
-    method: str
-    target: str
-    head: bytes
-    body: bytes
-
-    @property
-    def writes(self) -> bool:
-        return self.method in _WRITES
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One answer as it goes back."""
-
-    status: int
-    head: bytes
-    body: bytes
-
-    @property
-    def content(self) -> bytes:
-        return self.head + b"\r\n\r\n" + self.body
-
 
 Forward = Callable[[Request, Callable[[], Answer]], Answer]
 
 
 @dataclass(kw_only=True)
-class FaultProxy:
+class FaultProxy(HttpProxy):
     """Serves from the moment it is made until `close`.
 
     Attributes:
@@ -100,19 +80,11 @@ class FaultProxy:
     holds: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self._released = threading.Event()
         self._client: int | None = None
         self._known = threading.Event()
         self._count = 0
-        self._lock = threading.Lock()
-        self._open: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.listen()
 
     def kills(self, pid: int) -> None:
         """Whom to kill; a request that is to be killed waits until this is known."""
@@ -124,61 +96,22 @@ class FaultProxy:
         self._released.set()
 
     def close(self) -> None:
-        """Returns when nothing is on its way to the server any more."""
         self.release()
-        # Without the shutdown, the thread that waits in `accept` would keep the port open.
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        with self._lock:
-            connections = list(self._open)
-        for connection in connections:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(_PATIENCE_SECONDS)
+        super().close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
-            thread.start()
-            self._threads.append(thread)
-
-    def _serve(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with self._tracked(connection), suppress(OSError, HTTPException, _Cut):
-            stream = connection.makefile("rb")
-            while request := _read_request(stream):
-                self._one(connection, request)
-
-    @contextmanager
-    def _tracked(self, connection: socket.socket) -> Iterator[None]:
-        with self._lock:
-            self._open.add(connection)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._open.discard(connection)
-            connection.close()
-
-    def _one(self, connection: socket.socket, request: Request) -> None:
+    def one(self, connection: socket.socket, request: Request) -> None:
         fault = self._next(request)
         match fault:
             case "reset before":
-                _reset(connection)
+                reset(connection)
             case "kill before":
                 self._kill()
-                raise _Cut
+                raise Cut
             case "cut request" | "kill during":
                 self._send_half(request)
                 if fault == "kill during":
                     self._kill()
-                _reset(connection)
+                reset(connection)
             case "403" | "409" | "412" | "500" | "503":
                 # Only a conditional request can meet a condition that does not hold.
                 unlikely = fault in ("409", "412") and request.method != "PUT"
@@ -189,7 +122,7 @@ class FaultProxy:
     def _carry_out(self, connection: socket.socket, request: Request, fault: Fault | None) -> None:
         if fault == "hold":
             self.holds.set()
-            self._released.wait(_PATIENCE_SECONDS)
+            self._released.wait(PATIENCE_SECONDS)
         if fault == "slow":
             threading.Event().wait(_SLOW_SECONDS)
         if fault == "unconditional":
@@ -198,15 +131,15 @@ class FaultProxy:
         match fault:
             case "kill after":
                 self._kill()
-                raise _Cut
+                raise Cut
             case "lost reply":
-                _reset(connection)
+                reset(connection)
             case "cut answer":
                 whole = answer.content
                 connection.sendall(
                     whole[: len(answer.head) + 4 + len(answer.body) // 2 if answer.body else len(whole) // 2]
                 )
-                raise _Cut
+                raise Cut
             case "500 after":
                 connection.sendall(_refusal("500").content)
             case _:
@@ -221,74 +154,28 @@ class FaultProxy:
         return fault
 
     def _kill(self) -> None:
-        self._known.wait(_PATIENCE_SECONDS)
+        self._known.wait(PATIENCE_SECONDS)
         if self._client:
             with suppress(ProcessLookupError):
                 os.kill(self._client, signal.SIGKILL)
 
     def _forward(self, request: Request) -> Answer:
-        with socket.create_connection(self.upstream, timeout=_PATIENCE_SECONDS) as server:
+        with socket.create_connection(self.upstream, timeout=PATIENCE_SECONDS) as server:
             server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             server.sendall(request.head + b"\r\n\r\n" + request.body)
-            return _read_answer(server, request.method)
+            response = HTTPResponse(server, method=request.method)
+            response.begin()
+            return answer_of(response, request.method)
 
     def _send_half(self, request: Request) -> None:
-        with socket.create_connection(self.upstream, timeout=_PATIENCE_SECONDS) as server:
+        with socket.create_connection(self.upstream, timeout=PATIENCE_SECONDS) as server:
             whole = request.head + b"\r\n\r\n" + request.body
             server.sendall(whole[: len(whole) - len(request.body) // 2 - 1])
 
 
-class _Cut(Exception):
-    """Leaves a connection where it is."""
-
-
-def _reset(connection: socket.socket) -> None:
-    """End it with RST: no FIN, and what was sent may be lost as well."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    raise _Cut
-
-
-def _read_request(stream: BinaryIO) -> Request | None:
-    lines = _read_head(stream)
-    if not lines:
-        return None
-    method, target, _ = lines[0].decode().split(" ", 2)
-    headers = dict(line.decode("latin-1").lower().split(":", 1) for line in lines[1:])
-    size = int(headers.get("content-length", "0"))
-    body = stream.read(size)
-    if len(body) < size:
-        return None  # the client went away in the middle of it
-    return Request(method=method, target=target, head=b"\r\n".join(lines), body=body)
-
-
-def _read_head(stream: BinaryIO) -> list[bytes]:
-    lines: list[bytes] = []
-    while line := stream.readline():
-        if line == b"\r\n":
-            return lines
-        lines.append(line.rstrip(b"\r\n"))
-    return []
-
-
-def _read_answer(server: socket.socket, method: str) -> Answer:
-    response = HTTPResponse(server, method=method)
-    response.begin()
-    body = response.read()
-    kept = [(name, value) for name, value in response.getheaders() if name.lower() not in _HOP_BY_HOP]
-    if response.status != 204:
-        length = response.getheader("content-length", "0") if method == "HEAD" else str(len(body))
-        kept.append(("Content-Length", length))
-    head = [f"HTTP/1.1 {response.status} {response.reason}", *(f"{name}: {value}" for name, value in kept)]
-    return Answer(status=response.status, head="\r\n".join(head).encode("latin-1"), body=body)
-
-
-_HOP_BY_HOP = ("content-length", "transfer-encoding", "connection", "keep-alive")
-
-
 def _refusal(status: str) -> Answer:
     body = f"<Error><Code>{_CODES[status]}</Code><Message>by the proxy</Message></Error>".encode()
-    head = f"HTTP/1.1 {status} By The Proxy\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}"
-    return Answer(status=int(status), head=head.encode(), body=body)
+    return refusal(int(status), body, content_type="application/xml")
 
 
 def _without_condition(request: Request) -> Request:

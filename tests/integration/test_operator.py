@@ -3,196 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
-import yaml
 
-from nexa_train.config.protocol import PROGRESS_PORT, CheckpointRef, Termination
+from nexa_train.config.protocol import PROGRESS_PORT
 from tests.cluster.cluster import Cluster
-from tests.cluster.errors import ClusterError
-from tests.cluster.run import run, wait_until
-from tests.cluster.tools import binary
+from tests.cluster.run import wait_until
+from tests.integration.harness import (
+    CHECKPOINT,
+    RELEASE_NAMESPACE,
+    Namespace,
+    Operator,
+    install_chart,
+    new_namespace,
+    prepare_operator,
+    words,
+)
 
 pytestmark = pytest.mark.integration
-
-ROOT = Path(__file__).resolve().parents[2]
-STARTED_SECONDS = 30
-REACTED_SECONDS = 20
-
-
-class Operator:
-    """`python -m nexa_operator.main`, started, killed and started again."""
-
-    def __init__(self, kubeconfig: Path, log: Path, **environment: str) -> None:
-        self._log, self.kubeconfig = log, kubeconfig
-        self._environment = {
-            **os.environ,
-            "KUBECONFIG": str(kubeconfig),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "operator")]),
-            "NEXA_TRAINER_IMAGE": "trainer:test",
-            "NEXA_METRICS_PORT": "0",
-            "NEXA_PROGRESS_INTERVAL_SECONDS": "1",
-            **environment,
-        }
-        self.start()
-
-    def start(self) -> None:
-        with self._log.open("a") as sink:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "nexa_operator.main"], env=self._environment, stderr=sink, cwd=self._log.parent
-            )
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=15)
-
-    @property
-    def said(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
-
-
-class Namespace:
-    """One namespace of the cluster, and what a test does in it."""
-
-    def __init__(self, cluster: Cluster, namespace: str) -> None:
-        self.cluster, self.namespace = cluster, namespace
-
-    def kubectl(self, *arguments: str, **options: Any) -> str:
-        return self.cluster.kubectl("--namespace", self.namespace, *arguments, **options).stdout
-
-    def get(self, what: str) -> dict[str, Any] | None:
-        done = self.cluster.kubectl("--namespace", self.namespace, "get", what, "--output=json", check=False)
-        return json.loads(done.stdout) if done.returncode == 0 else None
-
-    def list(self, kind: str) -> list[dict[str, Any]]:
-        return json.loads(self.kubectl("get", kind, "--output=json"))["items"]
-
-    def submit(self, name: str, *, nodes: int = 2, **spec: Any) -> None:
-        document = {
-            "apiVersion": "train.nexa.dev/v1alpha1",
-            "kind": "NexaTrainingJob",
-            "metadata": {"name": name},
-            "spec": {
-                "data": {"remoteUri": "stdlib:docstrings"},
-                "training": {"maxSteps": 10, "globalBatchSize": 8},
-                "artifacts": {"uri": "s3://models"},
-                "cluster": {"numNodes": nodes, **spec.pop("cluster", {})},
-                **spec,
-            },
-        }
-        self.kubectl("create", "--filename=-", input=json.dumps(document))
-
-    def job(self, name: str) -> dict[str, Any]:
-        seen = self.get(f"ntj/{name}")
-        assert seen is not None
-        return seen
-
-    def status(self, name: str) -> dict[str, Any]:
-        return self.job(name).get("status", {})
-
-    def condition(self, name: str, kind: str) -> dict[str, Any]:
-        return next((item for item in self.status(name).get("conditions", []) if item["type"] == kind), {})
-
-    def wait_true(self, name: str, kind: str) -> dict[str, Any]:
-        def is_true() -> dict[str, Any] | None:
-            condition = self.condition(name, kind)
-            return condition if condition.get("status") == "True" else None
-
-        return self.wait(is_true, f"{name} is {kind}", name)
-
-    def wait(self, seen: Callable[[], Any], what: str, name: str = "") -> Any:
-        detail = (lambda: json.dumps(self.status(name), indent=1)) if name else (lambda: "")
-        return wait_until(seen, timeout_seconds=REACTED_SECONDS, what=what, detail=detail)
-
-    def pods(self, gang: str) -> list[dict[str, Any]]:
-        pods = [pod for pod in self.list("pods") if pod["metadata"]["labels"].get("job-name") == gang]
-        return sorted(pods, key=lambda pod: pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"])
-
-    def wait_pods(self, gang: str, count: int) -> list[dict[str, Any]]:
-        return self.wait(lambda: pods if len(pods := self.pods(gang)) == count else None, f"{count} pods of {gang}")
-
-    def bind(self, pods: list[dict[str, Any]], node: str) -> None:
-        """Where no kubelet is, a pod that is deleted stays."""
-        for name in (pod["metadata"]["name"] for pod in pods):
-            target = {"kind": "Node", "name": node}
-            binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}
-            where = f"/api/v1/namespaces/{self.namespace}/pods/{name}/binding"
-            self.kubectl("create", "--raw", where, "--filename=-", input=json.dumps(binding))
-
-    def play_kubelet(self, pod: dict[str, Any], phase: str, *, words: Termination | None = None, **more: Any) -> None:
-        """Set a pod's status as a kubelet would."""
-        state: dict[str, Any] = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
-        if phase in ("Succeeded", "Failed"):
-            code = words.exit_code if words else (0 if phase == "Succeeded" else 1)
-            state = {"terminated": {"exitCode": more.pop("code", code), "reason": "Completed" if not code else "Error"}}
-            if words:
-                state["terminated"]["message"] = words.as_bytes().decode()
-        name = more.pop("container", "trainer")
-        trainer = {"name": name, "image": "i", "imageID": "", "ready": False, "restartCount": 0, "state": state}
-        status = {"phase": phase, "containerStatuses": [trainer], **more}
-        name = pod["metadata"]["name"]
-        self.kubectl(
-            "patch", f"pod/{name}", "--subresource=status", "--type=merge", f"--patch={json.dumps({'status': status})}"
-        )
-
-
-RELEASE_NAMESPACE = "nexa-system"
-
-
-def install_chart(cluster: Cluster, *values: str) -> None:
-    """All of the chart but its Deployment: the operator of these tests is a process on this machine."""
-    documents = render_chart(*values)
-    apply_all(cluster, documents, "--dry-run=server")
-    apply_all(cluster, [item for item in documents if item["kind"] != "Deployment"])
-
-
-def render_chart(*values: str) -> list[dict[str, Any]]:
-    try:
-        helm = binary("helm")
-    except ClusterError as exc:
-        pytest.skip(f"no helm: {str(exc).splitlines()[0]}")
-    chosen = [argument for value in values for argument in ("--set", value)]
-    done = run([helm, "template", "nexa", ROOT / "helm" / "nexa", "--namespace", RELEASE_NAMESPACE, *chosen])
-    return [item for item in yaml.safe_load_all(done.stdout) if item]
-
-
-def apply_all(cluster: Cluster, documents: list[dict[str, Any]], *options: str) -> None:
-    everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": documents})
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "--filename=-", *options, input=everything)
-
-
-def kubeconfig_of_operator(cluster: Cluster, folder: Path) -> Path:
-    """With the rights of the chart's ServiceAccount and no others."""
-    token = cluster.kubectl("--namespace", RELEASE_NAMESPACE, "create", "token", "nexa").stdout.strip()
-    config = yaml.safe_load(cluster.kubeconfig.read_text())
-    config["users"] = [{"name": user["name"], "user": {"token": token}} for user in config["users"]]
-    file = folder / "kubeconfig"
-    file.write_text(json.dumps(config))
-    return file
 
 
 @pytest.fixture(scope="module")
 def operator(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    control_plane.kubectl("create", "namespace", RELEASE_NAMESPACE, check=False)
-    install_chart(control_plane)
-    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd/nexatrainingjobs.train.nexa.dev")
     folder = tmp_path_factory.mktemp("operator")
-    kubeconfig = kubeconfig_of_operator(control_plane, folder)
+    kubeconfig = prepare_operator(control_plane, folder)
     running = Operator(kubeconfig, folder / "log.jsonl", NEXA_LEASE_NAMESPACE=RELEASE_NAMESPACE)
     yield running
     running.kill()
@@ -200,24 +39,8 @@ def operator(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def ns(control_plane: Cluster, operator: Operator) -> Iterator[Namespace]:
-    namespace = f"t-{uuid.uuid4().hex[:8]}"
-    control_plane.kubectl("create", "namespace", namespace)
-    wait_until(
-        lambda: control_plane.kubectl("-n", namespace, "get", "sa/default", check=False).returncode == 0,
-        timeout_seconds=STARTED_SECONDS,
-        what="service account",
-    )
-    yield Namespace(control_plane, namespace)
-    control_plane.kubectl("delete", "namespace", namespace, "--wait=false")
-
-
-def words(**given: Any) -> Termination:
-    return Termination.model_validate({"run_id": "r", "exit_code": 0, "cause": "Succeeded", **given})
-
-
-CHECKPOINT = CheckpointRef(
-    step=10, uri="s3://models/checkpoints/r/step-00000010", digest="d" * 64, weights_digest="w" * 64
-)
+    with new_namespace(control_plane) as namespace:
+        yield namespace
 
 
 def test_a_job_becomes_a_service_and_an_indexed_job_that_it_owns(ns):
@@ -478,17 +301,6 @@ def test_the_time_to_live_ends_a_finished_job(ns):
     (pod,) = ns.wait_pods("brief-a0", 1)
     ns.play_kubelet(pod, "Succeeded")
     ns.wait(lambda: ns.get("ntj/brief") is None, "the job is deleted")
-
-
-def test_an_idle_job_costs_no_write(ns):
-    ns.submit("idle")
-    for pod in ns.wait_pods("idle-a0", 2):
-        ns.play_kubelet(pod, "Running")
-    ns.wait_true("idle", "Running")
-    time.sleep(5)  # kopf, resync and the progress reader (three misses: ProgressUnknown) have had their say
-    before = ns.job("idle")["metadata"]["resourceVersion"]
-    time.sleep(5)
-    assert ns.job("idle")["metadata"]["resourceVersion"] == before
 
 
 def test_a_killed_operator_goes_on_where_it_was_and_creates_nothing_twice(ns, operator):

@@ -15,6 +15,8 @@ CONTAINER = "trainer"
 TERMINATION_GRACE_SECONDS = 120
 """Time for a last checkpoint after SIGTERM."""
 USER_ID = 65532
+NODE_TROUBLE_SECONDS = {"node.kubernetes.io/unreachable": 5, "node.kubernetes.io/not-ready": 30}
+"""A node that is silent was given its time before the taint; one that is not ready may only restart its runtime."""
 
 
 def service(plan: RunPlan) -> Object:
@@ -113,8 +115,7 @@ def _pod_spec(plan: RunPlan, container: Object) -> Object:
     }
     if plan.cluster.node_selector:
         spec["nodeSelector"] = dict(plan.cluster.node_selector)
-    if plan.cluster.tolerations:
-        spec["tolerations"] = [_toleration(toleration) for toleration in plan.cluster.tolerations]
+    spec["tolerations"] = [*(_toleration(toleration) for toleration in plan.cluster.tolerations), *_stays(plan)]
     if plan.priority_class is not None:
         spec["priorityClassName"] = plan.priority_class
     return spec
@@ -161,6 +162,16 @@ def _resources(plan: RunPlan) -> Object:
         amounts["nvidia.com/gpu"] = str(plan.cluster.gpus_per_node)
     given = {name: amount for name, amount in amounts.items() if amount is not None}
     return {"requests": given, "limits": given} if given else {}
+
+
+def _stays(plan: RunPlan) -> list[Object]:
+    """How long a pod is left on a node in trouble; without these the server says 300 s for both."""
+    told = {toleration.key for toleration in plan.cluster.tolerations}
+    return [
+        {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds}
+        for key, seconds in NODE_TROUBLE_SECONDS.items()
+        if key not in told
+    ]
 
 
 def _toleration(toleration: Toleration) -> Object:

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from nexa_train.artifact.manifest import Manifest
 from nexa_train.artifact.steps import StepState, step_states
 from nexa_train.store.base import Stored
-from tests.cluster.fault_proxy import Answer, Request
+from tests.cluster.http_proxy import Answer, Request
 
 
 @dataclass

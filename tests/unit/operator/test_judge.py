@@ -37,3 +37,14 @@ def test_pods_that_run_go_on_when_the_image_of_their_backend_is_no_longer_named(
 
 def test_a_lost_attempt_is_not_followed_by_one_without_an_image() -> None:
     assert isinstance(judged(seen(gang(failed())), NO_HEAVY), Fail)
+
+
+def test_what_the_server_can_never_take_is_not_tried_again_but_what_runs_goes_on() -> None:
+    def decided(observed: Observed) -> Decision:
+        said = "create .../jobs: 422: spec.template.spec.nodeSelector: Invalid value"
+        return judge(body(), observed, defaults=HEAVY, now=NOW, invalid=said)[1]
+
+    decision = decided(seen())
+    assert isinstance(decision, Fail)
+    assert (decision.reason, "nodeSelector" in decision.message) == ("ConfigRejected", True)
+    assert decided(seen(gang(rank(0), rank(1)))) == Watch()

@@ -58,9 +58,14 @@ def test_a_sidecar_s_state_is_not_the_trainer_s():
 
 def test_the_attempt_on_record_is_the_gang_and_the_others_are_leftovers():
     jobs = [gang_job(attempt=attempt) for attempt in (2, 0, 1)]
-    observed = observe(body(status={"attempt": 1}), children=jobs, pods=[])
-    assert observed.gang.attempt == 1
-    assert observed.leftovers == ("demo-a0", "demo-a2")
+    observed = observe(body(status={"attempt": 2}), children=jobs, pods=[])
+    assert observed.gang.attempt == 2
+    assert observed.leftovers == ("demo-a0", "demo-a1")
+
+
+def test_a_later_gang_than_on_record_is_the_one_that_lives():
+    observed = observe(body(status={"attempt": 1}), children=[gang_job(attempt=1), gang_job(attempt=2)], pods=[])
+    assert (observed.record.attempt, observed.gang.attempt, observed.leftovers) == (2, 2, ("demo-a1",))
 
 
 def test_ranks_are_in_the_order_of_their_indices():

@@ -179,7 +179,7 @@ def test_the_typed_subset_of_the_pod_is_carried_over():
     template = made(cluster=cluster, schedule={"priority": "high", "activeDeadlineSeconds": 60})["spec"]["template"]
     pod = template["spec"]
     assert pod["nodeSelector"] == {"disk": "ssd"}
-    assert pod["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
+    assert pod["tolerations"][0] == {"key": "gpu", "operator": "Exists"}
     assert pod["priorityClassName"] == "high"
     assert pod["volumes"][2:] == [
         {"name": "rows", "persistentVolumeClaim": {"claimName": "rows", "readOnly": True}},
@@ -192,6 +192,17 @@ def test_the_typed_subset_of_the_pod_is_carried_over():
     assert template["metadata"]["annotations"] == {"note": "b"}
     assert template["metadata"]["labels"]["team"] == "a"
     assert template["metadata"]["labels"]["train.nexa.dev/attempt"] == "0", "ours win"
+
+
+def test_pods_leave_a_node_in_trouble_long_before_the_server_s_five_minutes_unless_told_to_stay():
+    def stays(*tolerations: dict[str, Any]) -> dict[str, int]:
+        pod = pod_of(cluster={"tolerations": list(tolerations)})
+        return {item["key"]: item["tolerationSeconds"] for item in pod["tolerations"] if "tolerationSeconds" in item}
+
+    assert stays() == {"node.kubernetes.io/unreachable": 5, "node.kubernetes.io/not-ready": 30}
+    assert stays({"operator": "Exists"}) == stays(), "put up with any taint, which is not: stay on a dead node"
+    told = {"key": "node.kubernetes.io/unreachable", "operator": "Exists"}
+    assert set(stays(told)) == {"node.kubernetes.io/not-ready"}
 
 
 def test_the_deadline_is_the_job_s():

@@ -39,13 +39,13 @@ def test_empty_variables_mean_the_defaults_as_the_chart_writes_them():
 
 
 def test_kopf_waits_for_an_api_server_for_ever_and_starts_anew_each_time():
-    backoffs = kopf_settings().networking.error_backoffs
+    backoffs = kopf_settings(Settings(trainer_image="i")).networking.error_backoffs
     assert len(list(itertools.islice(backoffs, 1000))) == 1000
     assert next(iter(backoffs)) == next(iter(backoffs))
 
 
 def test_kopf_is_told_to_write_nothing_and_to_watch_only_what_carries_our_label():
-    settings = kopf_settings()
+    settings = kopf_settings(Settings(trainer_image="i"))
     assert settings.posting.enabled is False
     assert settings.scanning.disabled is True
     assert set(settings.watching.label_selectors.values()) == {"train.nexa.dev/job-uid"}

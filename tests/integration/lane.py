@@ -1,0 +1,108 @@
+"""A namespace, a proxy and an operator of their own, in which one job lives after the other."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.api import Api
+from tests.cluster.api_proxy import ApiProxy
+from tests.cluster.cluster import Cluster
+from tests.cluster.run import wait_until
+from tests.integration.harness import Operator, kubeconfig_through, manifest, new_namespace, pod_status, words
+
+STEP_SECONDS = 90
+"""Longer than the operator waits for one answer, and for the next resync."""
+_APIS = {"nexatrainingjobs": "/apis/train.nexa.dev/v1alpha1", "jobs": "/apis/batch/v1"}
+
+
+class Lane:
+    """What a test does there, and how long the operator took to be back."""
+
+    def __init__(self, namespace: str, api: Api, proxy: ApiProxy, operator: Operator) -> None:
+        self.namespace, self.api, self.proxy, self.operator = namespace, api, proxy, operator
+        self.settled: list[float] = []
+        """Seconds from each restart until what the test waited for was so."""
+        self._restarted = 0.0
+        self._restarting = threading.Lock()
+        proxy.kill = self.kill
+
+    def kill(self) -> None:
+        """SIGKILL, and start anew."""
+        with self._restarting:
+            self.operator.kill()
+            self._restarted = time.monotonic()
+            self.operator.start()
+
+    @property
+    def alive(self) -> bool:
+        with self._restarting:
+            return self.operator.process.poll() is None
+
+    def path(self, kind: str, name: str = "") -> str:
+        where = f"{_APIS.get(kind, '/api/v1')}/namespaces/{self.namespace}/{kind}"
+        return f"{where}/{name}" if name else where
+
+    def submit(self, name: str, **spec: Any) -> None:
+        self.api.create(self.path("nexatrainingjobs"), manifest(name, **spec))
+
+    def status(self, name: str) -> dict[str, Any]:
+        status: dict[str, Any] = (self.api.get(self.path("nexatrainingjobs", name)) or {}).get("status", {})
+        return status
+
+    def wait(self, seen: Callable[[], Any], what: str, *, timeout_seconds: float = STEP_SECONDS) -> Any:
+        """After a kill the operator counts as settled once this is so."""
+        story = self.proxy.story
+        detail = lambda: "\n".join([*story.log, json.dumps(self.status(story.job), indent=1)])  # noqa: E731
+        found = wait_until(seen, timeout_seconds=timeout_seconds, what=f"{story.job}: {what}", detail=detail)
+        if self._restarted:
+            self.settled.append(time.monotonic() - self._restarted)
+            self._restarted = 0.0
+        return found
+
+    def wait_true(self, name: str, kind: str, *, attempt: int = 0, timeout_seconds: float = STEP_SECONDS) -> None:
+        def so() -> bool:
+            status = self.status(name)
+            return status.get("attempt") == attempt and conditions(status).get(kind) == "True"
+
+        self.wait(so, f"{name}: attempt {attempt} is {kind}", timeout_seconds=timeout_seconds)
+
+    def pods(self, gang: str) -> list[dict[str, Any]]:
+        return self.api.list(self.path("pods"), labels=f"job-name={gang}")
+
+    def play(self, gang: str, phase: str, *, ranks: Sequence[int] = (0, 1), **said: Any) -> None:
+        """Once both pods are there, some of them say so, as a kubelet would."""
+        pods = self.wait(lambda: found if len(found := self.pods(gang)) == 2 else None, f"two pods of {gang}")
+        for pod in pods:
+            if int(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]) in ranks:
+                status = pod_status(phase, words=words(**said) if said else None)
+                self.api.merge(self.path("pods", pod["metadata"]["name"]) + "/status", {"status": status})
+
+    def change(self, name: str, **spec: Any) -> None:
+        self.api.merge(self.path("nexatrainingjobs", name), {"spec": spec})
+
+
+def conditions(status: dict[str, Any]) -> dict[str, str]:
+    """Type -> status."""
+    return {condition["type"]: condition["status"] for condition in status.get("conditions", [])}
+
+
+@contextmanager
+def new_lane(cluster: Cluster, kubeconfig: Path, folder: Path, **environment: str) -> Iterator[Lane]:
+    """With an operator that looks at this lane's namespace alone."""
+    folder.mkdir()
+    with new_namespace(cluster) as ns:
+        api, proxy = Api(cluster), ApiProxy(cluster=cluster)
+        through = kubeconfig_through(proxy.endpoint, kubeconfig, folder / "kubeconfig")
+        operator = Operator(through, folder / "log.jsonl", NEXA_WATCH_NAMESPACE=ns.namespace, **environment)
+        try:
+            yield Lane(ns.namespace, api, proxy, operator)
+        finally:
+            operator.kill()
+            proxy.close()
+            api.close()
