@@ -51,11 +51,11 @@ def main() -> int:
         job, node = read_environment(os.environ)
         port = read_port(os.environ)
     except NexaError as exc:
-        return _end(
+        return end(
             Termination(run_id="", exit_code=exc.exit_code, cause=type(exc).__name__, message=str(exc), retryable=False)
         )
     with tempfile.TemporaryDirectory(prefix="nexa-run-") as folder:
-        return _end(_run(job, node, RunDir(Path(folder)), port=port))
+        return end(_run(job, node, RunDir(Path(folder)), port=port))
 
 
 def _run(job: Job, node: Node, rundir: RunDir, *, port: int) -> Termination:
@@ -155,7 +155,7 @@ class _Collector:
         return [GaugeMetricFamily(f"nexa_{name}", f"{name} of the run on this node", value=v) for name, v in known]
 
 
-def _end(outcome: Termination) -> int:
+def end(outcome: Termination) -> int:
     """Say it to whoever reads the log, and to the kubelet where there is one."""
     print(outcome.model_dump_json(), flush=True)
     if os.path.exists(TERMINATION_LOG):

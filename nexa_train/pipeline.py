@@ -61,6 +61,11 @@ class _Record:
     initial_validation_loss: float | None = None
     logs: list[dict[str, Any]] = field(default_factory=list)
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RATE_WINDOW_STEPS + 1))
+    began: float | None = None
+    """When training began, on the monotonic clock; the others too: when the save in flight and the last committed
+    one were staged."""
+    staged: float = 0.0
+    committed: float = 0.0
 
 
 class TrainingPipeline:
@@ -99,8 +104,9 @@ class TrainingPipeline:
             if self.step == 0 and self.context.validation.num_sequences:
                 self._tell("validating")
                 self.record.validation_loss = self.record.initial_validation_loss = self.backend.validate()
+            self.record.began = self.record.committed = time.monotonic()
+            self.record.recent.append((self.record.began, 0))
             self._tell("training")
-            self.record.recent.append((time.monotonic(), 0))
             if not self.stop_agreed():
                 self.backend.train(self._after_step)
         finally:
@@ -188,14 +194,15 @@ class TrainingPipeline:
         began = time.monotonic()
         self._collect_save()
         staged = self.backend.stage()
-        self.record.logs[-1]["save_stall_seconds"] = round(time.monotonic() - began, 4)
+        self.record.staged = time.monotonic()
+        self.record.logs[-1]["save_stall_seconds"] = round(self.record.staged - began, 4)
         self.saver.start(staged, self._small_files, self._draft())
         self.record.logs.clear()
 
     def _collect_save(self) -> None:
         """Wait for the save in flight; its failure on any rank is raised on all."""
         if done := self.saver.wait():
-            self.checkpoint = done.checkpoint
+            self.checkpoint, self.record.committed = done.checkpoint, self.record.staged
             if self.record.logs:
                 self.record.logs[-1]["save_background_seconds"] = round(done.seconds, 3)
 
@@ -255,6 +262,7 @@ class TrainingPipeline:
         if not self.speaks:
             return
         rate, eta = self._pace()
+        now, began = time.monotonic(), self.record.began
         self.rundir.write_progress(
             Progress(
                 run_id=self.run_id,
@@ -266,6 +274,8 @@ class TrainingPipeline:
                 validation_loss=self.record.validation_loss,
                 tokens_per_second=rate,
                 eta_seconds=eta,
+                trained_seconds=None if began is None else round(now - began, 1),
+                uncommitted_seconds=None if began is None else round(now - self.record.committed, 1),
                 checkpoint=self.checkpoint,
             )
         )

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from nexa_train.artifact.manifest import run_folder
 from nexa_train.artifact.publish import parallel, read_manifest, run_steps, step_now
 from nexa_train.artifact.steps import StepState, manifest_name
 from nexa_train.errors import AlreadyExistsError, ConfigError, DamagedError, NotFoundError
@@ -49,6 +50,25 @@ def apply_retention(store: Store, run_id: str, keep_last: int | None = None) -> 
     for step in kept:
         _sweep_losers(store, step)
     return [step.number for step in older if _retire(store, step) and step.committed]
+
+
+def remove_run(store: Store, run_id: str) -> int:
+    """Delete all of a run and return how many objects that were; none of its processes may be alive.
+
+    What makes a checkpoint visible goes first, and what names the run last: whoever looks meanwhile sees whole
+    checkpoints or none, and a removal that was cut short can be found and taken up again.
+
+    Raises:
+        RefusedError: the store said no half-way; the next call goes on.
+    """
+    root = run_folder(run_id)
+    keys = [stored.key for stored in store.list(f"{root}/")]
+    identity = f"{root}/run.json"
+    manifests = [key for key in keys if key.rpartition("/")[2].startswith("manifest")]
+    rest = [key for key in keys if key not in {identity, *manifests}]
+    for group in (manifests, rest, [identity] if identity in keys else []):
+        _delete(store, group)
+    return len(keys)
 
 
 def _retire(store: Store, step: StepState) -> bool:

@@ -83,6 +83,13 @@ CROSS_FIELD: dict[str, list[Schema]] = {
             "minNodes",
         )
     ],
+    "RecoveryRule": [
+        _rule(
+            "has(self.exitCodes) && size(self.exitCodes) > 0 || has(self.causes) && size(self.causes) > 0"
+            " || has(self.logContains) && size(self.logContains) > 0",
+            "a rule states exitCodes, causes or logContains; this one would fit every end",
+        )
+    ],
     "Volume": [
         _rule(
             "has(self.claim) != has(self.configMap)",
@@ -378,6 +385,9 @@ def _add_rules(node: Schema, *rules: Schema) -> None:
     node["x-kubernetes-validations"] = [*node.get("x-kubernetes-validations", []), *rules]
 
 
+GOODPUT_STATES = ("queue", "startup", "productive", "restart", "lost", "stall", "suspended")
+
+
 def status_schema() -> Schema:
     """What the operator writes; everything optional, for a job starts with nothing."""
     text, whole, number = {"type": "string"}, {"type": "integer", "format": "int64"}, {"type": "number"}
@@ -411,6 +421,20 @@ def status_schema() -> Schema:
             "attempt": said(whole, "The gang that runs or ran last, from 0."),
             "restarts": said(whole, "Attempts that were lost and followed by another."),
             "chargedRestarts": said(whole, "Of these, those since the last new checkpoint that count."),
+            "numNodes": said(whole, "Pods of that gang; fewer than spec.cluster.numNodes where there is no room."),
+            "lossesWithoutCheckpoint": said(whole, "Attempts lost in a row; from the second on the next one waits."),
+            "nextAttemptTime": said(time, "The next attempt begins then."),
+            "excludedNodes": said({"type": "array", "items": text, "maxItems": 32}, "Where no further attempt runs."),
+            "goodput": {
+                "type": "object",
+                "description": "Where the time went, in seconds by state; ratio: productive of all but suspended.",
+                "properties": {
+                    "state": text,
+                    "since": time,
+                    "ratio": number,
+                    **{f"{state}Seconds": number for state in GOODPUT_STATES},
+                },
+            },
             "startTime": time,
             "completionTime": time,
             "step": whole,

@@ -74,6 +74,10 @@ class Progress(Message):
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     seconds_since_last_step: float | None = None
+    trained_seconds: float | None = None
+    """Of this attempt, from its first step; None: it has not come so far."""
+    uncommitted_seconds: float | None = None
+    """Of these, those that would be lost now."""
     checkpoint: CheckpointRef | None = None
 
 
@@ -86,11 +90,15 @@ class Termination(Message):
     cause: str
     """Succeeded, Stopped, Stalled, Killed, OutOfMemory, or the name of the error's class."""
     message: Annotated[str, AfterValidator(_sayable)] = ""
+    log: str = ""
+    """The last lines of the ranks' output, where they left no words of their own."""
     retryable: bool = True
     step: int = 0
     total_steps: int | None = None
     loss: float | None = None
     validation_loss: float | None = None
+    trained_seconds: float | None = None
+    uncommitted_seconds: float | None = None
     checkpoint: CheckpointRef | None = None
 
     def as_bytes(self) -> bytes:

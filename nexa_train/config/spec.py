@@ -280,7 +280,12 @@ class ClusterSpec(Strict):
 
     num_nodes: Int = Field(1, ge=1, le=4096, description="Nodes; on Kubernetes, pods.")
     gpus_per_node: Int = Field(0, ge=0, le=64, description="Ranks a node; 0: CPU, one rank a node.")
-    min_nodes: Int | None = Field(None, ge=1, le=4096, description="Go on with so many when nodes are lost.")
+    min_nodes: Int | None = Field(
+        None, ge=1, le=4096, description="Go on with so many while there is room for no more."
+    )
+    shrink_after_seconds: Int = Field(
+        60, ge=1, le=86_400, description="With min_nodes: a pod that found no node for so long is gone on without."
+    )
     threads_per_rank: Int | None = Field(
         None, ge=1, le=1024, description="CPU threads of a rank; another number may round differently."
     )
@@ -318,16 +323,39 @@ class ArtifactsSpec(Strict):
 
 
 class RecoveryRule(Strict):
-    """What to do when a rank ends so; the first rule that fits wins over the built-in classification."""
+    """What to do when a rank ends so: all that is stated fits. The first such rule wins over the built-in ones."""
 
-    exit_codes: list[Annotated[Int, Field(ge=1, le=255)]] = Field(min_length=1, max_length=64)
-    action: Literal["retry", "fail"]
+    exit_codes: list[Annotated[Int, Field(ge=1, le=255)]] = Field(default_factory=list, max_length=64)
+    causes: list[Annotated[Text, Field(min_length=1)]] = Field(
+        default_factory=list, max_length=64, description="As status.lastFailure.cause says it."
+    )
+    log_contains: list[Annotated[Text, Field(min_length=1)]] = Field(
+        default_factory=list,
+        max_length=16,
+        description="Any of these stands in its last words or its log's last lines.",
+    )
+    action: Literal["retry", "exclude_node", "fail"] = Field(
+        description="exclude_node: retry, on other nodes than the one where it ended."
+    )
+
+    @model_validator(mode="after")
+    def _states_something(self) -> RecoveryRule:
+        if not (self.exit_codes or self.causes or self.log_contains):
+            raise ValueError("a rule states exit_codes, causes or log_contains; this one would fit every end")
+        return self
 
 
 class RecoverySpec(Strict):
     """What happens when a rank is lost."""
 
     max_restarts: Int = Field(3, ge=0, le=10_000, description="Restarts without a new checkpoint in between.")
+    backoff_seconds: Int = Field(
+        10,
+        ge=0,
+        le=3600,
+        description="Before the second restart without a new checkpoint in between; doubles with each after it.",
+    )
+    max_backoff_seconds: Int = Field(300, ge=0, le=86_400, description="No restart waits longer.")
     progress_deadline_seconds: Int = Field(
         600, ge=1, le=604_800, description="A rank without a step for so long is stalled."
     )
@@ -341,7 +369,9 @@ class ScheduleSpec(Strict):
     queue_name: Name | None = Field(None, description="Kueue's local queue.")
     priority: Name | None = Field(None, description="PriorityClass of the pods.")
     suspend: bool = Field(False, description="Hold the job, or stop it with a checkpoint.")
-    active_deadline_seconds: Int | None = Field(None, ge=1, le=31_536_000)
+    active_deadline_seconds: Int | None = Field(
+        None, ge=1, le=31_536_000, description="For all attempts together; time in the queue or suspended is not in it."
+    )
     ttl_seconds_after_finished: Int | None = Field(None, ge=0, le=31_536_000)
     managed_by: Name | None = Field(None, description="Another controller's name: this one keeps off.")
     deletion_policy: Literal["Retain", "Delete"] = Field("Retain", description="Delete: artifacts go with the job.")

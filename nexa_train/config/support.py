@@ -104,8 +104,12 @@ def _rest(spec: JobSpec) -> list[str]:
     fields = COLUMNS[spec.data.format]
     if unknown := sorted(set(spec.data.columns) - set(fields)):
         problems.append(f"data.columns: format {spec.data.format} has no {unknown[0]}; it has {', '.join(fields)}")
-    if spec.cluster.min_nodes is not None:
-        problems.append("cluster.min_nodes: elastic training is not built into this version; leave it out")
+    both = (spec.training.microbatch_size_per_gpu, spec.training.grad_accumulation_steps)
+    if spec.cluster.min_nodes not in (None, spec.cluster.num_nodes) and "auto" not in both:
+        problems.append(
+            "cluster.min_nodes: microbatch_size_per_gpu and grad_accumulation_steps are both given, which fits "
+            "num_nodes alone; set one of them to auto"
+        )
     return problems
 
 
@@ -113,11 +117,15 @@ _ON_KUBERNETES_ALONE = (
     "artifacts.storage",
     "cluster.annotations",
     "cluster.labels",
+    "cluster.min_nodes",
     "cluster.node_selector",
+    "cluster.shrink_after_seconds",
     "cluster.tolerations",
     "cluster.volumes",
     "data.storage",
     "image",
+    "recovery.backoff_seconds",
+    "recovery.max_backoff_seconds",
     "recovery.max_restarts",
     "recovery.rules",
     "schedule.deletion_policy",

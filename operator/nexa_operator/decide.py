@@ -7,32 +7,16 @@ committed since the last failure refills the budget.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from nexa_operator.observe import Gang, Observed, Rank
-from nexa_train.config.protocol import OUT_OF_MEMORY
-from nexa_train.config.spec import RecoveryRule, RecoverySpec, ScheduleSpec
+from nexa_operator import elastic
+from nexa_operator.classify import DEADLINE, Loss, classify
+from nexa_operator.observe import Gang, Observed
+from nexa_train.config.spec import JobSpec, RecoverySpec
 
-FATAL_EXIT_CODES = {2: "ConfigError", 3: "NotFoundError", 5: "DataError"}
-"""Exit codes of `nexa` that another attempt would only repeat, for ranks that left no last words."""
-
-_DEADLINE = "DeadlineExceeded"
-_DELETED = "PodDeleted"
-_STOPPED = "Stopped"
-_SUPERSEDED = "SupersededError"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """Why an attempt ended: the rank that tells the most."""
-
-    cause: str
-    message: str = ""
-    exit_code: int | None = None
-    retryable: bool = True
-    charged: bool = True
+BACKING_OFF, STOPPING = "BackingOff", "Stopping"
+"""Why a job waits for a time to come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +24,21 @@ class Create:
     """There is no gang for the attempt on record."""
 
     attempt: int
+    num_nodes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Restart:
-    """The attempt on record was lost: another one."""
+    """The attempt on record was lost: another one, once the wait is over."""
 
     attempt: int
+    num_nodes: int
     loss: Loss
     charged: int
     """Charged restarts on record afterwards."""
+    losses: int
+    """Lost attempts since the last new checkpoint."""
+    wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +46,15 @@ class Resume:
     """The attempt on record was suspended: another one, for templates of pods cannot change once started."""
 
     attempt: int
+    num_nodes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrink:
+    """There has been room for fewer pods only, for a while: another attempt with so many."""
+
+    attempt: int
+    num_nodes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +63,29 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe:
+    """It runs with fewer pods than were asked for: see whether there is room for the others."""
+
+    num_pods: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Wait:
-    """Nothing can be done until something outside changes."""
+    """Nothing can be done until a time has come or, without one, until something outside changes."""
 
     reason: str
     message: str
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suspend:
-    """The gang runs and should not: its ranks commit a checkpoint and stop."""
+    """The gang runs and should not: its ranks commit a checkpoint and stop. `grows`: to go on with more of them."""
 
     gang: str
     withdraw: bool = False
     """Take it out of its queue: while it is there, the queue's owner alone suspends it and lets it go."""
+    grows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +119,24 @@ class Expire:
     """Over, and its time to live too: delete the job."""
 
 
-Decision: TypeAlias = Create | Restart | Resume | Watch | Wait | Suspend | Hold | Succeed | Fail | Rest | Expire
+Decision: TypeAlias = (
+    Create | Restart | Resume | Shrink | Watch | Probe | Wait | Suspend | Hold | Succeed | Fail | Rest | Expire
+)
+Starting = Create | Restart | Resume | Shrink
+"""Decisions that begin an attempt."""
 
 
-def decide(seen: Observed, *, recovery: RecoverySpec, schedule: ScheduleSpec, now: datetime.datetime) -> Decision:
+def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision:
     """What to do about what was seen. Success counts even when a suspension came too late to prevent it."""
-    gang, attempt = seen.gang, seen.record.attempt
-    if seen.record.finished:
+    gang, record, schedule = seen.gang, seen.record, spec.schedule
+    if record.finished:
         return rest(seen, ttl_seconds=schedule.ttl_seconds_after_finished, now=now)
     if gang is not None and gang.complete:
         return Succeed()
+    if deadline_seconds(seen, spec, now) == 0.0:
+        return Fail(
+            reason=DEADLINE, message=f"schedule.activeDeadlineSeconds {schedule.active_deadline_seconds} is over"
+        )
     queued = schedule.queue_name is not None
     if schedule.suspend:
         running = gang is not None and not gang.deleting and (queued or not gang.suspended)
@@ -129,16 +144,47 @@ def decide(seen: Observed, *, recovery: RecoverySpec, schedule: ScheduleSpec, no
     if seen.unavailable:
         return Wait(reason="RuntimeUnavailable", message=seen.unavailable)
     if gang is None:
-        return Create(attempt=attempt)
+        return _create(seen, spec, now)
     if gang.deleting:
         # Someone deletes it; once it is gone the same attempt is created again.
         return Watch()
     if gang.suspended and not queued:
-        return Resume(attempt=attempt + 1)
+        return _resume(gang, spec, now)
     # Ranks of a gang that its queue suspended go because of that: it goes on when it is let go again.
     if gang.failure or (gang.lost_ranks and not gang.suspended):
-        return _after_loss(seen, gang, recovery)
-    return Watch()
+        return _after_loss(seen, gang, spec)
+    return _run(seen, gang, spec, now)
+
+
+def _create(seen: Observed, spec: JobSpec, now: datetime.datetime) -> Create | Wait:
+    remaining = _seconds_until(seen.record.not_before, now)
+    if remaining > 0:
+        return Wait(reason=BACKING_OFF, message="the next attempt begins", seconds=remaining)
+    return Create(attempt=seen.record.attempt, num_nodes=seen.record.num_nodes or spec.cluster.num_nodes)
+
+
+def _resume(gang: Gang, spec: JobSpec, now: datetime.datetime) -> Resume | Wait:
+    """Ranks that still commit their last checkpoint are waited for, as long as the kubelet gives them."""
+    remaining = max((_seconds_until(rank.gone_by, now) for rank in gang.ranks if not rank.ended), default=0.0)
+    if remaining > 0:
+        return Wait(reason=STOPPING, message="ranks commit their last checkpoint, and are ended", seconds=remaining)
+    return Resume(attempt=gang.attempt + 1, num_nodes=spec.cluster.num_nodes)
+
+
+def _run(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> Decision:
+    fewer = elastic.smaller(seen, gang, spec, now)
+    if fewer is not None:
+        return Shrink(attempt=gang.attempt + 1, num_nodes=fewer)
+    missing = spec.cluster.num_nodes - (seen.record.num_nodes or spec.cluster.num_nodes)
+    if missing <= 0 or gang.num_up < spec.cluster.num_nodes - missing:
+        return Watch()
+    return Suspend(gang=gang.name, grows=True) if seen.room >= missing else Probe(num_pods=missing)
+
+
+def deadline_seconds(seen: Observed, spec: JobSpec, now: datetime.datetime) -> float | None:
+    """What is left of schedule.activeDeadlineSeconds; None: there is none, or its clock stands."""
+    limit = spec.schedule.active_deadline_seconds
+    return None if limit is None else max(0.0, limit - seen.record.account.active_seconds(now))
 
 
 def rest(seen: Observed, *, ttl_seconds: int | None, now: datetime.datetime) -> Rest | Expire:
@@ -149,15 +195,32 @@ def rest(seen: Observed, *, ttl_seconds: int | None, now: datetime.datetime) -> 
     return Rest(remaining_seconds=remaining) if remaining > 0 else Expire()
 
 
-def _after_loss(seen: Observed, gang: Gang, recovery: RecoverySpec) -> Restart | Fail:
+def _after_loss(seen: Observed, gang: Gang, spec: JobSpec) -> Restart | Fail:
+    recovery, record = spec.recovery, seen.record
     loss = classify(gang, rules=recovery.rules)
-    if not loss.retryable:
+    if loss.action == "fail":
         return Fail(reason=loss.cause, message=loss.message or f"{loss.cause} is not retried", loss=loss)
-    charged = (0 if _refilled(seen) else seen.record.charged) + loss.charged
+    refilled = _refilled(seen)
+    charged = (0 if refilled else record.charged) + loss.charged
     if charged > recovery.max_restarts:
         message = f"{loss.cause} after {recovery.max_restarts} restarts without a new checkpoint"
         return Fail(reason="RestartsExhausted", message=f"{message}: {loss.message}".rstrip(": "), loss=loss)
-    return Restart(attempt=gang.attempt + 1, loss=loss, charged=charged)
+    losses = (0 if refilled else record.losses) + (not loss.adapts)
+    return Restart(
+        attempt=gang.attempt + 1,
+        num_nodes=record.num_nodes or spec.cluster.num_nodes,
+        loss=loss,
+        charged=charged,
+        losses=losses,
+        wait_seconds=0.0 if loss.adapts else _backoff(losses, recovery),
+    )
+
+
+def _backoff(losses: int, recovery: RecoverySpec) -> float:
+    """Nothing before the first restart since there was progress, then twice as long each time."""
+    if losses <= 1:
+        return 0.0
+    return float(min(recovery.backoff_seconds * 2 ** min(losses - 2, 32), recovery.max_backoff_seconds))
 
 
 def _refilled(seen: Observed) -> bool:
@@ -165,60 +228,17 @@ def _refilled(seen: Observed) -> bool:
     return seen.checkpoint is not None and seen.checkpoint.step > seen.record.step_at_last_failure
 
 
-def classify(gang: Gang, *, rules: Iterable[RecoveryRule] = ()) -> Loss:
-    """The one loss that explains the others: ranks left alone fail with connection errors of their own."""
-    if gang.failure == _DEADLINE:
-        message = gang.failure_message or "schedule.activeDeadlineSeconds is over"
-        return Loss(cause=_DEADLINE, message=message, retryable=False)
-    told = [_loss(rank, rules) for rank in sorted(gang.lost_ranks, key=_first_to_end)]
-    if not told:
-        # The pod itself is gone: something outside removed it, the trainer cannot.
-        return Loss(cause=_DELETED, message=gang.failure_message, charged=False)
-    return min(told, key=_telling)
+def _seconds_until(when: datetime.datetime | None, now: datetime.datetime) -> float:
+    return 0.0 if when is None else max(0.0, (when - now).total_seconds())
 
 
-def _first_to_end(rank: Rank) -> tuple[bool, str, int]:
-    return rank.finished_at == "", rank.finished_at, rank.index
-
-
-def _telling(loss: Loss) -> int:
-    """Final beats disruption beats failure; what stopped as asked or was removed explains nothing."""
-    if not loss.retryable:
-        return 0
-    if loss.cause in (_STOPPED, _DELETED):
-        # The Job's controller removes the other pods as soon as one has failed.
-        return 3
-    return 2 if loss.charged else 1
-
-
-def _loss(rank: Rank, rules: Iterable[RecoveryRule]) -> Loss:
-    words = rank.termination
-    code = rank.exit_code if rank.exit_code is not None else words.exit_code if words else None
-    cause = words.cause if words else _cause_without_words(rank, code)
-    message = words.message if words else rank.message
-    action = next((rule.action for rule in rules if code in rule.exit_codes), None)
-    retryable = _is_retryable(rank, code) if action is None else action == "retry"
-    # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
-    gone = rank.disrupted or rank.replaced or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
-    # The next attempt takes fewer sequences at once; with one there is no next, so this ends by itself.
-    gives_way = words is not None and words.cause == OUT_OF_MEMORY and words.retryable
-    charged = not (gone or gives_way)
-    return Loss(cause=cause, message=message, exit_code=code, retryable=retryable, charged=charged)
-
-
-def _is_retryable(rank: Rank, code: int | None) -> bool:
-    words = rank.termination
-    if words is None:
-        return code not in FATAL_EXIT_CODES
-    # The next attempt starts from the checkpoint that was committed first.
-    return words.retryable or words.cause == _SUPERSEDED
-
-
-def _cause_without_words(rank: Rank, code: int | None) -> str:
-    if rank.disrupted:
-        return "Disrupted"
-    if code in FATAL_EXIT_CODES:
-        return FATAL_EXIT_CODES[code]
-    if rank.reason and rank.reason != "Error":
-        return rank.reason
-    return _DELETED if rank.replaced or (rank.deleting and code is None) else "Killed"
+def next_look_seconds(seen: Observed, decision: Decision, *, spec: JobSpec, now: datetime.datetime) -> float | None:
+    """When to look again though nothing was heard; None: no clock of this job runs."""
+    due = [deadline_seconds(seen, spec, now)]
+    if isinstance(decision, Wait):
+        due.append(decision.seconds)
+    elif isinstance(decision, Restart):
+        due.append(decision.wait_seconds or None)
+    elif isinstance(decision, Watch) and seen.gang is not None:
+        due.append(elastic.patience_seconds(seen.gang, spec, now))
+    return min((seconds for seconds in due if seconds is not None), default=None)

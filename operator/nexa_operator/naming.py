@@ -14,6 +14,11 @@ FIELD_MANAGER = "nexa-operator"
 LABEL_JOB_UID = f"{GROUP}/job-uid"
 LABEL_JOB_NAME = f"{GROUP}/job-name"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
+LABEL_ROLE = f"{GROUP}/role"
+"""Of Jobs that carry no gang, and of their pods."""
+ROLE_ROOM, ROLE_REMOVAL = "room", "removal"
+FINALIZER = f"{GROUP}/artifacts"
+"""On jobs whose artifacts go with them."""
 STORAGE_PREFIX = "nexa-storage-"
 """A storage profile NAME is the ConfigMap and the Secret `nexa-storage-NAME` of the job's namespace."""
 
@@ -21,6 +26,16 @@ STORAGE_PREFIX = "nexa-storage-"
 def gang_name(job_name: str, attempt: int) -> str:
     """The object that carries the ranks of one attempt."""
     return f"{job_name}-a{attempt}"
+
+
+def room_name(job_name: str, attempt: int) -> str:
+    """The Job whose pods show whether there is room for the rest of the gang."""
+    return f"{gang_name(job_name, attempt)}-room"
+
+
+def removal_name(job_name: str) -> str:
+    """The Job that deletes what a deleted job's run wrote."""
+    return f"{job_name}-removal"
 
 
 def service_name(job_name: str) -> str:

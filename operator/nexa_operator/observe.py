@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import ValidationError
 
-from nexa_operator import naming
+from nexa_operator import goodput, naming
 from nexa_operator.reading import Body, condition_of, first_true, is_deleting, is_true, label_of, owner_uid
 from nexa_operator.runtimes import Runtime, runtime_of
 from nexa_operator.runtimes.base import resumed_at
@@ -36,6 +36,15 @@ class Rank:
     deleting: bool = False
     replaced: bool = False
     """Its pod ran and is gone. The runtime makes another, with which the others will not go on."""
+    gone_by: datetime.datetime | None = None
+    """When it is deleted: until then the kubelet lets its containers end by themselves."""
+    node: str = ""
+    unplaced_since: datetime.datetime | None = None
+    """Since when the scheduler has found no node for it; None: it has one, or was not tried yet."""
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in ("Succeeded", "Failed")
 
     @property
     def lost(self) -> bool:
@@ -63,6 +72,11 @@ class Gang:
         return tuple(rank for rank in self.ranks if rank.lost)
 
     @property
+    def num_up(self) -> int:
+        """Pods that run or have ended well."""
+        return sum(rank.phase in ("Running", "Succeeded") and not rank.deleting for rank in self.ranks)
+
+    @property
     def rank_zero(self) -> Rank | None:
         return next((rank for rank in self.ranks if rank.index == 0 and not rank.deleting), None)
 
@@ -72,13 +86,20 @@ class Record:
     """What earlier reconciles wrote to status: facts that the children may no longer show."""
 
     attempt: int = 0
+    num_nodes: int | None = None
+    """Pods of that attempt; None: not begun."""
     restarts: int = 0
     charged: int = 0
+    losses: int = 0
+    not_before: datetime.datetime | None = None
+    """The attempt on record may not begin before."""
+    excluded_nodes: tuple[str, ...] = ()
     step_at_last_failure: int = -1
     checkpoint: CheckpointRef | None = None
     finished: str = ""
     """Succeeded or Failed, once one of them is true: it never changes again."""
     completed_at: datetime.datetime | None = None
+    account: goodput.Account = field(default_factory=goodput.Account)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +115,10 @@ class Observed:
     """What is missing for the job's runtime to be seen at all, and what to do; empty: nothing."""
     admission: str = ""
     """What a suspended gang waits for in its queue."""
+    rooms: tuple[str, ...] = ()
+    """Names of Jobs whose pods ask for nothing but room."""
+    room: int = 0
+    """How many pods of the one beside this gang have found a node."""
     progress: Progress | None = None
     """What pod 0 of the gang said last; None: nothing that is of this run and attempt."""
 
@@ -112,15 +137,19 @@ def newest(*checkpoints: CheckpointRef | None) -> CheckpointRef | None:
 
 
 def observe(
-    body: Body, *, children: Sequence[Body], pods: Iterable[Body], progress: Progress | None = None
+    body: Body, *, children: Sequence[Body], pods: Sequence[Body], progress: Progress | None = None
 ) -> Observed:
     """Sort what was listed into the attempt on record and leftovers.
 
     Args:
-        children: of the runtime's kind, and its parts.
+        children: of the runtime's kind, and its parts, and Jobs beside the gang.
     """
     uid, record = body["metadata"]["uid"], read_record(body.get("status") or {})
-    ours = {_attempt(child): child for child in children if owner_uid(child) == uid}
+    own = [child for child in children if owner_uid(child) == uid]
+    rooms = [
+        child for child in own if label_of(child, naming.LABEL_ROLE) == naming.ROLE_ROOM and not is_deleting(child)
+    ]
+    ours = {_attempt(child): child for child in own if not label_of(child, naming.LABEL_ROLE)}
     # A later gang than on record: an old view of the job, or its status was lost. That gang is the one that lives.
     record = replace(record, attempt=max((record.attempt, *ours)))
     current = ours.get(record.attempt)
@@ -129,8 +158,15 @@ def observe(
         record=record,
         gang=_gang(body, current, children, pods) if current else None,
         leftovers=tuple(child["metadata"]["name"] for child in others if not is_deleting(child)),
+        rooms=tuple(child["metadata"]["name"] for child in rooms),
+        room=sum(_found_room(pod, record.attempt) for pod in pods),
         progress=progress if progress is not None and progress.attempt == record.attempt else None,
     )
+
+
+def _found_room(pod: Body, attempt: int) -> bool:
+    asks = label_of(pod, naming.LABEL_ROLE) == naming.ROLE_ROOM and _attempt(pod) == attempt
+    return asks and not is_deleting(pod) and bool((pod.get("spec") or {}).get("nodeName"))
 
 
 def observe_unavailable(body: Body) -> Observed:
@@ -145,12 +181,17 @@ def read_record(status: Body) -> Record:
     """Lenient: status is written by this operator, maybe by an older one."""
     return Record(
         attempt=status.get("attempt", 0),
+        num_nodes=status.get("numNodes"),
         restarts=status.get("restarts", 0),
         charged=status.get("chargedRestarts", 0),
+        losses=status.get("lossesWithoutCheckpoint", 0),
+        not_before=_time(status.get("nextAttemptTime")),
+        excluded_nodes=tuple(status.get("excludedNodes") or ()),
         step_at_last_failure=(status.get("lastFailure") or {}).get("checkpointStep", -1),
         checkpoint=_read_checkpoint(status.get("checkpoint")),
         finished=next((kind for kind in ("Succeeded", "Failed") if is_true(status, kind)), ""),
         completed_at=_time(status.get("completionTime")),
+        account=goodput.read(status),
     )
 
 
@@ -209,6 +250,7 @@ def _rank_order(rank: Rank) -> tuple[int, bool, str]:
 def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
     status = pod.get("status") or {}
     ended, waiting = _container_states(status, runtime.CONTAINER)
+    scheduled = condition_of(status, "PodScheduled")
     phase = status.get("phase", "Pending")
     return Rank(
         index=int(runtime.index(pod) or -1),
@@ -222,6 +264,9 @@ def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
         disrupted=bool(first_true(pod, "DisruptionTarget")),
         deleting=is_deleting(pod),
         replaced=replaces and phase == "Pending",
+        gone_by=_time(pod["metadata"].get("deletionTimestamp")),
+        node=(pod.get("spec") or {}).get("nodeName", ""),
+        unplaced_since=_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "False" else None,
     )
 
 

@@ -43,18 +43,32 @@ class RunPlan:
     """All of the protocol's but where pod 0 is, which the runtime knows."""
     storage: str | None
     priority_class: str | None
+    excluded_nodes: tuple[str, ...]
     active_deadline_seconds: int | None
     queue: str | None
     """Kueue's; None: nobody is asked before the gang starts."""
 
 
-def make_plan(job: Job, *, owner_uid: str, attempt: int, defaults: Defaults) -> RunPlan:
+def make_plan(
+    job: Job,
+    *,
+    owner_uid: str,
+    attempt: int,
+    defaults: Defaults,
+    num_nodes: int | None = None,
+    excluded_nodes: tuple[str, ...] = (),
+) -> RunPlan:
     """The same job and attempt always give the same plan.
+
+    Args:
+        num_nodes: pods of this attempt; None: as many as the job asks for.
+        excluded_nodes: names of nodes where no pod may go.
 
     Raises:
         RuntimeUnavailableError: see `image_of`.
     """
     name, namespace = job.metadata.name, job.metadata.namespace
+    job = job if num_nodes is None else _of_size(job, num_nodes)
     image = image_of(job, defaults)
     return RunPlan(
         job_name=name,
@@ -74,6 +88,7 @@ def make_plan(job: Job, *, owner_uid: str, attempt: int, defaults: Defaults) -> 
         ),
         storage=_storage(job, defaults),
         priority_class=job.spec.schedule.priority,
+        excluded_nodes=excluded_nodes,
         active_deadline_seconds=job.spec.schedule.active_deadline_seconds,
         queue=job.spec.schedule.queue_name,
     )
@@ -92,6 +107,12 @@ def image_of(job: Job, defaults: Defaults) -> str:
             "the administrator set trainerHeavyImage in the chart"
         )
     return chosen
+
+
+def _of_size(job: Job, num_nodes: int) -> Job:
+    """The same job on another number of nodes: the trainer reads its world's size from the description."""
+    cluster = job.spec.cluster.model_copy(update={"num_nodes": num_nodes, "min_nodes": None})
+    return job.model_copy(update={"spec": job.spec.model_copy(update={"cluster": cluster})})
 
 
 def _as_json(job: Job) -> str:

@@ -14,30 +14,33 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from nexa_operator import naming, queueing
+from nexa_operator import naming, parting, queueing
 from nexa_operator.cluster import Cluster, Object
 from nexa_operator.decide import (
-    Create,
     Decision,
     Expire,
     Fail,
+    Probe,
     Rest,
     Restart,
     Resume,
+    Shrink,
+    Starting,
     Suspend,
     Wait,
     Watch,
     decide,
+    next_look_seconds,
     rest,
 )
 from nexa_operator.errors import ApiError, ConflictError, InvalidError, RuntimeUnavailableError
-from nexa_operator.kinds import EVENTS, PODS, TRAINING_JOBS, WORKLOADS, Kind
+from nexa_operator.kinds import EVENTS, JOBS, PODS, TRAINING_JOBS, WORKLOADS, Kind
 from nexa_operator.metrics import Metrics
-from nexa_operator.observe import Gang, Observed, observe, observe_unavailable
+from nexa_operator.observe import Gang, Observed, observe, observe_unavailable, read_record
 from nexa_operator.plan import Defaults, RunPlan, image_of, make_plan
 from nexa_operator.progress import ProgressReader, Target
-from nexa_operator.reading import Body, condition_of
-from nexa_operator.runtimes import runtime_of
+from nexa_operator.reading import Body, condition_of, is_deleting, label_of
+from nexa_operator.runtimes import beside, runtime_of
 from nexa_operator.spec import is_ours, parse
 from nexa_operator.status import WAITING_FOR_ADMISSION, Context, Happening, happenings, next_status, timestamp
 from nexa_operator.workqueue import WorkQueue
@@ -50,6 +53,8 @@ _GONE_SECONDS = 2.0
 _SERVED_SECONDS = 10.0
 _KUEUE_SECONDS = 3.0
 _RESYNC_AGAIN_SECONDS = 5.0
+_LATE_SECONDS = 0.05
+"""Timers and the clock are not the same: a look that comes a moment too early would be for nothing."""
 
 
 @dataclass(frozen=True, order=True)
@@ -123,11 +128,18 @@ class Reconciler:
     async def reconcile(self, key: Key) -> None:
         """One look. Raises ApiError; the look is then taken again."""
         body = await self.cluster.read(TRAINING_JOBS, key.namespace, key.name)
-        if body is None or body["metadata"]["uid"] != key.uid or "deletionTimestamp" in body["metadata"]:
+        if body is None or body["metadata"]["uid"] != key.uid:
+            self._forget(key)
+        elif not is_ours(body):
+            return
+        elif is_deleting(body):
             # Its children go with it by garbage collection.
             self._forget(key)
-            return
-        if is_ours(body):
+            if parting.holds(body):
+                await self._part(key, body)
+        elif parting.wants_hold(body):
+            await self._set_finalizers(body, [*body["metadata"].get("finalizers", ()), naming.FINALIZER])
+        else:
             await self._reconcile(key, body)
 
     async def _reconcile(self, key: Key, body: Body) -> None:
@@ -138,20 +150,29 @@ class Reconciler:
             await self._end(key, decision)
             return
         self._follow(key, job, seen, decision)
-        if (seconds := _unwatched(body, seen, decision)) is not None:
-            self.queue.add_after(key, seconds)
-        context = self._context(key, body, job)
+        self._look_again(key, body, job, seen, decision)
+        context = self._context(key, body, job, seen)
         status = next_status(body.get("status") or {}, seen=seen, decision=decision, context=context)
         await self._write_status(body, status)
         if isinstance(decision, Restart):
             self.metrics.restarts.labels(decision.loss.cause).inc()
         for happening in happenings(body.get("status") or {}, status, decision):
             await self._tell(key, body, happening)
-        await self._carry_out(key, body, job, seen, decision)
+        await self._carry_out(key, {**body, "status": status}, job, seen, decision)
+
+    def _look_again(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
+        """At what nobody will tell of."""
+        due = [_unwatched(body, seen, decision)]
+        if job is not None:
+            due.append(next_look_seconds(seen, decision, spec=job.spec, now=self.clock()))
+        for seconds in due:
+            if seconds is not None:
+                self.queue.add_after(key, seconds + _LATE_SECONDS)
 
     async def _observe(self, key: Key, body: Body) -> Observed:
         runtime, labels = runtime_of(body), f"{naming.LABEL_JOB_UID}={key.uid}"
-        kinds = (*dict.fromkeys((runtime.KIND, *runtime.PARTS)), PODS)
+        besides = (JOBS,) if ((body.get("spec") or {}).get("cluster") or {}).get("minNodes") else ()
+        kinds = (*dict.fromkeys((runtime.KIND, *runtime.PARTS, *besides)), PODS)
         listed = await asyncio.gather(*(self._list_served(kind, key.namespace, labels) for kind in kinds))
         if listed[0] is None:
             return observe_unavailable(body)
@@ -177,11 +198,12 @@ class Reconciler:
         labels = f"{queueing.LABEL_GANG_UID}={gang.uid}"
         return queueing.waits_for(queue, await self._list_served(WORKLOADS, namespace, labels))
 
-    def _context(self, key: Key, body: Body, job: Job | None) -> Context:
+    def _context(self, key: Key, body: Body, job: Job | None, seen: Observed) -> Context:
         return Context(
             generation=body["metadata"].get("generation", 0),
             run_id=job.run_id if job else "",
-            num_nodes=job.spec.cluster.num_nodes if job else 0,
+            num_nodes=seen.record.num_nodes or (job.spec.cluster.num_nodes if job else 0),
+            progress_deadline_seconds=job.spec.recovery.progress_deadline_seconds if job else 0,
             now=self.clock(),
             trouble=self._trouble.get(key, ""),
             progress_known=self.progress.is_known(key),
@@ -189,7 +211,7 @@ class Reconciler:
 
     def _follow(self, key: Key, job: Job | None, seen: Observed, decision: Decision) -> None:
         """Tell the progress reader whom to ask, if there is anyone."""
-        rank = seen.gang.rank_zero if seen.gang and isinstance(decision, Watch) else None
+        rank = seen.gang.rank_zero if seen.gang and isinstance(decision, Watch | Probe) else None
         if job is not None and rank is not None and rank.ip and rank.phase == "Running":
             target = Target(ip=rank.ip, run_id=job.run_id, attempt=seen.record.attempt)
             self.progress.watch(key, target)
@@ -214,13 +236,74 @@ class Reconciler:
             elif isinstance(decision, Suspend):
                 metadata = {"namespace": key.namespace, "name": decision.gang}
                 await self.cluster.patch(runtime.KIND, {"metadata": metadata, "spec": runtime.suspension()})
-            if job is not None and isinstance(decision, Create | Restart | Resume):
-                plan = make_plan(job, owner_uid=key.uid, attempt=decision.attempt, defaults=self.defaults)
-                await self._create(key, body, plan)
+            for name in _rooms_to_remove(key, seen, decision):
+                await self.cluster.delete(JOBS, key.namespace, name)
+            if job is not None and isinstance(decision, Probe):
+                await self._ask_for_room(key, body, job, seen, decision)
+            if job is not None and _begins(decision):
+                await self._create(key, body, self._plan(key, body, job))
         except ApiError as exc:
             self._trouble[key] = str(exc)
             raise
         self._trouble.pop(key, None)
+
+    def _plan(self, key: Key, body: Body, job: Job) -> RunPlan:
+        """Of the attempt on record."""
+        record = read_record(body["status"])
+        return make_plan(
+            job,
+            owner_uid=key.uid,
+            attempt=record.attempt,
+            defaults=self.defaults,
+            num_nodes=record.num_nodes,
+            excluded_nodes=record.excluded_nodes,
+        )
+
+    async def _ask_for_room(self, key: Key, body: Body, job: Job, seen: Observed, decision: Probe) -> None:
+        if not seen.rooms:
+            document = beside.room(self._plan(key, body, job), num_pods=decision.num_pods)
+            await self.cluster.create(JOBS, document)
+
+    async def _part(self, key: Key, body: Body) -> None:
+        """One look at a job that takes its artifacts with it."""
+        runtime, labels = runtime_of(body), f"{naming.LABEL_JOB_UID}={key.uid}"
+        listed = [await self._list_served(kind, key.namespace, labels) or [] for kind in (runtime.KIND, JOBS, PODS)]
+        gangs = [gang for gang in listed[0] if not label_of(gang, naming.LABEL_ROLE)]
+        step = parting.next_step(body, gangs=gangs, jobs=listed[1], pods=listed[2], now=self.clock())
+        if isinstance(step, parting.Clear):
+            for name in step.gangs:
+                await self.cluster.delete(runtime.KIND, key.namespace, name)
+        elif isinstance(step, parting.Remove):
+            step = await self._remove_artifacts(key, body)
+        if isinstance(step, parting.LetGo):
+            await self._let_go(key, body, step)
+        else:
+            self.queue.add_after(key, parting.LOOK_SECONDS)
+
+    async def _remove_artifacts(self, key: Key, body: Body) -> parting.Step:
+        try:
+            await self.cluster.create(JOBS, beside.removal(self._plan(key, {"status": {}, **body}, parse(body))))
+        except (ConfigError, RuntimeUnavailableError) as exc:
+            return parting.LetGo(problem=str(exc))
+        except ApiError as exc:
+            if exc.status != 403:
+                raise
+            # In a namespace that is being deleted nothing can be created any more.
+            return parting.LetGo(problem=str(exc))
+        return parting.Await()
+
+    async def _let_go(self, key: Key, body: Body, step: parting.LetGo) -> None:
+        message = f"left where they are: {step.problem}" if step.problem else "all of the run"
+        reason = "ArtifactsLeft" if step.problem else "ArtifactsRemoved"
+        await self._tell(
+            key, body, Happening(type="Warning" if step.problem else "Normal", reason=reason, message=message)
+        )
+        others = [name for name in body["metadata"]["finalizers"] if name != naming.FINALIZER]
+        await self._set_finalizers(body, others)
+
+    async def _set_finalizers(self, body: Body, finalizers: list[str]) -> None:
+        metadata = {name: body["metadata"][name] for name in ("name", "namespace", "resourceVersion")}
+        await self.cluster.patch(TRAINING_JOBS, {"metadata": {**metadata, "finalizers": finalizers}})
 
     async def _create(self, key: Key, body: Body, plan: RunPlan) -> None:
         try:
@@ -268,8 +351,8 @@ def judge(
     """
     try:
         job = parse(body)
-        decision = decide(seen, recovery=job.spec.recovery, schedule=job.spec.schedule, now=now)
-        if isinstance(decision, Create | Restart | Resume):
+        decision = decide(seen, spec=job.spec, now=now)
+        if isinstance(decision, Starting):
             image_of(job, defaults)
             if invalid:
                 raise ConfigError(invalid)
@@ -283,7 +366,7 @@ def judge(
 
 def _unwatched(body: Body, seen: Observed, decision: Decision) -> float | None:
     """How soon to look again at what nobody tells of; pods and Jobs alone are watched, so that no CRD need be there."""
-    if isinstance(decision, Wait):
+    if isinstance(decision, Wait) and decision.seconds is None:
         return _SERVED_SECONDS
     if seen.gang is not None and seen.gang.deleting:
         return _GONE_SECONDS
@@ -297,10 +380,21 @@ def _to_remove(seen: Observed, decision: Decision) -> tuple[str, ...]:
     gang = seen.gang
     if gang is None:
         return seen.leftovers
-    over = isinstance(decision, Restart | Resume)
+    over = isinstance(decision, Restart | Resume | Shrink)
     # Refused while it runs, by an operator that was upgraded: nothing else would ever end it.
     refused = isinstance(decision, Fail) and not (gang.failure or gang.lost_ranks)
     return (*seen.leftovers, gang.name) if over or refused else seen.leftovers
+
+
+def _rooms_to_remove(key: Key, seen: Observed, decision: Decision) -> list[str]:
+    """All but the one that is asked for: pods that hold room are in the way of what it is for."""
+    wanted = naming.room_name(key.name, seen.record.attempt) if isinstance(decision, Probe) else ""
+    return [name for name in seen.rooms if name != wanted]
+
+
+def _begins(decision: Decision) -> bool:
+    """Whether the attempt on record is to be made now."""
+    return isinstance(decision, Starting) and not (isinstance(decision, Restart) and decision.wait_seconds > 0)
 
 
 def _event(key: Key, body: Body, happening: Happening, *, now: datetime.datetime) -> Object:

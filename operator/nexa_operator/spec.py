@@ -62,7 +62,8 @@ def _check_artifacts_outlive_pods(job: Job) -> None:
 
 def _check_available(job: Job) -> None:
     schedule = job.spec.schedule
-    if schedule.deletion_policy != "Retain":
+    if schedule.queue_name is not None and job.spec.cluster.min_nodes is not None:
         raise RuntimeUnavailableError(
-            "schedule.deletionPolicy Delete is not available: artifacts outlive the job; use Retain"
+            f"cluster.minNodes with schedule.queueName {schedule.queue_name}: Kueue admits a gang as a whole; "
+            "leave one of them out"
         )

@@ -13,14 +13,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nexa_operator import goodput
+from nexa_operator.classify import Loss
 from nexa_operator.decide import (
+    STOPPING,
     Create,
     Decision,
     Fail,
     Hold,
-    Loss,
     Restart,
     Resume,
+    Shrink,
+    Starting,
     Succeed,
     Suspend,
     Wait,
@@ -43,6 +47,8 @@ TYPES = (
 )
 WAITING_FOR_ADMISSION = "WaitingForAdmission"
 _LONGEST_MESSAGE = 1024
+MOST_EXCLUDED = 32
+"""Nodes that a job keeps off; the first excluded is the first to be tried again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +58,9 @@ class Context:
     generation: int
     run_id: str
     num_nodes: int
+    """Pods of the gang on record."""
     now: datetime.datetime
+    progress_deadline_seconds: int = 0
     trouble: str = ""
     """What the API server said when the last decision was carried out; empty: it agreed."""
     progress_known: bool = True
@@ -84,10 +92,12 @@ def next_status(previous: Body, *, seen: Observed, decision: Decision, context: 
         "phase": verdict.phase,
         "runId": context.run_id or previous.get("runId"),
         **_counts(previous, seen, decision),
+        **_recovery(previous, seen, decision, context),
         **_times(previous, decision, context),
         **_facts(previous, seen, decision),
         "checkpoint": _checkpoint(seen.checkpoint),
         "lastFailure": _last_failure(previous, seen, decision, context),
+        "goodput": _account(previous, seen, decision, context).to_status() or None,
         "conditions": _conditions(previous, verdict, seen, context),
     }
     return {key: value for key, value in status.items() if value is not None}
@@ -97,8 +107,53 @@ def _counts(previous: Body, seen: Observed, decision: Decision) -> dict[str, int
     restarts, charged = previous.get("restarts", 0), previous.get("chargedRestarts", 0)
     if isinstance(decision, Restart):
         return {"attempt": decision.attempt, "restarts": restarts + 1, "chargedRestarts": decision.charged}
-    attempt = decision.attempt if isinstance(decision, Create | Resume) else seen.record.attempt
+    attempt = decision.attempt if isinstance(decision, Starting) else seen.record.attempt
     return {"attempt": attempt, "restarts": restarts, "chargedRestarts": charged}
+
+
+def _recovery(previous: Body, seen: Observed, decision: Decision, context: Context) -> dict[str, Any]:
+    """What the next attempt will be like, and when it may begin."""
+    kept = ("numNodes", "lossesWithoutCheckpoint", "nextAttemptTime", "excludedNodes")
+    status = {key: previous.get(key) for key in kept}
+    if isinstance(decision, Starting):
+        status |= {"numNodes": decision.num_nodes, "nextAttemptTime": None}
+    if isinstance(decision, Restart):
+        status["lossesWithoutCheckpoint"] = decision.losses
+        if decision.wait_seconds:
+            later = context.now + datetime.timedelta(seconds=decision.wait_seconds)
+            status["nextAttemptTime"] = timestamp(later)
+        if decision.loss.action == "exclude_node" and decision.loss.node:
+            others = [node for node in seen.record.excluded_nodes if node != decision.loss.node]
+            status["excludedNodes"] = [*others, decision.loss.node][-MOST_EXCLUDED:]
+    return status
+
+
+def _account(previous: Body, seen: Observed, decision: Decision, context: Context) -> goodput.Account:
+    """Where the job's time went until now, and what it is spent on from now on."""
+    account, now, told = goodput.read(previous), context.now, _told(seen)
+    if told is not None:
+        account = goodput.began_to_train(account, told, now)
+    if isinstance(decision, Restart | Fail):
+        stalled = decision.loss is not None and decision.loss.cause == "Stalled"
+        stood = context.progress_deadline_seconds if stalled else 0
+        if decision.loss is not None:
+            account = goodput.lost(account, told, stood_seconds=stood, now=now)
+    return account.moved(_state(account, seen, decision, context), now)
+
+
+def _state(account: goodput.Account, seen: Observed, decision: Decision, context: Context) -> str:
+    if isinstance(decision, Succeed | Fail):
+        return ""
+    if isinstance(decision, Hold) or (isinstance(decision, Suspend) and not decision.grows):
+        return goodput.SUSPENDED
+    if isinstance(decision, Restart | Suspend):
+        return goodput.RESTART
+    if isinstance(decision, Wait) and decision.reason == STOPPING:
+        return account.state
+    if account.state in (goodput.RESTART, goodput.PRODUCTIVE):
+        return account.state
+    runs = seen.gang is not None and seen.gang.num_up >= context.num_nodes
+    return goodput.STARTUP if runs else goodput.QUEUE
 
 
 def _times(previous: Body, decision: Decision, context: Context) -> dict[str, str | None]:
@@ -190,24 +245,37 @@ def _verdict(seen: Observed, decision: Decision, context: Context) -> _Verdict:
     if isinstance(decision, Fail):
         failed = (_reason(decision.reason), _shortened(decision.message))
         return _Verdict(phase="Failed", true={"Failed": failed, "Stalled": failed})
+    if isinstance(decision, Wait):
+        return _waiting(decision, context)
+    if isinstance(decision, Suspend) and decision.grows:
+        why = ("Growing", "there is room for all pods again; a checkpoint is committed first")
+        return _Verdict(phase="Restarting", true={"Queued": why, "Reconciling": why})
     if isinstance(decision, Hold | Suspend):
         said = "by schedule.suspend"
         true = {"Suspended": ("Suspended", said), "Ready": ("Suspended", said)}
         return _Verdict(phase="Suspended", true=true)
-    if isinstance(decision, Wait):
-        why = (_reason(decision.reason), _shortened(decision.message))
-        return _Verdict(phase="Pending", true={"Queued": why, "Reconciling": why})
     if context.trouble:
         refused = ("Refused", _shortened(context.trouble))
         return _Verdict(phase="Pending", true={"Queued": refused, "Reconciling": refused})
-    if isinstance(decision, Create | Restart | Resume):
+    if isinstance(decision, Starting):
         return _starting(decision)
     return _watching(seen, context)
 
 
-def _starting(decision: Create | Restart | Resume) -> _Verdict:
+def _waiting(decision: Wait, context: Context) -> _Verdict:
+    said, phase = decision.message, "Pending"
+    if decision.seconds is not None:
+        until = timestamp(context.now + datetime.timedelta(seconds=decision.seconds))
+        said, phase = f"{said} at {until}", "Restarting"
+    why = (_reason(decision.reason), _shortened(said))
+    return _Verdict(phase=phase, true={"Queued": why, "Reconciling": why})
+
+
+def _starting(decision: Create | Restart | Resume | Shrink) -> _Verdict:
     if isinstance(decision, Restart):
         phase, reason, said = "Restarting", "Restarting", f"after {_described(decision.loss)}"
+    elif isinstance(decision, Shrink):
+        phase, reason, said = "Restarting", "Shrinking", f"with {decision.num_nodes} pods, for which there is room"
     elif isinstance(decision, Resume):
         phase, reason, said = "Pending", "Resuming", "no longer suspended"
     else:
@@ -220,8 +288,7 @@ def _watching(seen: Observed, context: Context) -> _Verdict:
     if seen.admission:
         queued = (WAITING_FOR_ADMISSION, _shortened(f"attempt {seen.record.attempt} {seen.admission}"))
         return _Verdict(phase="Queued", true={"Queued": queued, "Reconciling": queued})
-    ranks = seen.gang.ranks if seen.gang else ()
-    up = sum(rank.phase in ("Running", "Succeeded") and not rank.deleting for rank in ranks)
+    ranks, up = (seen.gang.ranks, seen.gang.num_up) if seen.gang else ((), 0)
     if up >= context.num_nodes:
         said = ("Running", f"{context.num_nodes} of {context.num_nodes} pods of attempt {seen.record.attempt}")
         return _Verdict(phase="Running", true={"Running": said, "Ready": said})
@@ -285,6 +352,13 @@ def happenings(old: Body, new: Body, decision: Decision) -> Iterator[Happening]:
     if isinstance(decision, Restart):
         said = f"attempt {attempt} after {_described(decision.loss)}"
         yield Happening(type="Warning", reason="Restarted", message=said)
+    if isinstance(decision, Shrink):
+        said = f"attempt {attempt} with {decision.num_nodes} pods: the others found no node"
+        yield Happening(type="Warning", reason="Shrunk", message=said)
+    if isinstance(decision, Suspend) and decision.grows:
+        yield Happening(type="Normal", reason="Growing", message=f"attempt {attempt} stops; the next has all pods")
+    if (excluded := new.get("excludedNodes")) and excluded != old.get("excludedNodes"):
+        yield Happening(type="Warning", reason="NodeExcluded", message=f"from attempt {attempt} on: {excluded[-1]}")
     for kind, level in (("Running", "Normal"), ("Suspended", "Normal"), ("Succeeded", "Normal"), ("Failed", "Warning")):
         if is_true(new, kind) and not is_true(old, kind):
             condition = condition_of(new, kind)

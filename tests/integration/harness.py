@@ -105,7 +105,9 @@ class Namespace:
 
     def pods(self, gang: str) -> list[dict[str, Any]]:
         pods = [pod for pod in self.list("pods") if pod["metadata"]["labels"].get("job-name") == gang]
-        return sorted(pods, key=lambda pod: pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"])
+        return sorted(
+            pods, key=lambda pod: pod["metadata"]["labels"].get("batch.kubernetes.io/job-completion-index", "")
+        )
 
     def wait_pods(self, gang: str, count: int) -> list[dict[str, Any]]:
         return self.wait(lambda: pods if len(pods := self.pods(gang)) == count else None, f"{count} pods of {gang}")

@@ -76,7 +76,7 @@ def test_the_rights_are_exactly_those_that_are_used(helm):
         (resource, verb) for rule in rules(render(helm)) for resource in rule["resources"] for verb in rule["verbs"]
     }
     assert granted == {
-        *(("nexatrainingjobs", verb) for verb in ("get", "list", "watch", "delete")),
+        *(("nexatrainingjobs", verb) for verb in ("get", "list", "watch", "patch", "delete")),
         ("nexatrainingjobs/status", "patch"),
         *(("jobs", verb) for verb in ("get", "list", "watch", "create", "patch", "delete")),
         *((kind, verb) for kind in ("jobsets", "pytorchjobs") for verb in ("get", "list", "create", "patch", "delete")),

@@ -37,7 +37,7 @@ app.kubernetes.io/component: operator
 {{- define "nexa.rules" -}}
 - apiGroups: [train.nexa.dev]
   resources: [nexatrainingjobs]
-  verbs: [get, list, watch, delete] # delete: ttlSecondsAfterFinished
+  verbs: [get, list, watch, patch, delete] # patch: a finalizer; both for jobs that ask for it
 - apiGroups: [train.nexa.dev]
   resources: [nexatrainingjobs/status]
   verbs: [patch]

@@ -116,9 +116,17 @@ def _pod_spec(plan: RunPlan, container: Object) -> Object:
     if plan.cluster.node_selector:
         spec["nodeSelector"] = dict(plan.cluster.node_selector)
     spec["tolerations"] = [*(_toleration(toleration) for toleration in plan.cluster.tolerations), *_stays(plan)]
+    if plan.excluded_nodes:
+        spec["affinity"] = {"nodeAffinity": _away_from(plan.excluded_nodes)}
     if plan.priority_class is not None:
         spec["priorityClassName"] = plan.priority_class
     return spec
+
+
+def _away_from(nodes: Sequence[str]) -> Object:
+    # By the node's name, which its labels need not repeat; the API takes one name a requirement.
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
+    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": fields}]}}
 
 
 def _container(plan: RunPlan, host: str, name: str, variables: Sequence[Object]) -> Object:

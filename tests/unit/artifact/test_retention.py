@@ -11,9 +11,9 @@ import pytest
 
 from nexa_train.artifact.manifest import step_folder
 from nexa_train.artifact.publish import Publisher, check_files, committed_folders, newest_valid, read_manifest
-from nexa_train.artifact.retention import apply_retention
+from nexa_train.artifact.retention import apply_retention, remove_run
 from nexa_train.artifact.verify import verify
-from nexa_train.errors import NotFoundError, SupersededError
+from nexa_train.errors import NotFoundError, RefusedError, SupersededError
 from nexa_train.store import Store, open_store
 from tests.unit.artifact.builders import RUN, draft, files_in, publish_chain
 
@@ -144,3 +144,42 @@ def test_a_checkpoint_that_is_retired_while_it_is_read_is_not_damaged(tmp_path: 
     assert found.damaged == []
     assert found.committed is not None
     assert found.committed.manifest.step == 150
+
+
+def test_a_run_is_removed_whole_and_no_other_with_it(store: Store, tmp_path: Path) -> None:
+    publish_chain(store, tmp_path, 10, 20)
+    store.create("checkpoints/other/run.json", b"{}")
+    store.create(f"checkpoints/{RUN}/run.json", b"{}")
+    before = len(store.list(f"checkpoints/{RUN}/"))
+    assert remove_run(store, RUN) == before > 4
+    assert [stored.key for stored in store.list("checkpoints/")] == ["checkpoints/other/run.json"]
+    assert remove_run(store, RUN) == 0
+
+
+def test_a_removal_cut_short_anywhere_leaves_whole_checkpoints_or_none_and_can_be_found(tmp_path: Path) -> None:
+    for survives in range(1, 6):
+        store = open_store(tmp_path / f"artifacts-{survives}")
+        publish_chain(store, tmp_path / f"files-{survives}", 10, 20)
+        store.create(f"checkpoints/{RUN}/run.json", b"{}")
+        left = Reluctant(store, survives)
+        with pytest.raises(RefusedError):
+            remove_run(left, RUN)
+        for folder in committed_folders(store, RUN):
+            assert check_files(store, read_manifest(store, folder)) == []
+        assert f"checkpoints/{RUN}/run.json" in [stored.key for stored in store.list(f"checkpoints/{RUN}/")]
+        remove_run(store, RUN)
+        assert store.list(f"checkpoints/{RUN}/") == []
+
+
+class Reluctant:
+    """A store that deletes so many objects and no more."""
+
+    def __init__(self, store: Store, number: int) -> None:
+        self.store, self.number = store, number
+        self.list = store.list
+
+    def delete(self, key: str) -> None:
+        self.number -= 1
+        if self.number < 0:
+            raise RefusedError(f"{key}: no more")
+        self.store.delete(key)

@@ -82,7 +82,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"format": "prompt_completion", "columns": {"promt": "question"}}},
         "data.columns: format prompt_completion has no promt; it has prompt, completion",
     ),
-    "elasticity": ({"cluster": {"min_nodes": 1}}, "cluster.min_nodes: elastic training is not built into this version"),
+    "elasticity of a fixed shape": (
+        {
+            "cluster": {"num_nodes": 2, "min_nodes": 1},
+            "training": {"global_batch_size": 8, "microbatch_size_per_gpu": 2, "grad_accumulation_steps": 2},
+        },
+        "cluster.min_nodes: microbatch_size_per_gpu and grad_accumulation_steps are both given",
+    ),
 }
 
 

@@ -7,45 +7,62 @@ from typing import Any
 
 import pytest
 
+from nexa_operator.classify import Loss, classify
 from nexa_operator.decide import (
     Create,
     Expire,
     Fail,
     Hold,
-    Loss,
+    Probe,
     Rest,
     Restart,
     Resume,
+    Shrink,
     Succeed,
     Suspend,
+    Wait,
     Watch,
-    classify,
     decide,
+    next_look_seconds,
 )
+from nexa_operator.goodput import Account
 from nexa_operator.observe import Observed, Record
-from nexa_train.config.spec import RecoveryRule, RecoverySpec, ScheduleSpec
-from tests.unit.operator.builders import NOW, checkpoint, failed, gang, rank, seen, words
+from nexa_train.config.spec import JobSpec, RecoveryRule
+from tests.unit.operator.builders import NOW, checkpoint, failed, gang, job, rank, seen, words
 
-SUSPENDED = ScheduleSpec(suspend=True)
+SUSPENDED = {"suspend": True}
 
 
-def decision(observed: Observed, *, schedule: ScheduleSpec | None = None, **recovery: Any) -> Any:
-    return decide(observed, recovery=RecoverySpec(**recovery), schedule=schedule or ScheduleSpec(), now=NOW)
+def spec_of(
+    schedule: dict[str, Any] | None = None, cluster: dict[str, Any] | None = None, batch: int = 8, **recovery: Any
+) -> JobSpec:
+    groups = {"schedule": schedule or {}, "cluster": {"num_nodes": 2, **(cluster or {})}, "recovery": recovery}
+    return job(**groups, training={"global_batch_size": batch}).spec
+
+
+def decision(observed: Observed, **given: Any) -> Any:
+    return decide(observed, spec=spec_of(**given), now=NOW)
+
+
+def ago(seconds: float) -> datetime.datetime:
+    return NOW - datetime.timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize(
     ("observed", "expected"),
     [
-        pytest.param(seen(), Create(attempt=0), id="nothing there: the first attempt"),
+        pytest.param(seen(), Create(attempt=0, num_nodes=2), id="nothing there: the first attempt"),
         pytest.param(
             seen(record=Record(attempt=3)),
-            Create(attempt=3),
+            Create(attempt=3, num_nodes=2),
             id="nothing there after a restart on record: that attempt",
         ),
         pytest.param(seen(gang()), Watch(), id="no pods yet: watch"),
         pytest.param(seen(gang(rank(0), rank(1))), Watch(), id="all pods run: watch"),
         pytest.param(seen(gang(complete=True)), Succeed(), id="the Job is complete, its pods gone: success"),
-        pytest.param(seen(gang(suspended=True)), Resume(attempt=1), id="no longer suspended: another attempt"),
+        pytest.param(
+            seen(gang(suspended=True)), Resume(attempt=1, num_nodes=2), id="no longer suspended: another attempt"
+        ),
         pytest.param(
             seen(gang(failed(), deleting=True)), Watch(), id="someone deletes the gang: wait until it is gone"
         ),
@@ -78,7 +95,7 @@ def test_an_end_is_final_whatever_the_children_say_later(finished):
 
 
 def test_a_finished_job_is_deleted_when_its_time_to_live_is_over():
-    schedule = ScheduleSpec(ttl_seconds_after_finished=100)
+    schedule = {"ttl_seconds_after_finished": 100}
     for age, expected in ((40, Rest(remaining_seconds=60.0)), (100, Expire()), (500, Expire())):
         record = Record(finished="Failed", completed_at=NOW - datetime.timedelta(seconds=age))
         assert decision(seen(record=record), schedule=schedule) == expected
@@ -92,7 +109,8 @@ def test_one_failed_rank_of_many_ends_the_attempt():
 
 def test_a_failure_target_without_any_pod_left_ends_the_attempt_without_a_charge():
     got = decision(seen(gang(failure="BackoffLimitExceeded")))
-    assert got == Restart(attempt=1, loss=Loss(cause="PodDeleted", charged=False), charged=0)
+    lost = Loss(cause="PodDeleted", charged=False)
+    assert got == Restart(attempt=1, num_nodes=2, loss=lost, charged=0, losses=1)
 
 
 def test_a_pod_on_a_dead_node_that_never_ends_is_lost_all_the_same():
@@ -247,3 +265,141 @@ def test_a_rank_for_which_even_one_sequence_is_too_much_fails_the_job() -> None:
     lost = gang(failed(termination=words(cause="OutOfMemory", retryable=False)))
     assert isinstance(decision(seen(lost)), Fail)
     assert classify(lost, rules=rules).charged
+
+
+@pytest.mark.parametrize(
+    ("losses", "waits"), [(0, 0), (1, 10), (2, 20), (3, 40), (6, 300), (5_000, 300)], ids=lambda value: str(value)
+)
+def test_each_restart_without_progress_waits_twice_as_long_up_to_a_limit(losses: int, waits: float) -> None:
+    got = decision(seen(gang(failed()), record=Record(losses=losses)), max_restarts=10_000)
+    assert (got.losses, got.wait_seconds) == (losses + 1, waits)
+    assert next_look_seconds(seen(gang(failed())), got, spec=spec_of(), now=NOW) == (waits or None)
+
+
+def test_after_progress_a_restart_waits_for_nothing() -> None:
+    lost = gang(failed(termination=words(checkpoint=checkpoint(60))))
+    got = decision(seen(lost, record=Record(losses=5, step_at_last_failure=50)))
+    assert (got.losses, got.wait_seconds) == (1, 0.0)
+
+
+def test_disruptions_in_a_row_wait_too() -> None:
+    got = decision(seen(gang(failed(disrupted=True)), record=Record(losses=2)))
+    assert (got.charged, got.wait_seconds) == (0, 20.0)
+
+
+def test_an_attempt_that_takes_a_smaller_microbatch_need_not_wait() -> None:
+    lost = gang(failed(termination=words(cause="OutOfMemory", retryable=True)))
+    got = decision(seen(lost, record=Record(losses=4)))
+    assert (got.losses, got.wait_seconds) == (4, 0.0)
+
+
+def test_the_next_attempt_is_not_made_before_its_time() -> None:
+    waiting = seen(record=Record(attempt=2, not_before=NOW + datetime.timedelta(seconds=7)))
+    assert decision(waiting) == Wait(reason="BackingOff", message="the next attempt begins", seconds=7.0)
+    assert next_look_seconds(waiting, decision(waiting), spec=spec_of(), now=NOW) == 7.0
+    assert decision(waiting, schedule=SUSPENDED) == Hold()
+    assert decision(seen(record=Record(attempt=2, not_before=NOW))) == Create(attempt=2, num_nodes=2)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fits"),
+    [
+        ({"causes": ["Stalled"]}, {"cause": "Stalled"}),
+        ({"log_contains": ["ncclRemoteError"]}, {"log": "W0: ncclRemoteError: peer hung up"}),
+        ({"log_contains": ["nothing", "asked to leave"]}, {"message": "the node was asked to leave"}),
+        (
+            {"causes": ["Killed"], "exit_codes": [9], "log_contains": ["x"]},
+            {"cause": "Killed", "exit_code": 9, "log": "x"},
+        ),
+    ],
+)
+def test_a_rule_fits_by_cause_exit_code_and_log_together(rule: dict[str, Any], fits: dict[str, Any]) -> None:
+    ruled = RecoveryRule(**rule, action="fail")
+    said = words(**{"cause": "Oops", **fits})
+    assert classify(gang(failed(exit_code=said.exit_code, termination=said)), rules=[ruled]).action == "fail"
+    assert classify(gang(failed(exit_code=3, termination=words(cause="Other"))), rules=[ruled]).action == "retry"
+
+
+def test_a_rule_that_states_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="would fit every end"):
+        RecoveryRule(action="fail")
+
+
+def test_broken_hardware_is_kept_off_and_so_is_what_a_rule_says() -> None:
+    broken = failed(node="n7", termination=words(log="NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus."))
+    assert (classify(gang(broken)).action, classify(gang(broken)).node) == ("exclude_node", "n7")
+    rule = RecoveryRule(exit_codes=[139], action="exclude_node")
+    got = decision(seen(gang(failed(exit_code=139, node="n3"))), rules=[rule])
+    assert isinstance(got, Restart)
+    assert (got.loss.action, got.loss.node) == ("exclude_node", "n3")
+
+
+def test_the_deadline_counts_all_attempts_and_leaves_out_queue_and_suspension() -> None:
+    spent = Account(
+        seconds={"productive": 40, "restart": 10, "queue": 500, "suspended": 900}, state="startup", since=ago(5)
+    )
+    running = seen(gang(rank(0), rank(1)), record=Record(account=spent))
+    limit = {"active_deadline_seconds": 60}
+    assert decision(running, schedule=limit) == Watch()
+    assert next_look_seconds(running, Watch(), spec=spec_of(schedule=limit), now=NOW) == 5.0
+    late = seen(gang(rank(0), rank(1)), record=Record(account=Account(seconds={"productive": 60})))
+    assert isinstance(decision(late, schedule=limit), Fail)
+    assert decision(seen(gang(complete=True), record=late.record), schedule=limit) == Succeed()
+
+
+def test_a_resumed_job_waits_for_ranks_that_still_commit() -> None:
+    stopping = rank(0, deleting=True, gone_by=NOW + datetime.timedelta(seconds=90))
+    got = decision(seen(gang(stopping, suspended=True)))
+    assert (got.reason, got.seconds) == ("Stopping", 90.0)
+    silent = rank(0, deleting=True, gone_by=ago(1))
+    assert isinstance(decision(seen(gang(silent, suspended=True))), Resume)
+    ended = rank(0, phase="Succeeded", deleting=True, gone_by=NOW + datetime.timedelta(seconds=90))
+    assert isinstance(decision(seen(gang(ended, suspended=True))), Resume)
+
+
+ELASTIC = {"num_nodes": 4, "min_nodes": 1}
+
+
+def pending(index: int, seconds: float) -> Any:
+    return rank(index, phase="Pending", unplaced_since=ago(seconds))
+
+
+def placed(count: int) -> list[Any]:
+    return [rank(index, node=f"n{index}") for index in range(count)]
+
+
+def test_a_gang_that_has_no_room_for_a_while_goes_on_with_fewer_pods() -> None:
+    crowded = gang(*placed(3), pending(3, 60))
+    assert decision(seen(crowded), cluster=ELASTIC) == Shrink(attempt=1, num_nodes=2)  # 8 rows over 3 do not go
+    assert decision(seen(crowded), cluster=ELASTIC, batch=12) == Shrink(attempt=1, num_nodes=3)
+    assert decision(seen(crowded), cluster=ELASTIC | {"min_nodes": 3}) == Watch()
+    assert decision(seen(crowded), cluster={"num_nodes": 4}) == Watch()
+    none = gang(*(pending(index, 300) for index in range(4)))
+    assert decision(seen(none), cluster=ELASTIC) == Watch()
+
+
+def test_a_gang_waits_for_room_a_minute_before_it_shrinks() -> None:
+    crowded = seen(gang(*placed(3), pending(3, 20)))
+    assert decision(crowded, cluster=ELASTIC) == Watch()
+    assert next_look_seconds(crowded, Watch(), spec=spec_of(cluster=ELASTIC), now=NOW) == 40.0
+    assert next_look_seconds(crowded, Watch(), spec=spec_of(cluster={"num_nodes": 4}), now=NOW) is None
+
+
+def test_a_smaller_gang_asks_for_room_and_grows_when_there_is_some() -> None:
+    record = Record(attempt=0, num_nodes=2)
+    assert decision(seen(gang(*placed(2)), record=record), cluster=ELASTIC) == Probe(num_pods=2)
+    assert decision(seen(gang(*placed(2)), record=record, room=1), cluster=ELASTIC) == Probe(num_pods=2)
+    assert decision(seen(gang(*placed(2)), record=record, room=2), cluster=ELASTIC) == Suspend(
+        gang="demo-a0", grows=True
+    )
+    assert decision(seen(gang(*placed(2), suspended=True), record=record), cluster=ELASTIC) == Resume(
+        attempt=1, num_nodes=4
+    )
+    starting = gang(rank(0, node="n0"), rank(1, phase="Pending", node="n1"))
+    assert decision(seen(starting, record=record), cluster=ELASTIC) == Watch()
+
+
+def test_a_lost_rank_of_a_smaller_gang_is_followed_by_a_gang_of_that_size() -> None:
+    got = decision(seen(gang(rank(0), failed(1)), record=Record(num_nodes=2)), cluster=ELASTIC)
+    assert isinstance(got, Restart)
+    assert got.num_nodes == 2

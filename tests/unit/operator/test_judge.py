@@ -23,7 +23,7 @@ def test_a_job_whose_image_nobody_named_is_not_begun() -> None:
     assert isinstance(decision, Fail)
     assert decision.reason == "RuntimeUnavailable"
     assert "spec.image" in decision.message
-    assert judged(seen(), HEAVY) == Create(attempt=0)
+    assert judged(seen(), HEAVY) == Create(attempt=0, num_nodes=2)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+from typing import Any
+
 import pytest
 
 from nexa_operator.observe import Record, newest, observe, read_record
 from tests.unit.operator.builders import (
     GANG_UID,
+    NOW,
     body,
     checkpoint,
     condition,
@@ -131,3 +135,39 @@ def test_why_a_pod_waits_is_known():
 
 def test_owners_are_told_by_uid():
     assert observe(body(), children=[gang_job()], pods=[pod(owner=GANG_UID)]).gang.ranks
+
+
+def room(attempt: int = 0, *, placed: int = 0, of: int = 2) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    role = {"train.nexa.dev/role": "room", "train.nexa.dev/attempt": str(attempt)}
+    asking = gang_job(attempt=attempt)
+    asking["metadata"] |= {"name": f"demo-a{attempt}-room", "uid": "room", "labels": role}
+    pods = [pod(index, owner="room") for index in range(of)]
+    for index, each in enumerate(pods):
+        each["metadata"]["labels"] = role
+        each["spec"] = {"nodeName": f"n{index}"} if index < placed else {}
+    return asking, pods
+
+
+def test_pods_that_ask_for_room_are_counted_apart_from_the_gang() -> None:
+    asking, pods = room(placed=1)
+    seen = observe(body(), children=[gang_job(), asking], pods=[pod(0), *pods])
+    assert (seen.rooms, seen.room, seen.leftovers) == (("demo-a0-room",), 1, ())
+    assert seen.gang is not None
+    assert [rank.index for rank in seen.gang.ranks] == [0]
+
+
+def test_room_that_was_found_for_an_earlier_attempt_is_none() -> None:
+    asking, pods = room(attempt=0, placed=2)
+    seen = observe(body(status={"attempt": 1}), children=[gang_job(attempt=1), asking], pods=pods)
+    assert (seen.rooms, seen.room) == (("demo-a0-room",), 0)
+
+
+def test_where_a_rank_is_placed_or_since_when_it_is_not() -> None:
+    waits = {"type": "PodScheduled", "status": "False", "lastTransitionTime": "2026-11-23T11:59:00Z"}
+    pending = pod(1, phase="Pending", conditions=[waits])
+    placed = {**pod(0), "spec": {"nodeName": "n1"}}
+    seen = observe(body(), children=[gang_job()], pods=[placed, pending])
+    assert seen.gang is not None
+    first, second = seen.gang.ranks
+    assert (first.node, first.unplaced_since) == ("n1", None)
+    assert (second.node, second.unplaced_since) == ("", NOW - datetime.timedelta(seconds=60))

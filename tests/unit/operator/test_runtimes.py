@@ -12,7 +12,7 @@ from nexa_operator.observe import Gang, Observed, observe, observe_unavailable
 from nexa_operator.plan import Defaults, RunPlan, make_plan
 from nexa_operator.queueing import LABEL_PRIORITY, LABEL_QUEUE, waits_for
 from nexa_operator.runtimes import RUNTIMES, runtime_of
-from nexa_train.config.spec import RecoverySpec, ScheduleSpec
+from nexa_train.config.spec import ScheduleSpec
 from tests.unit.operator.builders import GANG_UID, NOW, UID, body, condition, ended, failed, gang, job, owned_by, seen
 
 every_runtime = pytest.mark.parametrize("name", RUNTIMES)
@@ -238,7 +238,7 @@ def test_a_worker_that_training_operator_replaces_is_lost_once_all_have_run(seco
     assert observed("pytorchjob", live("pytorchjob"), pods).lost_ranks == ()
     gang = observed("pytorchjob", live("pytorchjob"), pods, conditions=RAN)
     assert len(gang.lost_ranks) == 1
-    got = decide(seen(gang), recovery=RecoverySpec(max_restarts=0), schedule=ScheduleSpec(), now=NOW)
+    got = decide(seen(gang), spec=job(recovery={"maxRestarts": 0}).spec, now=NOW)
     assert isinstance(got, Restart)
     assert (got.loss.cause, got.charged) == ("PodDeleted", 0)
 
@@ -263,13 +263,13 @@ def test_pods_of_before_a_preemption_are_not_the_gang_s_once_it_is_let_go_again(
 
 
 def decided(observed: Observed, schedule: ScheduleSpec) -> Any:
-    return decide(observed, recovery=RecoverySpec(), schedule=schedule, now=NOW)
+    return decide(observed, spec=job().spec.model_copy(update={"schedule": schedule}), now=NOW)
 
 
 @pytest.mark.parametrize(
     ("observed", "expected"),
     [
-        pytest.param(seen(), Create(attempt=0), id="nothing there: made, to be queued"),
+        pytest.param(seen(), Create(attempt=0, num_nodes=2), id="nothing there: made, to be queued"),
         pytest.param(seen(gang(suspended=True)), Watch(), id="suspended: its queue has not let it go"),
         pytest.param(
             seen(gang(failed(exit_code=75), suspended=True)), Watch(), id="preempted: its ranks stop, it goes on later"

@@ -45,15 +45,9 @@ def test_a_folder_of_a_writable_claim_is_taken_for_artifacts(mount, read_only, k
         parse(described)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "said"),
-    [
-        ({"deletionPolicy": "Delete"}, "schedule.deletionPolicy Delete"),
-    ],
-)
-def test_what_this_operator_has_not_is_refused_and_not_dropped_without_a_word(schedule, said):
-    with pytest.raises(RuntimeUnavailableError, match=said):
-        parse(body(schedule=schedule))
+def test_what_this_operator_cannot_do_together_is_refused_and_not_dropped_without_a_word():
+    with pytest.raises(RuntimeUnavailableError, match=r"cluster\.minNodes with schedule\.queueName q"):
+        parse(body(schedule={"queueName": "q"}, cluster={"minNodes": 1}))
 
 
 def test_a_body_without_a_spec_is_a_wrong_description():

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from nexa_operator.decide import Create, Fail, Hold, Loss, Restart, Resume, Succeed, Wait, Watch
+from nexa_operator.classify import Loss
+from nexa_operator.decide import Create, Fail, Hold, Restart, Resume, Shrink, Succeed, Suspend, Wait, Watch
 from nexa_operator.observe import Observed, Record
 from nexa_operator.status import Context, duration, happenings, next_status
 from tests.unit.operator.builders import LATER, NOW, checkpoint, failed, gang, progress, rank, seen, words
@@ -30,7 +31,7 @@ RUNNING = gang(rank(0), rank(1))
 @pytest.mark.parametrize(
     ("observed", "decision", "phase", "true"),
     [
-        (seen(), Create(attempt=0), "Pending", {"Queued": "Creating", "Reconciling": "Creating"}),
+        (seen(), Create(attempt=0, num_nodes=2), "Pending", {"Queued": "Creating", "Reconciling": "Creating"}),
         (seen(gang()), Watch(), "Pending", {"Queued": "PodsPending", "Reconciling": "PodsPending"}),
         (seen(gang(rank(0))), Watch(), "Pending", {"Queued": "PodsPending", "Reconciling": "PodsPending"}),
         (seen(RUNNING), Watch(), "Running", {"Running": "Running", "Ready": "Running"}),
@@ -45,11 +46,11 @@ RUNNING = gang(rank(0), rank(1))
         (seen(), Fail(reason="Boom", message="m"), "Failed", {"Failed": "Boom", "Stalled": "Boom"}),
         (
             seen(),
-            Restart(attempt=1, loss=LOSS, charged=1),
+            Restart(attempt=1, num_nodes=2, losses=1, loss=LOSS, charged=1),
             "Restarting",
             {"Queued": "Restarting", "Reconciling": "Restarting"},
         ),
-        (seen(), Resume(attempt=1), "Pending", {"Queued": "Resuming", "Reconciling": "Resuming"}),
+        (seen(), Resume(attempt=1, num_nodes=2), "Pending", {"Queued": "Resuming", "Reconciling": "Resuming"}),
         (
             seen(unavailable="no JobSet"),
             Wait(reason="RuntimeUnavailable", message="no JobSet"),
@@ -72,7 +73,7 @@ def test_each_decision_has_its_phase_and_its_true_conditions(observed, decision,
 
 
 def test_every_condition_is_always_there_with_generation_reason_and_time():
-    status = write({}, seen(), Create(attempt=0))
+    status = write({}, seen(), Create(attempt=0, num_nodes=2))
     assert [item["type"] for item in status["conditions"]] == [
         "Ready", "Reconciling", "Stalled", "Queued", "Running", "Suspended", "Succeeded", "Failed", "CheckpointReady",
     ]  # fmt: skip
@@ -131,7 +132,9 @@ def test_a_loss_that_is_no_number_is_left_out_for_json_has_none():
 
 def test_a_restart_puts_the_loss_on_record_before_the_gang_is_removed():
     observed = seen(gang(failed(termination=words(checkpoint=checkpoint(40)))), record=Record(attempt=2))
-    status = write({"attempt": 2, "restarts": 4}, observed, Restart(attempt=3, loss=LOSS, charged=2))
+    status = write(
+        {"attempt": 2, "restarts": 4}, observed, Restart(attempt=3, num_nodes=2, losses=1, loss=LOSS, charged=2)
+    )
     assert (status["attempt"], status["restarts"], status["chargedRestarts"]) == (3, 5, 2)
     assert status["lastFailure"] == {
         "attempt": 2, "cause": "Boom", "exitCode": 1, "message": "it broke", "charged": True, "checkpointStep": 40,
@@ -140,12 +143,12 @@ def test_a_restart_puts_the_loss_on_record_before_the_gang_is_removed():
 
 
 def test_a_resumption_is_no_restart():
-    status = write({"attempt": 0, "restarts": 1}, seen(), Resume(attempt=1))
+    status = write({"attempt": 0, "restarts": 1}, seen(), Resume(attempt=1, num_nodes=2))
     assert (status["attempt"], status["restarts"]) == (1, 1)
 
 
 def test_a_refusal_of_the_api_server_is_said_where_it_can_be_seen():
-    status = write({}, seen(), Create(attempt=0), trouble="POST jobs: 403: exceeded quota")
+    status = write({}, seen(), Create(attempt=0, num_nodes=2), trouble="POST jobs: 403: exceeded quota")
     assert truths(status)["Queued"] == "Refused"
     (queued,) = [item for item in status["conditions"] if item["type"] == "Queued"]
     assert queued["message"] == "POST jobs: 403: exceeded quota"
@@ -207,8 +210,45 @@ def test_a_checkpoint_is_told_before_the_end_that_it_belongs_to():
 
 
 def test_a_restart_is_told_with_its_cause():
-    decision = Restart(attempt=1, loss=LOSS, charged=1)
+    decision = Restart(attempt=1, num_nodes=2, losses=1, loss=LOSS, charged=1)
     new = write({}, seen(gang(failed())), decision)
     (happening,) = happenings({}, new, decision)
     assert happening.message == "attempt 1 after Boom (exit code 1): it broke"
     assert happening.type == "Warning"
+
+
+def test_a_restart_that_waits_says_until_when_and_the_next_attempt_forgets_it() -> None:
+    waits = Restart(attempt=3, num_nodes=2, losses=2, loss=LOSS, charged=2, wait_seconds=10)
+    status = write({}, seen(gang(failed())), waits)
+    assert (status["nextAttemptTime"], status["lossesWithoutCheckpoint"]) == ("2026-11-23T12:00:10Z", 2)
+    backing_off = write(status, seen(), Wait(reason="BackingOff", message="the next attempt begins", seconds=10))
+    assert truths(backing_off)["Queued"] == "BackingOff"
+    assert "2026-11-23T12:00:10Z" in backing_off["conditions"][3]["message"]
+    begun = write(backing_off, seen(), Create(attempt=3, num_nodes=2), now=LATER)
+    assert "nextAttemptTime" not in begun
+    assert begun["lossesWithoutCheckpoint"] == 2
+
+
+def test_excluded_nodes_are_kept_the_oldest_forgotten_and_told_once() -> None:
+    status: dict[str, Any] = {}
+    for number in [*range(33), 5]:
+        lost = Loss(cause="Xid", action="exclude_node", node=f"n{number}")
+        before, record = status, Record(excluded_nodes=tuple(status.get("excludedNodes", ())))
+        decision = Restart(attempt=number + 1, num_nodes=2, losses=1, loss=lost, charged=1)
+        status = write(before, seen(gang(failed()), record=record), decision)
+    assert len(status["excludedNodes"]) == 32
+    assert (status["excludedNodes"][0], status["excludedNodes"][-1]) == ("n1", "n5")
+    assert [h.message for h in happenings(before, status, decision) if h.reason == "NodeExcluded"]
+    assert not [h for h in happenings(status, status, Watch()) if h.reason == "NodeExcluded"]
+
+
+def test_another_size_is_told_and_on_record() -> None:
+    smaller = Shrink(attempt=1, num_nodes=1)
+    status = write({}, seen(gang(rank(0))), smaller)
+    assert (status["numNodes"], status["phase"], truths(status)["Queued"]) == (1, "Restarting", "Shrinking")
+    assert [h.reason for h in happenings({}, status, smaller)] == ["Shrunk"]
+    grows = Suspend(gang="demo-a1", grows=True)
+    growing = write(status, seen(gang(rank(0))), grows)
+    assert (growing["phase"], truths(growing)["Queued"]) == ("Restarting", "Growing")
+    assert "Suspended" not in truths(growing)
+    assert [h.reason for h in happenings(status, growing, grows)] == ["Growing"]

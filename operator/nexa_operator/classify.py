@@ -1,0 +1,127 @@
+"""A gang that lost ranks -> the one loss that explains the others. Between `observe.py` and `decide.py`; pure.
+
+What speaks, in this order: the job's own rules, the trainer's last words, the exit code, the pod's conditions, the end
+of its log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from nexa_operator.observe import Gang, Rank
+from nexa_train.config.protocol import OUT_OF_MEMORY
+from nexa_train.config.spec import RecoveryRule
+
+Action: TypeAlias = Literal["retry", "exclude_node", "fail"]
+
+FATAL_EXIT_CODES = {2: "ConfigError", 3: "NotFoundError", 5: "DataError"}
+"""Exit codes of `nexa` that another attempt would only repeat, for ranks that left no last words."""
+
+BROKEN_NODE = (
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "fallen off the bus",
+    "NVRM: Xid",
+    "[Errno 5] Input/output error",
+)
+"""What a driver or kernel says of broken hardware (NVIDIA's Xid errors, errno EIO): another attempt there would end
+so again."""
+
+DEADLINE = "DeadlineExceeded"
+_DELETED = "PodDeleted"
+_STOPPED = "Stopped"
+_SUPERSEDED = "SupersededError"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Why an attempt ended: the rank that tells the most."""
+
+    cause: str
+    message: str = ""
+    exit_code: int | None = None
+    action: Action = "retry"
+    charged: bool = True
+    node: str = ""
+    """Where that rank ran."""
+    adapts: bool = False
+    """The next attempt differs in what this one failed with, so it need not wait."""
+
+
+def classify(gang: Gang, *, rules: Iterable[RecoveryRule] = ()) -> Loss:
+    """The one loss that explains the others: ranks left alone fail with connection errors of their own."""
+    if gang.failure == DEADLINE:
+        message = gang.failure_message or "schedule.activeDeadlineSeconds is over"
+        return Loss(cause=DEADLINE, message=message, action="fail")
+    told = [_loss(rank, rules) for rank in sorted(gang.lost_ranks, key=_first_to_end)]
+    if not told:
+        # The pod itself is gone: something outside removed it, the trainer cannot.
+        return Loss(cause=_DELETED, message=gang.failure_message, charged=False)
+    return min(told, key=_telling)
+
+
+def _first_to_end(rank: Rank) -> tuple[bool, str, int]:
+    return rank.finished_at == "", rank.finished_at, rank.index
+
+
+def _telling(loss: Loss) -> int:
+    """Final beats disruption beats failure; what stopped as asked or was removed explains nothing."""
+    if loss.action == "fail":
+        return 0
+    if loss.cause in (_STOPPED, _DELETED):
+        # The Job's controller removes the other pods as soon as one has failed.
+        return 3
+    return 2 if loss.charged else 1
+
+
+def _loss(rank: Rank, rules: Iterable[RecoveryRule]) -> Loss:
+    words = rank.termination
+    code = rank.exit_code if rank.exit_code is not None else words.exit_code if words else None
+    cause = words.cause if words else _cause_without_words(rank, code)
+    message = words.message if words else rank.message
+    said = f"{message}\n{words.log if words else ''}"
+    action: Action | None = next((rule.action for rule in rules if _fits(rule, code, cause, said)), None)
+    # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
+    gone = rank.disrupted or rank.replaced or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
+    # The next attempt takes fewer sequences at once; with one there is no next, so this ends by itself.
+    adapts = words is not None and words.cause == OUT_OF_MEMORY and words.retryable
+    return Loss(
+        cause=cause,
+        message=message,
+        exit_code=code,
+        action=action or _built_in(rank, code, said),
+        charged=not (gone or adapts),
+        node=rank.node,
+        adapts=adapts,
+    )
+
+
+def _fits(rule: RecoveryRule, code: int | None, cause: str, said: str) -> bool:
+    """Whether all fits that the rule states."""
+    return (
+        (not rule.exit_codes or code in rule.exit_codes)
+        and (not rule.causes or cause in rule.causes)
+        and (not rule.log_contains or any(text in said for text in rule.log_contains))
+    )
+
+
+def _built_in(rank: Rank, code: int | None, said: str) -> Action:
+    words = rank.termination
+    if words is None and code in FATAL_EXIT_CODES:
+        return "fail"
+    # The next attempt starts from the checkpoint that was committed first.
+    if words is not None and not words.retryable and words.cause != _SUPERSEDED:
+        return "fail"
+    return "exclude_node" if any(text in said for text in BROKEN_NODE) else "retry"
+
+
+def _cause_without_words(rank: Rank, code: int | None) -> str:
+    if rank.disrupted:
+        return "Disrupted"
+    if code in FATAL_EXIT_CODES:
+        return FATAL_EXIT_CODES[code]
+    if rank.reason and rank.reason != "Error":
+        return rank.reason
+    return _DELETED if rank.replaced or (rank.deleting and code is None) else "Killed"

@@ -1,0 +1,48 @@
+"""How many pods a job goes on with when there is not room for all. Used by `decide.py`; pure, the clock is passed in.
+
+`cluster.minNodes` allows fewer. Where pods of a gang have found no node for `shrinkAfterSeconds`, the next attempt has
+as many as found one. While it runs, pods that do nothing but ask for the same resources (`runtimes/beside.py`) show
+when there is room for all again; the gang then commits a checkpoint and goes on in full. The global batch and the
+order of samples stay what they were: the trainer shares them out over the ranks that there are.
+"""
+
+from __future__ import annotations
+
+import datetime
+
+from nexa_operator.observe import Gang, Observed
+from nexa_train.config.spec import JobSpec
+
+
+def smaller(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> int | None:
+    """Pods to go on with instead of those that have no room; None: as it is."""
+    if patience_seconds(gang, spec, now) != 0.0:
+        return None
+    placed = sum(rank.node != "" and not rank.deleting for rank in gang.ranks)
+    current = seen.record.num_nodes or spec.cluster.num_nodes
+    return next((nodes for nodes in range(min(placed, current - 1), least(spec) - 1, -1) if divides(spec, nodes)), None)
+
+
+def patience_seconds(gang: Gang, spec: JobSpec, now: datetime.datetime) -> float | None:
+    """Until pods without a node have waited long enough; None: none waits, or the job may not be smaller."""
+    since = [rank.unplaced_since for rank in gang.ranks if rank.unplaced_since is not None]
+    if spec.cluster.min_nodes is None or not since:
+        return None
+    return max(0.0, spec.cluster.shrink_after_seconds - (now - max(since)).total_seconds())
+
+
+def least(spec: JobSpec) -> int:
+    """The fewest pods allowed."""
+    return spec.cluster.min_nodes or spec.cluster.num_nodes
+
+
+def divides(spec: JobSpec, nodes: int) -> bool:
+    """Whether so many nodes can share out the global batch: what `JobSpec` demands of `cluster.num_nodes`."""
+    training, world = spec.training, nodes * spec.cluster.ranks_per_node
+    given = [value for value in (training.microbatch_size_per_gpu, training.grad_accumulation_steps) if value != "auto"]
+    known = 1
+    for value in given:
+        known *= int(value)
+    if training.global_batch_size % world or (training.global_batch_size // world) % known:
+        return False
+    return len(given) < 2 or known * world == training.global_batch_size

@@ -1,0 +1,117 @@
+"""Where a job's time went: status -> status. Used by `status.py`; pure, the clock is passed in.
+
+A job is in one state at a time, and a change of state adds the time since the last one to what it left. So nothing
+is written while nothing changes. What the trainer says of its own time (`protocol.Progress`) corrects what the
+operator saw late: steps that were taken before it looked, and steps that were lost with the attempt.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nexa_train.config.protocol import Progress, Termination
+
+QUEUE, STARTUP, RESTART = "queue", "startup", "restart"
+PRODUCTIVE, LOST, STALL, SUSPENDED = "productive", "lost", "stall", "suspended"
+STATES = (QUEUE, STARTUP, PRODUCTIVE, RESTART, LOST, STALL, SUSPENDED)
+"""queue: pods wait for room. startup: all run, no step yet. restart: from a loss to the next step. lost: steps that
+had to be taken again. stall: ranks stood still until they were ended. suspended counts for nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """Seconds by state, and the state since when; an empty state: nothing runs yet, or any more."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    state: str = ""
+    since: datetime.datetime | None = None
+
+    def moved(self, state: str, now: datetime.datetime) -> Account:
+        """Into another state, or on in the same."""
+        if state == self.state:
+            return self
+        return Account(seconds=self._with(self.state, self._elapsed(now)), state=state, since=now if state else None)
+
+    def shifted(self, seconds: float, *, source: str, target: str) -> Account:
+        """Time that was counted as `source`, or will be, and belongs to `target`."""
+        there = self.seconds.get(source, 0.0)
+        moved = min(max(0.0, seconds), there)
+        counted = {**self.seconds, source: there - moved, target: self.seconds.get(target, 0.0) + moved}
+        return Account(seconds=counted, state=self.state, since=self.since)
+
+    def active_seconds(self, now: datetime.datetime) -> float:
+        """All but what was spent waiting in a queue or suspended."""
+        idle = (QUEUE, SUSPENDED)
+        counted = sum(seconds for state, seconds in self.seconds.items() if state not in idle)
+        return counted + (0.0 if self.state in idle else self._elapsed(now))
+
+    def _elapsed(self, now: datetime.datetime) -> float:
+        return 0.0 if self.since is None else max(0.0, (now - self.since).total_seconds())
+
+    def _with(self, state: str, seconds: float) -> Mapping[str, float]:
+        return {**self.seconds, state: self.seconds.get(state, 0.0) + seconds} if state else self.seconds
+
+    @property
+    def ratio(self) -> float | None:
+        """Productive time of all that counts; None: no time has passed."""
+        total = sum(seconds for state, seconds in self.seconds.items() if state != SUSPENDED)
+        return self.seconds.get(PRODUCTIVE, 0.0) / total if total > 0 else None
+
+    def to_status(self) -> dict[str, Any]:
+        """As `status.goodput` has it."""
+        counted = {f"{state}Seconds": round(self.seconds[state], 1) for state in STATES if state in self.seconds}
+        state = {"state": self.state, "since": _written(self.since)} if self.state and self.since else {}
+        ratio = {} if self.ratio is None else {"ratio": round(self.ratio, 3)}
+        return {**state, **counted, **ratio}
+
+
+def read(status: Mapping[str, Any]) -> Account:
+    """What `to_status` wrote."""
+    seen = status.get("goodput") or {}
+    since = seen.get("since")
+    return Account(
+        seconds={state: float(seen[key]) for state in STATES if (key := f"{state}Seconds") in seen},
+        state=seen.get("state", ""),
+        since=datetime.datetime.fromisoformat(since) if since else None,
+    )
+
+
+def began_to_train(account: Account, told: Progress | Termination, now: datetime.datetime) -> Account:
+    """The trainer has taken steps: since when, it says itself."""
+    if account.state == PRODUCTIVE or told.trained_seconds is None:
+        return account
+    began = now - datetime.timedelta(seconds=told.trained_seconds)
+    if account.since is not None:
+        began = max(began, account.since)
+    return account.moved(PRODUCTIVE, began)
+
+
+def lost(
+    account: Account, told: Progress | Termination | None, *, stood_seconds: float, now: datetime.datetime
+) -> Account:
+    """The attempt was lost: what it had not committed was for nothing, and so was the time that it stood still.
+
+    Args:
+        told: its last words or, where it left none, the last of its progress; None: nothing is known of it.
+        stood_seconds: without any step, at the end.
+    """
+    if account.state != PRODUCTIVE:
+        return account.moved(RESTART, now)
+    elapsed = (now - account.since).total_seconds() if account.since else 0.0
+    left = account.moved(RESTART, now).shifted(stood_seconds, source=PRODUCTIVE, target=STALL)
+    if told is None or told.trained_seconds is None or told.uncommitted_seconds is None:
+        return left.shifted(elapsed - stood_seconds, source=PRODUCTIVE, target=LOST)
+    # What was done after its last word is not known, and was not committed.
+    unknown = max(0.0, elapsed - told.trained_seconds)
+    return left.shifted(told.uncommitted_seconds + unknown - stood_seconds, source=PRODUCTIVE, target=LOST)
+
+
+def _written(when: datetime.datetime | None) -> str | None:
+    return (
+        None
+        if when is None
+        else when.astimezone(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    )

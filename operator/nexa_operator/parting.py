@@ -1,0 +1,101 @@
+"""A job that is being deleted and takes its artifacts with it: what is left to do. Beside `decide.py`; pure.
+
+Only `schedule.deletionPolicy: Delete` puts a finalizer on a job, and it holds the job for a bounded time: artifacts
+that could not be removed by then stay where they are, and an event says so.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from nexa_operator import naming
+from nexa_operator.reading import Body, first_true, is_deleting, label_of
+from nexa_operator.runtimes.beside import REMOVAL_SECONDS
+from nexa_operator.runtimes.pod import TERMINATION_GRACE_SECONDS
+
+PATIENCE_SECONDS = TERMINATION_GRACE_SECONDS + REMOVAL_SECONDS + 60
+LOOK_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hold:
+    """The job must not go before its artifacts: put the finalizer on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clear:
+    """Ranks may still write: end the gangs."""
+
+    gangs: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remove:
+    """Nobody writes any more: start the removal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Await:
+    """Something ends by itself; look again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LetGo:
+    """Take the finalizer off."""
+
+    problem: str = ""
+    """Why artifacts may be left; empty: none are."""
+
+
+Step: TypeAlias = Hold | Clear | Remove | Await | LetGo
+
+
+def holds(body: Body) -> bool:
+    """Whether the job waits for its artifacts when it is deleted."""
+    return naming.FINALIZER in (body["metadata"].get("finalizers") or [])
+
+
+def wants_hold(body: Body) -> bool:
+    """Whether it should and does not yet."""
+    policy = ((body.get("spec") or {}).get("schedule") or {}).get("deletionPolicy")
+    return policy == "Delete" and not holds(body) and not is_deleting(body)
+
+
+def next_step(
+    body: Body, *, gangs: Sequence[Body], jobs: Sequence[Body], pods: Sequence[Body], now: datetime.datetime
+) -> Step:
+    """What to do for a job that is being deleted and holds.
+
+    Args:
+        gangs: what carries its attempts. jobs: the Jobs beside them. pods: all of its pods.
+    """
+    since = datetime.datetime.fromisoformat(body["metadata"]["deletionTimestamp"])
+    if (now - since).total_seconds() > PATIENCE_SECONDS:
+        return LetGo(problem=f"not done within {PATIENCE_SECONDS} s")
+    removal = next((job for job in jobs if label_of(job, naming.LABEL_ROLE) == naming.ROLE_REMOVAL), None)
+    if removal is not None:
+        return _outcome(removal)
+    standing = tuple(gang["metadata"]["name"] for gang in gangs if not is_deleting(gang))
+    if standing:
+        return Clear(gangs=standing)
+    # A pod whose node is gone never ends; after its grace nothing of it can be alive and reach the store for long.
+    return Await() if any(_may_write(pod, now) for pod in pods) else Remove()
+
+
+def _outcome(removal: Body) -> Step:
+    if first_true(removal, "SuccessCriteriaMet", "Complete"):
+        return LetGo()
+    failed = first_true(removal, "FailureTarget", "Failed")
+    if failed:
+        return LetGo(problem=f"{removal['metadata']['name']} failed: {failed.get('message', '')}".rstrip(": "))
+    return Await()
+
+
+def _may_write(pod: Body, now: datetime.datetime) -> bool:
+    if label_of(pod, naming.LABEL_ROLE) or (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed"):
+        return False
+    gone_by = pod["metadata"].get("deletionTimestamp")
+    return gone_by is None or datetime.datetime.fromisoformat(gone_by) > now

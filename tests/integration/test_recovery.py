@@ -1,0 +1,210 @@
+"""What follows a loss, on a real control plane: waiting, other nodes, fewer pods; and how jobs end."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from nexa_train.config.protocol import ENV_JOB, ENV_NUM_NODES, CheckpointRef
+from tests.integration.harness import Namespace, Operator, words
+from tests.integration.test_operator import ns, operator
+
+__all__ = ["ns", "operator"]
+
+pytestmark = pytest.mark.integration
+
+XID = "NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus."
+
+
+def lose(ns: Namespace, gang: str, **said: Any) -> None:
+    """The first pod of a gang of two fails."""
+    pod = ns.wait_pods(gang, 2)[0]
+    ns.play_kubelet(pod, "Failed", words=words(**{"exit_code": 1, "cause": "Boom", **said}))
+
+
+def environment(job: dict[str, Any]) -> dict[str, str]:
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    return {item["name"]: item.get("value", "") for item in container["env"]}
+
+
+def moment(text: str) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(text)
+
+
+def test_the_second_loss_without_progress_is_waited_after_and_a_killed_operator_waits_as_long(
+    ns: Namespace, operator: Operator
+) -> None:
+    ns.submit("patient", recovery={"backoffSeconds": 6})
+    lose(ns, "patient-a0")
+    ns.wait(lambda: ns.get("job/patient-a1"), "the second attempt, at once")
+    lose(ns, "patient-a1")
+    until = ns.wait(lambda: ns.status("patient").get("nextAttemptTime"), "when the third may begin", "patient")
+    assert ns.condition("patient", "Queued")["reason"] in ("Restarting", "BackingOff")
+    operator.kill()
+    operator.start()
+    third = ns.wait(lambda: ns.get("job/patient-a2"), "the third attempt", "patient")
+    assert moment(third["metadata"]["creationTimestamp"]) >= moment(until)
+    status = ns.status("patient")
+    assert (status["restarts"], status["lossesWithoutCheckpoint"]) == (2, 2)
+    assert ns.get("job/patient-a1") is None
+
+
+def test_progress_ends_the_waiting(ns: Namespace) -> None:
+    ns.submit("quick", recovery={"backoffSeconds": 3600})
+    lose(ns, "quick-a0")
+    step = CheckpointRef(step=5, uri="s3://models/checkpoints/r/step-00000005/manifest.json", digest="d" * 64)
+    ns.wait(lambda: ns.get("job/quick-a1"), "the second attempt")
+    lose(ns, "quick-a1", checkpoint=step)
+    ns.wait(lambda: ns.get("job/quick-a2"), "the third attempt, at once", "quick")
+    assert ns.status("quick")["lossesWithoutCheckpoint"] == 1
+
+
+def test_a_node_with_broken_hardware_is_kept_off(ns: Namespace, nodes: Nodes) -> None:
+    first, second = nodes(2)
+    ns.submit("hardware", nodes=1, cluster=on(nodes))
+    (pod,) = ns.wait_pods("hardware-a0", 1)
+    broken = ns.wait(lambda: ns.get(f"pod/{pod['metadata']['name']}")["spec"].get("nodeName"), "a node")
+    ns.play_kubelet(pod, "Failed", words=words(exit_code=1, cause="RuntimeError", log=XID))
+    other = ns.wait(lambda: [p["spec"].get("nodeName") for p in ns.pods("hardware-a1")], "another pod")
+    assert other == [second if broken == first else first]
+    assert ns.status("hardware")["excludedNodes"] == [broken]
+
+
+def test_a_gang_without_room_goes_on_with_fewer_pods_and_grows_when_there_is_room_again(
+    ns: Namespace, nodes: Nodes
+) -> None:
+    _, second = nodes(2)
+    ns.submit("elastic", cluster={**on(nodes), "minNodes": 1, "shrinkAfterSeconds": 2, "resources": {"cpu": "2"}})
+    for pod in ns.wait_pods("elastic-a0", 2):
+        ns.wait(lambda name=pod["metadata"]["name"]: ns.get(f"pod/{name}")["spec"].get("nodeName"), "a node")
+        ns.play_kubelet(pod, "Running")
+    ns.wait_true("elastic", "Running")
+    ns.cluster.kubectl("cordon", second)
+    lost = next(pod for pod in ns.pods("elastic-a0") if pod["spec"]["nodeName"] == second)
+    ns.kubectl("delete", f"pod/{lost['metadata']['name']}", "--force", "--grace-period=0")
+    ns.wait(lambda: ns.get("job/elastic-a1"), "an attempt of the same size", "elastic")
+    remove(ns, "elastic-a0")
+    smaller = ns.wait(lambda: ns.get("job/elastic-a2"), "a smaller attempt", "elastic")
+    assert (smaller["spec"]["completions"], environment(smaller)[ENV_NUM_NODES]) == (1, "1")
+    assert json.loads(environment(smaller)[ENV_JOB])["spec"]["cluster"].get("numNodes", 1) == 1
+    remove(ns, "elastic-a1")
+    (pod,) = ns.wait_pods("elastic-a2", 1)
+    ns.play_kubelet(pod, "Running")
+    assert ns.wait_true("elastic", "Running")["message"] == "1 of 1 pods of attempt 2"
+    asking = ns.wait(lambda: ns.get("job/elastic-a2-room"), "pods that ask for room", "elastic")
+    assert asking["spec"]["parallelism"] == 1
+    status = ns.status("elastic")
+    assert (status["numNodes"], status["restarts"], status["chargedRestarts"]) == (1, 1, 0)
+
+    ns.cluster.kubectl("uncordon", second)
+    ns.wait(lambda: ns.get("job/elastic-a2")["spec"].get("suspend"), "the smaller gang stops", "elastic")
+    assert ns.condition("elastic", "Suspended")["status"] == "False", "nobody suspended the job"
+    remove(ns, "elastic-a2")
+    full = ns.wait(lambda: ns.get("job/elastic-a3"), "an attempt with all pods", "elastic")
+    assert full["spec"]["completions"] == 2
+    ns.wait(lambda: ns.get("job/elastic-a2-room") is None, "nobody asks for room any more", "elastic")
+    ns.wait(
+        lambda: len([pod for pod in ns.pods("elastic-a3") if pod["spec"].get("nodeName")]) == 2, "both pods have a node"
+    )
+
+
+def test_the_time_limit_is_for_all_attempts_together(ns: Namespace) -> None:
+    ns.submit("late", schedule={"activeDeadlineSeconds": 4})
+    lose(ns, "late-a0")
+    ns.wait(lambda: ns.get("job/late-a1"), "the second attempt")
+    began = time.monotonic()
+    assert ns.wait_true("late", "Failed")["reason"] == "DeadlineExceeded"
+    assert time.monotonic() - began < 8
+    ns.wait(lambda: not ns.pods("late-a1"), "nothing of it is left to run")
+
+
+def test_artifacts_go_with_a_job_that_says_so_after_its_ranks(ns: Namespace) -> None:
+    ns.submit("tidy", schedule={"deletionPolicy": "Delete"})
+    ns.wait_pods("tidy-a0", 2)
+    assert ns.job("tidy")["metadata"]["finalizers"] == ["train.nexa.dev/artifacts"]
+    ns.kubectl("delete", "ntj/tidy", "--wait=false")
+    removal = ns.wait(lambda: ns.get("job/tidy-removal"), "the removal")
+    assert ns.get("job/tidy-a0") is None
+    assert ns.get("ntj/tidy") is not None
+    (container,) = removal["spec"]["template"]["spec"]["containers"]
+    assert container["command"][-1] == "nexa_train.removal"
+    (pod,) = ns.wait_pods("tidy-removal", 1)
+    ns.play_kubelet(pod, "Succeeded")
+    ns.wait(lambda: ns.get("ntj/tidy") is None, "the job is gone")
+    reasons = [event["reason"] for event in ns.list("events") if event["involvedObject"]["name"] == "tidy"]
+    assert "ArtifactsRemoved" in reasons
+
+
+def test_a_namespace_that_goes_takes_such_jobs_with_it(ns: Namespace) -> None:
+    ns.submit("leaving", schedule={"deletionPolicy": "Delete"})
+    ns.wait_pods("leaving-a0", 2)
+    ns.cluster.kubectl("delete", "namespace", ns.namespace, "--wait=false")
+    gone = ["get", f"namespace/{ns.namespace}", "--output=name"]
+    ns.wait(lambda: ns.cluster.kubectl(*gone, check=False).returncode != 0, "the namespace is gone")
+
+
+def test_where_the_time_went_is_in_status(ns: Namespace) -> None:
+    ns.submit("account")
+    lose(ns, "account-a0")
+    for pod in ns.wait_pods("account-a1", 2):
+        ns.play_kubelet(pod, "Running")
+    ns.wait_true("account", "Running")
+    for pod in ns.pods("account-a1"):
+        ns.play_kubelet(pod, "Succeeded", words=words(step=10, total_steps=10, trained_seconds=0.5))
+    ns.wait_true("account", "Succeeded")
+    spent = ns.status("account")["goodput"]
+    assert 0.5 <= spent["productiveSeconds"] < 10  # half a second before the first pod ended, and until the second did
+    assert spent["restartSeconds"] > 0
+    assert 0 < spent["ratio"] < 1
+    assert "state" not in spent
+
+
+def remove(ns: Namespace, gang: str) -> None:
+    """What a kubelet does with pods that shall go; there is none here."""
+    for pod in ns.pods(gang):
+        if "deletionTimestamp" in pod["metadata"]:
+            ns.kubectl("delete", f"pod/{pod['metadata']['name']}", "--force", "--grace-period=0", "--ignore-not-found")
+
+
+class Nodes:
+    """Nodes of a test's own that no kubelet and no kwok looks after: pods are placed there and stay as they are."""
+
+    def __init__(self, ns: Namespace) -> None:
+        self.ns, self.names = ns, list[str]()
+
+    def __call__(self, count: int) -> list[str]:
+        self.names = [f"{self.ns.namespace}-{index}" for index in range(count)]
+        for name in self.names:
+            self._make(name)
+        return self.names
+
+    def _make(self, name: str) -> None:
+        amounts = {"cpu": "2", "memory": "8Gi", "pods": "10"}
+        metadata = {"name": name, "labels": {"only": self.ns.namespace}}
+        taint = {"key": "only", "value": self.ns.namespace, "effect": "NoSchedule"}
+        document = {"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"taints": [taint]}}
+        self.ns.cluster.kubectl("create", "--filename=-", input=json.dumps(document))
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        ready = {"type": "Ready", "status": "True", "reason": "Played", "message": ""}
+        times = {"lastHeartbeatTime": now, "lastTransitionTime": now}
+        status = {"capacity": amounts, "allocatable": amounts, "conditions": [ready | times]}
+        patch = json.dumps({"status": status})
+        self.ns.cluster.kubectl("patch", f"node/{name}", "--subresource=status", "--type=merge", f"--patch={patch}")
+
+
+def on(nodes: Nodes) -> dict[str, Any]:
+    only = {"key": "only", "operator": "Equal", "value": nodes.ns.namespace, "effect": "NoSchedule"}
+    return {"nodeSelector": {"only": nodes.ns.namespace}, "tolerations": [only]}
+
+
+@pytest.fixture
+def nodes(ns: Namespace) -> Iterator[Callable[[int], list[str]]]:
+    made = Nodes(ns)
+    yield made
+    for name in made.names:
+        ns.cluster.kubectl("delete", f"node/{name}", "--wait=false", check=False)

@@ -1,0 +1,117 @@
+"""Where time went: every second is counted once, and nothing is written while nothing changes."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+
+from nexa_operator import goodput
+from nexa_operator.classify import Loss
+from nexa_operator.decide import Create, Decision, Fail, Hold, Restart, Resume, Succeed, Suspend, Watch
+from nexa_operator.goodput import Account
+from nexa_operator.observe import Observed, read_record
+from nexa_operator.status import Context, next_status
+from tests.unit.operator.builders import NOW, gang, progress, rank, seen, words
+
+LOSS = Loss(cause="Killed", exit_code=1)
+RUNS, WAITS = gang(rank(0), rank(1)), gang(rank(0), rank(1, phase="Pending"))
+
+
+def after(seconds: float) -> datetime.datetime:
+    return NOW + datetime.timedelta(seconds=seconds)
+
+
+def story(*chapters: tuple[float, Observed, Decision], deadline: int = 600) -> dict[str, Any]:
+    """The status after looks at those seconds."""
+    status: dict[str, Any] = {}
+    for seconds, observed, decision in chapters:
+        with_record = Observed(gang=observed.gang, progress=observed.progress, record=read_record(status))
+        context = Context(generation=1, run_id="r", num_nodes=2, now=after(seconds), progress_deadline_seconds=deadline)
+        status = next_status(status, seen=with_record, decision=decision, context=context)
+    return dict(status["goodput"])
+
+
+def trained(seconds: float, uncommitted: float = 0.0) -> Observed:
+    return seen(RUNS, progress=progress(trained_seconds=seconds, uncommitted_seconds=uncommitted))
+
+
+RESTART = Restart(attempt=1, num_nodes=2, loss=LOSS, charged=1, losses=1)
+BEGIN = [
+    (0.0, seen(), Create(attempt=0, num_nodes=2)),
+    (1.0, seen(WAITS), Watch()),
+    (5.0, seen(RUNS), Watch()),
+    (20.0, trained(10.0), Watch()),
+]
+
+
+def test_a_quiet_life() -> None:
+    assert story(*BEGIN, (110.0, trained(100.0), Succeed())) == {
+        "queueSeconds": 5.0,
+        "startupSeconds": 5.0,
+        "productiveSeconds": 100.0,
+        "ratio": 0.909,
+    }
+
+
+def test_a_run_that_was_never_asked_tells_at_its_end() -> None:
+    ended = gang(rank(0, phase="Succeeded", termination=words(exit_code=0, cause="Succeeded", trained_seconds=30.0)))
+    got = story(*BEGIN[:3], (45.0, seen(ended), Succeed()))
+    assert (got["startupSeconds"], got["productiveSeconds"]) == (10.0, 30.0)
+
+
+def test_steps_that_were_not_committed_are_lost_and_what_follows_is_restart() -> None:
+    got = story(
+        *BEGIN,
+        (50.0, trained(38.0, uncommitted=8.0), RESTART),  # two seconds after its last word
+        (52.0, seen(WAITS), Watch()),
+        (55.0, seen(RUNS), Watch()),
+        (70.0, trained(5.0), Watch()),
+        (100.0, trained(35.0), Succeed()),
+    )
+    assert (got["productiveSeconds"], got["lostSeconds"], got["restartSeconds"]) == (65.0, 10.0, 15.0)
+    assert sum(got[f"{state}Seconds"] for state in goodput.STATES if f"{state}Seconds" in got) == 100.0
+
+
+def test_standing_still_is_no_work() -> None:
+    stalled = Restart(attempt=1, num_nodes=2, loss=Loss(cause="Stalled", exit_code=70), charged=1, losses=1)
+    got = story(*BEGIN, (100.0, trained(30.0, uncommitted=4.0), stalled), deadline=60)
+    assert (got["stallSeconds"], got["lostSeconds"], got["productiveSeconds"]) == (60.0, 4.0, 26.0)
+
+
+def test_where_nothing_is_known_of_the_attempt_all_of_it_is_lost() -> None:
+    account = Account(state="productive", since=NOW)
+    got = goodput.lost(account, None, stood_seconds=0, now=after(40))
+    assert got.seconds["lost"] == 40.0
+
+
+def test_a_suspended_job_loses_nothing_and_counts_for_nothing() -> None:
+    got = story(
+        *BEGIN,
+        (30.0, trained(20.0), Suspend(gang="demo-a0")),
+        (3_630.0, seen(), Resume(attempt=1, num_nodes=2)),
+        (3_640.0, seen(RUNS), Watch()),
+    )
+    assert (got["suspendedSeconds"], got["productiveSeconds"], got["state"]) == (3_600.0, 20.0, "startup")
+    assert got["ratio"] == pytest.approx(20 / 40)
+
+
+def test_a_job_that_is_held_from_the_start_has_no_ratio() -> None:
+    assert "ratio" not in story((0.0, seen(), Hold()), (50.0, seen(), Hold()))
+
+
+def test_an_end_stops_the_clock() -> None:
+    got = story(*BEGIN, (40.0, trained(30.0, uncommitted=2.0), Fail(reason="X", message="", loss=LOSS)))
+    assert "state" not in got
+    assert (got["productiveSeconds"], got["lostSeconds"]) == (28.0, 2.0)
+
+
+def test_nothing_changes_while_nothing_happens() -> None:
+    assert story(*BEGIN) == story(*BEGIN, (90.0, trained(80.0), Watch()))
+
+
+def test_what_is_written_is_read_back() -> None:
+    account = Account(seconds={"productive": 12.5}, state="restart", since=after(0.25))
+    assert goodput.read({"goodput": account.to_status()}) == account
+    assert goodput.read({}) == Account()
