@@ -169,7 +169,7 @@ def new_namespace(cluster: Cluster) -> Iterator[Namespace]:
         what="service account",
     )
     yield Namespace(cluster, namespace)
-    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+    cluster.kubectl("delete", "namespace", namespace, "--wait=false", "--ignore-not-found")
 
 
 RELEASE_NAMESPACE = "nexa-system"
