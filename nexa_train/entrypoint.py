@@ -38,8 +38,9 @@ from nexa_train.config.protocol import (
     Progress,
     Termination,
 )
-from nexa_train.errors import ConfigError, NexaError
+from nexa_train.errors import ConfigError, NexaError, StoppedError
 from nexa_train.launch.node import Node, failed_outcome, run_node
+from nexa_train.launch.tail import Tail
 from nexa_train.rundir import RunDir
 
 GAUGES = ("step", "total_steps", "loss", "validation_loss", "tokens_per_second", "eta_seconds")
@@ -62,7 +63,8 @@ def _run(job: Job, node: Node, rundir: RunDir, *, port: int) -> Termination:
     rundir.stop_on_signals()
     try:
         server = serve(rundir, job, node, port=port)
-        outcome = run_node(job, node, rundir)
+        with Tail(sys.stdout.buffer) as output:
+            outcome = run_node(job, node, rundir, output=output.sink)
         server.shutdown()
     except NexaError as exc:
         return failed_outcome(job, node, exc)
@@ -71,7 +73,8 @@ def _run(job: Job, node: Node, rundir: RunDir, *, port: int) -> Termination:
         return Termination(
             run_id=job.run_id, attempt=node.attempt, exit_code=1, cause=type(exc).__name__, message=str(exc)
         )
-    return outcome
+    failed = outcome.exit_code not in (0, StoppedError.exit_code)
+    return outcome.model_copy(update={"log": output.text()}) if failed else outcome
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[Job, Node]:
@@ -157,7 +160,7 @@ class _Collector:
 
 def end(outcome: Termination) -> int:
     """Say it to whoever reads the log, and to the kubelet where there is one."""
-    print(outcome.model_dump_json(), flush=True)
+    print(outcome.model_dump_json(exclude={"log"}), flush=True)  # its lines stand right above
     if os.path.exists(TERMINATION_LOG):
         Path(TERMINATION_LOG).write_bytes(outcome.as_bytes())
     return outcome.exit_code

@@ -116,6 +116,8 @@ class TrainingPipeline:
     def stop_agreed(self) -> bool:
         """Whether any rank's node was asked to stop; the same answer on every rank.
 
+        Asked after each step and each batch of the validation split, so this is also where a rank says that it gets on.
+
         Raises:
             NexaError: a rank's save has failed; on every rank, what it failed with.
         """
@@ -123,6 +125,7 @@ class TrainingPipeline:
         flags = torch.tensor([self.rundir.stop_asked(), failed], dtype=torch.int32)
         if self.context.world > 1:
             dist.all_reduce(flags)
+        self.rundir.beat()
         self.stopping = bool(flags[0])
         if flags[1] or done:
             self._collect_save()

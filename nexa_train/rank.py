@@ -28,16 +28,20 @@ from nexa_train.launch.lifeline import die_with_parent
 from nexa_train.launch.work import RankWork
 from nexa_train.pipeline import RunFacts, TrainingPipeline
 from nexa_train.plan import TrainPlan
+from nexa_train.relay import beats_of_all_nodes
 from nexa_train.rundir import RunDir
 from nexa_train.store import open_store
+from nexa_train.store.watched import WatchedStore
 
 
 def main(folder: str) -> int:
     """Run this rank; returns the process's exit code."""
     die_with_parent()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks for stacks when a step hangs
     rundir = RunDir(Path(folder))
     rank = int(os.environ.get("RANK", "0"))
+    stacks = rundir.own_stacks(rank).open("wb", buffering=0)
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)  # the launcher asks when nothing moves
+    rundir.beat()
     rundir.stop_on_signals(of_a_rank=True)
     # Blocked by the launcher until now; one that came meanwhile is obeyed here.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -93,8 +97,9 @@ def _run(rundir: RunDir, rank: int) -> None:
         work = replace(work, plan=agreed(work.plan))
     context = make_context(work, rank, world)
     facts = RunFacts(work.job, work.attempt, work.dataset, work.code, work.world_facts())
-    store = open_store(work.store_uri)
-    TrainingPipeline(context, facts, store, rundir, local_rank=local_rank).run()
+    store = WatchedStore(open_store(work.store_uri), rundir.beat)
+    with beats_of_all_nodes(rundir, local_rank=local_rank, world=world):
+        TrainingPipeline(context, facts, store, rundir, local_rank=local_rank).run()
 
 
 def agreed(plan: TrainPlan) -> TrainPlan:

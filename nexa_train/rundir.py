@@ -4,7 +4,9 @@
     stop                 exists: commit a checkpoint and end (launcher -> ranks)
     stop-ranks           the same, but said to a rank by a signal: it ends these ranks, not those that may follow
     progress.json        `protocol.Progress` of this node (local rank 0 -> launcher)
+    beats                one byte for everything that ranks got done (ranks -> launcher)
     outcome-RANK.json    `protocol.Termination` of a rank that failed (ranks -> launcher)
+    stacks-RANK-PROCESS  what a rank did when it was asked, once nothing moved any more (ranks -> launcher)
     warnings             what a person should read (ranks -> launcher)
     save-STEP-RANK, restore   files of a checkpoint on their way to or from the store (ranks alone)
 
@@ -35,7 +37,8 @@ class RunDir:
     def write_run(self, document: dict[str, Any]) -> Path:
         """Hand the ranks their work and forget what earlier ones told. A stop that was asked for stays asked for."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for path in [*self.path.glob("outcome-*.json"), self.path / "progress.json", self.path / "warnings"]:
+        told = [self.path / name for name in ("progress.json", "beats", "warnings")]
+        for path in [*told, *self.path.glob("outcome-*.json"), *self.path.glob("stacks-*")]:
             path.unlink(missing_ok=True)
         _replace(self.path / "run.json", json.dumps(document))
         return self.path / "run.json"
@@ -98,6 +101,26 @@ class RunDir:
             return None
         silent = round(max(0.0, time.time() - written), 3)
         return Progress.model_validate_json(text).model_copy(update={"seconds_since_last_step": silent})
+
+    def beat(self) -> None:
+        """Something was done: a step, a batch of the validation split, a file of a checkpoint."""
+        with (self.path / "beats").open("ab", buffering=0) as file:  # bytes of several processes all stay
+            file.write(b".")
+
+    def beats(self) -> int:
+        """How often `beat` was called; a number that stands still tells of a stall without any clock."""
+        try:
+            return (self.path / "beats").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def own_stacks(self, rank: int) -> Path:
+        """Where this process, a rank, writes its stacks when it is asked."""
+        return self.path / f"stacks-{rank}-{os.getpid()}"
+
+    def stacks(self) -> list[Path]:
+        """Where each rank does, by rank."""
+        return sorted(self.path.glob("stacks-*"), key=lambda path: int(path.name.split("-")[1]))
 
     def warn(self, message: str) -> None:
         """Tell the person at the launcher, of this node, one line."""

@@ -124,8 +124,10 @@ class Saver:
         return flight.result() if flight else None
 
     def close(self) -> None:
-        """Let the save in flight come to its end, whatever that is."""
+        """Let the save in flight come to its end; where nobody waits for it, its failure is told here."""
         self.thread.shutdown()
+        if self.flight is not None and (exc := self.flight.exception()):
+            print(f"nexa: warning: the last save failed, too: {exc}", file=sys.stderr, flush=True)
 
     def _save(self, staged: Staged, small: Mapping[str, bytes], draft: ManifestDraft) -> Done:
         began = time.monotonic()

@@ -25,8 +25,8 @@ from nexa_train.launch.node import Node, failed_outcome, run_node
 from nexa_train.report.plot import plot_run
 from nexa_train.rundir import RunDir
 
-TAIL_LINES, STACK_LINES = 20, 100
-"""Of the ranks' log, shown where they ended without saying why, and where they hung."""
+TAIL_LINES = 20
+"""Of the ranks' log, shown where they ended without saying why."""
 
 
 def run_job(job: Job, *, as_json: bool) -> int:
@@ -61,8 +61,7 @@ def run_job(job: Job, *, as_json: bool) -> int:
 def _failed(console: Console, outcome: Termination, log: Path) -> int:
     print(f"nexa: error: {outcome.message}", file=sys.stderr)
     if outcome.cause not in ("Stopped", "NonFiniteLossError"):
-        shown = STACK_LINES if outcome.cause == "Stalled" else TAIL_LINES
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-shown:]
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
         console.print("\n".join([f"the last lines of {log}:", *tail]), markup=False, highlight=False)
     return outcome.exit_code
 

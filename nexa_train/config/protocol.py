@@ -17,6 +17,7 @@ The operator puts these variables into each pod:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -36,7 +37,7 @@ TERMINATION_LOG_BYTES = 4096
 OUT_OF_MEMORY = "OutOfMemory"
 """The cause of a rank's end that a smaller microbatch may mend."""
 EXIT_STALLED = 70
-"""The entrypoint's own code: no step came within the deadline, stacks are in the log."""
+"""The entrypoint's own code: nothing moved within the deadline; the last words name where the ranks' stacks are."""
 
 
 def _sayable(text: str) -> str:
@@ -90,8 +91,8 @@ class Termination(Message):
     cause: str
     """Succeeded, Stopped, Stalled, Killed, OutOfMemory, or the name of the error's class."""
     message: Annotated[str, AfterValidator(_sayable)] = ""
-    log: str = ""
-    """The last lines of the ranks' output, where they left no words of their own."""
+    log: Annotated[str, AfterValidator(_sayable)] = ""
+    """The last lines that the ranks wrote, where they failed: only those are left of a rank that was killed."""
     retryable: bool = True
     step: int = 0
     total_steps: int | None = None
@@ -102,14 +103,18 @@ class Termination(Message):
     checkpoint: CheckpointRef | None = None
 
     def as_bytes(self) -> bytes:
-        """JSON of at most `TERMINATION_LOG_BYTES`: an over-long message is cut, never the facts."""
-        encoded = self.model_dump_json().encode()
-        surplus = len(encoded) - TERMINATION_LOG_BYTES
-        if surplus <= 0:
-            return encoded
-        # JSON escapes may make a character several bytes long: cut by what its encoding takes.
-        keep = self.message
-        while keep and len(encoded) > TERMINATION_LOG_BYTES:
-            keep = keep[: -max(1, min(len(keep), (len(encoded) - TERMINATION_LOG_BYTES) // 6 + 1))]
-            encoded = self.model_copy(update={"message": keep}).model_dump_json().encode()
-        return encoded
+        """JSON of at most `TERMINATION_LOG_BYTES`: first the log is cut, from its beginning, then the message, from
+        its end; never the facts."""
+        fitting = self._cut("log", lambda text, count: text[count:])
+        return fitting._cut("message", lambda text, count: text[:-count]).model_dump_json().encode()
+
+    def _cut(self, name: str, without: Callable[[str, int], str]) -> Termination:
+        """Itself, with as little taken from one text as makes all fit, if that is enough."""
+        shorter = self
+        while (text := getattr(shorter, name)) and (surplus := shorter._surplus()) > 0:
+            # JSON escapes may make a character six bytes long: cut by what its encoding takes.
+            shorter = shorter.model_copy(update={name: without(text, min(len(text), surplus // 6 + 1))})
+        return shorter
+
+    def _surplus(self) -> int:
+        return len(self.model_dump_json().encode()) - TERMINATION_LOG_BYTES

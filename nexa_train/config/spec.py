@@ -357,7 +357,7 @@ class RecoverySpec(Strict):
     )
     max_backoff_seconds: Int = Field(300, ge=0, le=86_400, description="No restart waits longer.")
     progress_deadline_seconds: Int = Field(
-        600, ge=1, le=604_800, description="A rank without a step for so long is stalled."
+        600, ge=1, le=604_800, description="Ranks that got nothing done for so long have stalled."
     )
     rules: list[RecoveryRule] = Field(default_factory=list, max_length=32)
 

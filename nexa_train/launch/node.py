@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -27,8 +28,10 @@ from nexa_train.config.support import check_supported
 from nexa_train.data.prepare import Prepared, prepare
 from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nexa_train.errors import ConfigError, NexaError, StoppedError
+from nexa_train.launch import watchdog
 from nexa_train.launch.installed import check_installed
 from nexa_train.launch.memory import out_of_memory_kills, remember_too_large, smallest_too_large
+from nexa_train.launch.watchdog import Watchdog
 from nexa_train.launch.work import RankWork, dataset_facts
 from nexa_train.models.locate import Located, architecture, check_model, locate
 from nexa_train.plan import make_plan, parse_quantity
@@ -40,8 +43,6 @@ POLL_SECONDS = 0.2
 SIGNAL_AGAIN_SECONDS = 0.5
 _TORCHRUN_S_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Others set them too, and mean nodes: a rank without torchrun would wait for a world that never comes."""
-STACKS_GRACE_SECONDS = 2.0
-"""Time that stalled ranks get to write their stacks."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _run_ranks(
     killed_before = out_of_memory_kills()
     ranks = _start(work, node, rundir, output)
     try:
-        ended = _watch(ranks, work.job, rundir, on_progress)
+        ended = _watch(ranks, work, node, rundir, on_progress)
     finally:
         if ranks.poll() is None:
             os.killpg(ranks.pid, signal.SIGKILL)
@@ -351,11 +352,15 @@ def _finished(work: RankWork, store: Store) -> Termination | None:
 
 
 def _watch(
-    ranks: subprocess.Popen[bytes], job: Job, rundir: RunDir, on_progress: Callable[[Progress], None] | None
+    ranks: subprocess.Popen[bytes],
+    work: RankWork,
+    node: Node,
+    rundir: RunDir,
+    on_progress: Callable[[Progress], None] | None,
 ) -> Termination:
-    deadline, warned = job.spec.recovery.progress_deadline_seconds, 0
-    # Monotonic, and not the age of a file: a machine that slept has not stalled.
-    stood, since = None, time.monotonic()
+    dog = Watchdog(work.job.spec.recovery.progress_deadline_seconds, now=time.monotonic())
+    busy_seconds = partial(watchdog.busy_seconds, ranks.pid)
+    warned = 0
 
     def look() -> Progress | None:
         nonlocal warned
@@ -369,65 +374,53 @@ def _watch(
 
     while (code := ranks.poll()) is None:
         progress = look()
-        if (now_at := progress and (progress.phase, progress.step)) != stood:
-            stood, since = now_at, time.monotonic()
-        if progress and progress.phase == "training" and time.monotonic() - since > deadline:
-            return _end_stalled(ranks, progress, deadline)
+        if dog.is_stalled(progress, beats=rundir.beats(), busy_seconds=busy_seconds, now=time.monotonic()):
+            return _end_stalled(ranks, work, node, rundir, progress)
+        if node.count > 1 and rundir.stop_asked() and dog.waits_in_vain(progress, now=time.monotonic()):
+            said = "asked to stop, its ranks did not come to the end of their step: another node's are gone"
+            return _ended(work, progress, StoppedError.exit_code, "Stopped", said)
         time.sleep(POLL_SECONDS)
     progress = look()
     if code == 0 and progress:
-        return _ended(job.run_id, progress, 0, "Succeeded", "")
+        return _ended(work, progress, 0, "Succeeded", "")
     outcomes = rundir.read_outcomes()
-    return outcomes[0] if outcomes else _killed(job, progress, code)
+    return outcomes[0] if outcomes else _killed(work, progress, code)
 
 
 def _warn(message: str) -> None:
     print(f"nexa: warning: {message}", file=sys.stderr, flush=True)
 
 
-def _end_stalled(ranks: subprocess.Popen[bytes], progress: Progress, deadline: int) -> Termination:
-    """Have every rank write its stacks (`rank.py` registers SIGUSR1), then end them."""
-    for pid in _descendants(ranks.pid):
-        if _is_rank(pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
-    time.sleep(STACKS_GRACE_SECONDS)
+def _end_stalled(
+    ranks: subprocess.Popen[bytes], work: RankWork, node: Node, rundir: RunDir, progress: Progress | None
+) -> Termination:
+    """Have every rank say where it stands, then end them."""
+    run_id, deadline = work.job.run_id, work.job.spec.recovery.progress_deadline_seconds
+    where = f"{progress.phase}, step {progress.step}" if progress else "starting"
+    what = f"nothing moved for {deadline} s ({where})"
+    stacks = watchdog.capture(ranks.pid, rundir, others=node.count > 1)
+    text = f"{run_id}, attempt {work.attempt}, node {node.index} of {node.count}: {what}\n\n{stacks}"
+    uri = watchdog.keep(text, store_uri=work.store_uri, run_id=run_id, attempt=work.attempt, node=node.index)
+    if uri is None:
+        print(text, file=sys.stderr, flush=True)
     os.killpg(ranks.pid, signal.SIGKILL)
     ranks.wait()
-    message = f"no step for {deadline} s after step {progress.step}; the ranks' stacks are in their log"
-    return _ended(progress.run_id, progress, EXIT_STALLED, "Stalled", message)
+    message = f"{what}; what its ranks did is in {uri or 'the log'}"
+    return _ended(work, progress, EXIT_STALLED, "Stalled", message)
 
 
-def _killed(job: Job, progress: Progress | None, code: int) -> Termination:
+def _killed(work: RankWork, progress: Progress | None, code: int) -> Termination:
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     message = (
         f"the ranks ended without last words ({how}); where their log shows no error, they were killed: out of memory?"
     )
-    return _ended(job.run_id, progress, 1, "Killed", message)
+    return _ended(work, progress, 1, "Killed", message)
 
 
-def _ended(run_id: str, progress: Progress | None, exit_code: int, cause: str, message: str) -> Termination:
+def _ended(work: RankWork, progress: Progress | None, exit_code: int, cause: str, message: str) -> Termination:
     facts = progress.model_dump(include=set(Termination.model_fields)) if progress else {}
-    facts |= {"run_id": run_id, "exit_code": exit_code, "cause": cause, "message": message}
-    return Termination.model_validate(facts)
-
-
-def _descendants(pid: int) -> list[int]:
-    """A process and all below it, from /proc."""
-    found = [pid]
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # it ended meanwhile
-            found += [each for child in task.read_text().split() for each in _descendants(int(child))]
-    return found
-
-
-def _is_rank(pid: int) -> bool:
-    """Not torchrun, whose arguments name the rank's module too: the signal would end it, and with it all ranks."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return b"nexa_train.rank" in words and b"nexa_train.launch.torchrun" not in words
+    facts |= {"run_id": work.job.run_id, "attempt": work.attempt, "exit_code": exit_code}
+    return Termination.model_validate(facts | {"cause": cause, "message": message})
 
 
 def failed_outcome(job: Job, node: Node, exc: NexaError) -> Termination:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nexa_train.artifact.manifest import Manifest
 from nexa_train.artifact.publish import committed_folders, read_manifest
 from nexa_train.store import open_store
@@ -118,3 +120,13 @@ class Runs:
         job = self.folder / f"job-{self.count}.yaml"
         job.write_text(json.dumps({"name": "test", **spec}), encoding="utf-8")
         return Run(job, artifacts, {**os.environ, "NEXA_CACHE": str(self.cache)})
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The rank processes below a launcher."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [
+        child
+        for child in below
+        if "nexa_train.rank" in child.cmdline() and "nexa_train.launch.torchrun" not in child.cmdline()
+    ]

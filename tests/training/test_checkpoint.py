@@ -272,6 +272,16 @@ def test_a_store_that_refuses_fails_the_save_with_its_own_words_and_commits_noth
     assert len(committed_folders(store, RUN)) == 1
 
 
+def test_a_save_that_fails_after_the_run_did_is_warned_of(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def refuse(key: str) -> None:
+        raise RefusedError("no room")
+
+    saver = make_saver(tmp_path, Watched(tmp_path / "store", refuse))
+    saver.start(make_state(make_model()).stage(2), {"config.json": b"{}"}, ManifestDraft(config={}))
+    saver.close()
+    assert "nexa: warning: the last save failed, too: no room\n" in capfd.readouterr().err
+
+
 def test_a_full_disk_is_told_with_what_the_system_said(tmp_path: Path) -> None:
     (tmp_path / "rundir").write_text("no folder")
     with pytest.raises(NexaError, match=r"saving failed: (NotADirectory|FileExists)Error"):

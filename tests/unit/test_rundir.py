@@ -79,6 +79,24 @@ def test_there_is_no_progress_before_the_first_word(rundir: RunDir) -> None:
     assert rundir.read_progress() is None
 
 
+def test_every_beat_of_every_process_is_counted(rundir: RunDir) -> None:
+    assert rundir.beats() == 0
+    threads = [threading.Thread(target=lambda: [rundir.beat() for _ in range(200)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert rundir.beats() == 800
+
+
+def test_other_ranks_begin_without_the_beats_and_stacks_of_earlier_ones(rundir: RunDir) -> None:
+    rundir.beat()
+    rundir.own_stacks(3).touch()
+    assert [path.name for path in rundir.stacks()] == [f"stacks-3-{os.getpid()}"]
+    rundir.write_run({"attempt": 1})
+    assert (rundir.beats(), rundir.stacks()) == (0, [])
+
+
 def test_progress_tells_how_long_it_is_since_it_was_written(rundir: RunDir) -> None:
     rundir.write_progress(Progress(run_id="r", step=3))
     ago = time.time() - 60

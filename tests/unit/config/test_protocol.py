@@ -13,7 +13,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=6000)
 """With lone surrogates, as in the names of files that are not UTF-8."""
 
 
-def last_words(message: str) -> Termination:
+def last_words(message: str, log: str = "") -> Termination:
     checkpoint = CheckpointRef(step=50, uri="s3://models/" + "p" * 400, digest="ab" * 32, weights_digest="cd" * 32)
     return Termination(
         run_id="team-demo-0123456789",
@@ -25,21 +25,22 @@ def last_words(message: str) -> Termination:
         step=57,
         loss=1.25,
         checkpoint=checkpoint,
+        log=log,
     )
 
 
 @settings(deadline=None)
-@given(ANY_TEXT)
-@example("\x00" * 6000)
-@example("\ud800" * 6000)
-@example("💥" * 6000)
-@example('"\\' * 3000)
-@example("x" * 200_000)
-def test_last_words_fit_into_the_termination_message_and_keep_every_fact(message: str) -> None:
-    said = last_words(message).as_bytes()
+@given(ANY_TEXT, ANY_TEXT)
+@example("\x00" * 6000, "")
+@example("\ud800" * 6000, "\x1b" * 2048)
+@example("💥" * 6000, "💥" * 2048)
+@example('"\\' * 3000, "")
+@example("x" * 200_000, "y" * 2048)
+def test_last_words_fit_into_the_termination_message_and_keep_every_fact(message: str, log: str) -> None:
+    said = last_words(message, log).as_bytes()
     assert len(said) <= TERMINATION_LOG_BYTES
     heard = Termination.model_validate_json(said)
-    assert heard == last_words(heard.message)
+    assert heard == last_words(heard.message, heard.log)
 
 
 @given(st.text(max_size=300))
@@ -51,6 +52,19 @@ def test_a_long_message_is_cut_at_its_end_and_fills_the_room() -> None:
     said = last_words("begin " + "x" * 10_000).as_bytes()
     assert Termination.model_validate_json(said).message.startswith("begin xxx")
     assert len(said) > TERMINATION_LOG_BYTES - 16
+
+
+def test_the_log_is_cut_before_the_message_and_keeps_its_end() -> None:
+    said = last_words("m" * 1000, "\x1b" * 3000 + "the end").as_bytes()
+    heard = Termination.model_validate_json(said)
+    assert heard.message == "m" * 1000
+    assert heard.log.endswith("\x1bthe end")
+    assert TERMINATION_LOG_BYTES - 16 < len(said) <= TERMINATION_LOG_BYTES
+
+
+def test_where_the_message_alone_is_too_long_nothing_of_the_log_is_left() -> None:
+    heard = Termination.model_validate_json(last_words("m" * 5000, "log" * 600).as_bytes())
+    assert (heard.log, heard.message[:2]) == ("", "mm")
 
 
 def test_a_lone_surrogate_is_said_as_a_question_mark() -> None:
