@@ -23,6 +23,17 @@ Name = Annotated[str, StringConstraints(max_length=253, pattern=r"^[A-Za-z0-9]([
 Quantity = Annotated[str, StringConstraints(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
 """A Kubernetes quantity such as `500m` or `4Gi`."""
 
+ObjectName = Annotated[str, StringConstraints(max_length=240, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
+"""The name of an object of the job's namespace, with room for a prefix."""
+
+Image = Annotated[str, StringConstraints(max_length=512, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")]
+"""A reference to an image."""
+
+LabelValue = Annotated[str, StringConstraints(max_length=63, pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$")]
+"""What a Kubernetes label may be."""
+
+Labels = Annotated[dict[Annotated[str, StringConstraints(max_length=317)], LabelValue], Field(max_length=64)]
+
 LabelMap = Annotated[dict[Annotated[str, StringConstraints(max_length=317)], Text], Field(max_length=64)]
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
 from nexa_train.config.job import GROUP, KIND, PLURAL, VERSION
-from nexa_train.config.spec import JobSpec
+from nexa_train.config.spec import OWN_ENV, OWN_ENV_PREFIX, OWN_KEYS, OWN_PATHS, USERS_ENV, USERS_KEYS, JobSpec
 from nexa_train.errors import ConfigError
 
 Schema: TypeAlias = dict[str, Any]
@@ -41,6 +41,20 @@ def _rule(rule: str, message: str, field: str = "") -> Schema:
     """One CEL rule; `field` is where the server says that the mistake is, below the object with the rule."""
     where = {"fieldPath": f".{field}"} if field else {}
     return {"rule": rule, "message": message, **where}
+
+
+def _is_one_of(known: Iterable[str]) -> str:
+    return " || ".join(f"key.startsWith('{one}')" if one[-1] in "/-" else f"key == '{one}'" for one in known)
+
+
+def _no_own_key(group: str) -> Schema:
+    rule = f"!has(self.{group}) || self.{group}.all(key, {_is_one_of(USERS_KEYS)} || !({_is_one_of(OWN_KEYS)}))"
+    return _rule(rule, "a key is for controllers to set: leave it out", group)
+
+
+def _each_its_own(key: str) -> Schema:
+    once = f"self.volumes.all(one, self.volumes.exists_one(other, other.{key} == one.{key}))"
+    return _rule(f"!has(self.volumes) || {once}", f"two volumes have the same {key}", "volumes")
 
 
 CROSS_FIELD: dict[str, list[Schema]] = {
@@ -81,6 +95,17 @@ CROSS_FIELD: dict[str, list[Schema]] = {
             "!has(self.minNodes) || self.minNodes <= self.numNodes",
             "minNodes is more than numNodes",
             "minNodes",
+        ),
+        _each_its_own("name"),
+        _each_its_own("mountPath"),
+        _no_own_key("labels"),
+        _no_own_key("annotations"),
+    ],
+    "EnvVar": [
+        _rule(
+            f"self.name != '{OWN_ENV}' && (self.name == '{USERS_ENV}' || !self.name.startsWith('{OWN_ENV_PREFIX}'))",
+            f"is the operator's to set, as are {OWN_ENV} and all of {OWN_ENV_PREFIX}* but {USERS_ENV}",
+            "name",
         )
     ],
     "RecoveryRule": [
@@ -94,7 +119,13 @@ CROSS_FIELD: dict[str, list[Schema]] = {
         _rule(
             "has(self.claim) != has(self.configMap)",
             "a volume comes from a claim or from a configMap: give exactly one",
-        )
+        ),
+        _rule(
+            f"!self.mountPath.matches('{OWN_PATHS}')",
+            "would hide what the image or the operator put there",
+            "mountPath",
+        ),
+        _rule("!self.name.startsWith('nexa-')", "names that begin with nexa- are the operator's", "name"),
     ],
     "JobSpec": [
         _rule(
@@ -360,12 +391,12 @@ def _fix_after_creation(spec: Schema) -> None:
     _add_rules(groups["cluster"], *_unchanged(groups["cluster"], but=("numNodes",)))
     _add_rules(groups["schedule"], *_unchanged(groups["schedule"], but=("suspend",)))
     resize = "self.cluster.numNodes == oldSelf.cluster.numNodes"
-    resize += " || self.schedule.suspend || oldSelf.schedule.suspend"
+    resize += " || (oldSelf.schedule.suspend && self.schedule.suspend)"
     _add_rules(
         spec,
         _rule(_same("image"), _FIXED, "image"),
         _rule(_same("trackers"), _FIXED, "trackers"),
-        _rule(resize, "numNodes may change only while schedule.suspend is true", "cluster.numNodes"),
+        _rule(resize, "numNodes may change only while schedule.suspend is true, before and after", "cluster.numNodes"),
     )
 
 

@@ -7,11 +7,24 @@ in `support.py`.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from nexa_train.config.base import Int, LabelMap, Name, Quantity, Strict, Text
+from nexa_train.config.base import (
+    Image,
+    Int,
+    LabelMap,
+    Labels,
+    LabelValue,
+    Name,
+    ObjectName,
+    Quantity,
+    Strict,
+    Text,
+)
 
 Auto = Literal["auto"]
 Count = Annotated[Int, Field(ge=1, le=1_000_000)]
@@ -83,7 +96,7 @@ class DataSpec(Strict):
         description="Folder or .jsonl file, s3://, or stdlib:docstrings (made on the spot).",
     )
     dataset_version: Text = Field("", description="The version this job means; part of the run's identity.")
-    storage: Name | None = Field(None, description="Name of an administrator's storage profile.")
+    storage: ObjectName | None = Field(None, description="Name of an administrator's storage profile.")
     format: Literal["messages", "prompt_completion", "question_answer", "text", "preference"] = Field(
         "messages", description="What a row looks like."
     )
@@ -248,8 +261,30 @@ class Toleration(Strict):
 
     key: Name | None = Field(None, description="Key of the taint; none: all.")
     operator: Literal["Exists", "Equal"] = Field("Equal", description="How the value is compared.")
-    value: Text | None = Field(None, description="Value of the taint.")
+    value: LabelValue | None = Field(None, description="Value of the taint.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="None: all.")
+
+
+OWN_ENV_PREFIX, OWN_ENV, USERS_ENV = "NEXA_", "JOB_COMPLETION_INDEX", "NEXA_CACHE"
+"""What the operator tells a pod is said by variables with that prefix, and by the indexed Job's; one is the user's."""
+
+OWN_PATHS = r"^/(bin|boot|dev|etc|lib[^/]*|opt/nexa|proc|run|sbin|sys|tmp|usr|var/run)(/|$)"
+"""Where the image, the node or the operator has put something: /tmp is the pod's home, and first on Python's path."""
+
+OWN_KEYS = (
+    "train.nexa.dev/",
+    "batch.kubernetes.io/",
+    "container.apparmor.security.beta.kubernetes.io/",
+    "jobset.sigs.k8s.io/",
+    "kueue.x-k8s.io/",
+    "training.kubeflow.org/",
+    "controller-uid",
+    "job-name",
+)
+"""Labels and annotations by which controllers know their pods or the kubelet loosens a pod; `/` ends a prefix."""
+
+USERS_KEYS = ("kueue.x-k8s.io/priority-class", "kueue.x-k8s.io/podset-")
+"""Of these, what a job may say: its order in Kueue's queue, and its topology; `-` ends a prefix."""
 
 
 class EnvVar(Strict):
@@ -258,20 +293,36 @@ class EnvVar(Strict):
     name: Annotated[str, StringConstraints(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
     value: Text = ""
 
+    @model_validator(mode="after")
+    def _name_is_free(self) -> EnvVar:
+        if self.name == OWN_ENV or (self.name.startswith(OWN_ENV_PREFIX) and self.name != USERS_ENV):
+            raise ValueError(f"{self.name} is the operator's to set, as is all of {OWN_ENV_PREFIX}* but {USERS_ENV}")
+        return self
+
 
 class Volume(Strict):
     """A volume by claim or by config map, mounted where said."""
 
     name: Annotated[str, StringConstraints(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
-    mount_path: Annotated[str, StringConstraints(max_length=1024, pattern=r"^/")]
-    claim: Name | None = Field(None, description="A PersistentVolumeClaim of the job's namespace.")
-    config_map: Name | None = Field(None, description="A ConfigMap of the job's namespace.")
+    mount_path: Annotated[str, StringConstraints(max_length=1024, pattern=r"^(/\.?[A-Za-z0-9_-][A-Za-z0-9._-]*)+$")] = (
+        Field(description="A path of its own: no folder of the system, of the trainer or below /tmp.")
+    )
+    claim: ObjectName | None = Field(None, description="A PersistentVolumeClaim of the job's namespace.")
+    config_map: ObjectName | None = Field(None, description="A ConfigMap of the job's namespace.")
     read_only: bool = True
 
     @model_validator(mode="after")
     def _one_source(self) -> Volume:
         if (self.claim is None) == (self.config_map is None):
             raise ValueError("a volume comes from a claim or from a config_map: give exactly one")
+        return self
+
+    @model_validator(mode="after")
+    def _hides_nothing(self) -> Volume:
+        if re.match(OWN_PATHS, self.mount_path):
+            raise ValueError(f"mount_path {self.mount_path} would hide what the image or the operator put there")
+        if self.name.startswith("nexa-"):
+            raise ValueError(f"name {self.name}: names that begin with nexa- are the operator's")
         return self
 
 
@@ -290,17 +341,32 @@ class ClusterSpec(Strict):
         None, ge=1, le=1024, description="CPU threads of a rank; another number may round differently."
     )
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec, description="Of each pod.")
-    node_selector: LabelMap = Field(default_factory=dict, description="Labels that a node must have.")
+    node_selector: Labels = Field(default_factory=dict, description="Labels that a node must have.")
     tolerations: list[Toleration] = Field(default_factory=list, max_length=16)
     env: list[EnvVar] = Field(default_factory=list, max_length=64)
     volumes: list[Volume] = Field(default_factory=list, max_length=16)
-    labels: LabelMap = Field(default_factory=dict, description="Put on the pods.")
+    labels: Labels = Field(default_factory=dict, description="Put on the pods.")
     annotations: LabelMap = Field(default_factory=dict, description="Put on the pods.")
 
     @model_validator(mode="after")
     def _room_to_shrink(self) -> ClusterSpec:
         if self.min_nodes is not None and self.min_nodes > self.num_nodes:
             raise ValueError(f"min_nodes {self.min_nodes} is more than num_nodes {self.num_nodes}")
+        return self
+
+    @model_validator(mode="after")
+    def _volumes_do_not_meet(self) -> ClusterSpec:
+        for key in ("name", "mount_path"):
+            times = Counter(getattr(volume, key) for volume in self.volumes)
+            if doubled := [value for value, count in times.items() if count > 1]:
+                raise ValueError(f"volumes: two have the {key} {doubled[0]}; each needs its own")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_are_free(self) -> ClusterSpec:
+        for group, keys in (("labels", self.labels), ("annotations", self.annotations)):
+            if taken := [key for key in keys if _is_own_key(key)]:
+                raise ValueError(f"{group}: {taken[0]} is for controllers to set: leave it out")
         return self
 
     @property
@@ -314,11 +380,19 @@ class ClusterSpec(Strict):
         return self.num_nodes * self.ranks_per_node
 
 
+def _is_own_key(key: str) -> bool:
+    return _is_one_of(key, OWN_KEYS) and not _is_one_of(key, USERS_KEYS)
+
+
+def _is_one_of(key: str, known: tuple[str, ...]) -> bool:
+    return any(key.startswith(one) if one[-1] in "/-" else key == one for one in known)
+
+
 class ArtifactsSpec(Strict):
     """Where checkpoints go."""
 
     uri: Text = Field("artifacts", min_length=1, description="Folder or s3://bucket/prefix.")
-    storage: Name | None = Field(None, description="Name of an administrator's storage profile.")
+    storage: ObjectName | None = Field(None, description="Name of an administrator's storage profile.")
     keep_last: Int | None = Field(None, ge=1, le=10_000, description="Keep so many checkpoints; none: all.")
 
 
@@ -366,8 +440,8 @@ class ScheduleSpec(Strict):
     """When and under whom the job runs."""
 
     runtime: Literal["job", "pytorchjob", "jobset"] = Field("job", description="Objects that carry the ranks.")
-    queue_name: Name | None = Field(None, description="Kueue's local queue.")
-    priority: Name | None = Field(None, description="PriorityClass of the pods.")
+    queue_name: ObjectName | None = Field(None, description="Kueue's local queue.")
+    priority: ObjectName | None = Field(None, description="PriorityClass of the pods.")
     suspend: bool = Field(False, description="Hold the job, or stop it with a checkpoint.")
     active_deadline_seconds: Int | None = Field(
         None, ge=1, le=31_536_000, description="For all attempts together; time in the queue or suspended is not in it."
@@ -393,7 +467,7 @@ class JobSpec(Strict):
     artifacts: ArtifactsSpec = Field(default_factory=ArtifactsSpec)
     recovery: RecoverySpec = Field(default_factory=RecoverySpec)
     schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
-    image: Text | None = Field(None, description="Trainer image; none: the cluster's default.")
+    image: Image | None = Field(None, description="Trainer image; none: the cluster's default.")
     trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(default_factory=list, max_length=3)
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ _APPLY = "application/apply-patch+yaml"
 _MERGE = "application/merge-patch+json"
 _TIMEOUT_SECONDS = 30
 _ERRORS: dict[int, type[ApiError]] = {409: ConflictError, 422: InvalidError}
+_METHODS = {"get": "GET", "list": "GET", "create": "POST", "patch": "PATCH", "delete": "DELETE"}
 
 
 class Cluster(Protocol):
@@ -57,12 +58,13 @@ class Cluster(Protocol):
 class KubernetesCluster:
     """A real one."""
 
-    def __init__(self, api: Any) -> None:
-        self._api = api
+    def __init__(self, api: Any, *, on_call: Callable[[str, int], None] = lambda verb, status: None) -> None:
+        """`on_call` hears of every call: its verb, and the status of the answer, 0 if there was none."""
+        self._api, self._on_call = api, on_call
 
     async def read(self, kind: Kind, namespace: str, name: str) -> Object | None:
         try:
-            return await self._call("GET", kind.path(namespace, name))
+            return await self._call("get", kind.path(namespace, name))
         except ApiError as exc:
             if exc.status == 404:
                 return None
@@ -70,14 +72,14 @@ class KubernetesCluster:
 
     async def list(self, kind: Kind, namespace: str, labels: str = "") -> list[Object]:
         query = [("labelSelector", labels)] if labels else []
-        answer = await self._call("GET", kind.path(namespace), query=query)
+        answer = await self._call("list", kind.path(namespace), query=query)
         return _items(answer)
 
     async def create(self, kind: Kind, body: Object) -> bool:
         metadata = body["metadata"]
         path = kind.path(metadata["namespace"])
         try:
-            await self._call("POST", path, body=body)
+            await self._call("create", path, body=body)
         except ConflictError as exc:
             await self._check_owner(kind, body, exc)
             return False
@@ -100,7 +102,7 @@ class KubernetesCluster:
         metadata = body["metadata"]
         path = kind.path(metadata["namespace"], metadata["name"], subresource)
         query = [("fieldManager", FIELD_MANAGER)] + ([("force", "true")] if subresource else [])
-        await self._call("PATCH", path, body=body, query=query, content_type=_APPLY if subresource else _MERGE)
+        await self._call("patch", path, body=body, query=query, content_type=_APPLY if subresource else _MERGE)
 
     async def delete(
         self, kind: Kind, namespace: str, name: str, *, uid: str = "", children_first: bool = False
@@ -109,7 +111,7 @@ class KubernetesCluster:
         if uid:
             options["preconditions"] = {"uid": uid}
         try:
-            await self._call("DELETE", kind.path(namespace, name), body=options)
+            await self._call("delete", kind.path(namespace, name), body=options)
         except ApiError as exc:
             # 409: what has the name now is another object, so ours is gone.
             if exc.status not in (404, 409):
@@ -117,13 +119,14 @@ class KubernetesCluster:
 
     async def _call(
         self,
-        method: str,
+        verb: str,
         path: str,
         *,
         body: Object | None = None,
         query: Sequence[tuple[str, str]] = (),
         content_type: str = "application/json",
     ) -> Object:
+        method = _METHODS[verb]
         # Signed anew for every call: tokens of service accounts rotate.
         signed = await self._api.param_serialize(
             method,
@@ -137,7 +140,9 @@ class KubernetesCluster:
             response = await self._api.call_api(*signed, _request_timeout=_TIMEOUT_SECONDS)
             answer = _parsed(await response.read())
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+            self._on_call(verb, 0)
             raise ApiError(f"{method} {path}", status=0, message=f"no answer: {exc!r}") from exc
+        self._on_call(verb, response.status)
         if response.status >= 300:
             kind = _ERRORS.get(response.status, ApiError)
             message = answer.get("message") or response.reason

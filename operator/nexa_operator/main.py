@@ -72,13 +72,14 @@ async def run(settings: Settings) -> None:
     """Everything that runs, in one event loop."""
     queue: WorkQueue[Key] = WorkQueue()
     metrics = Metrics()
+    metrics.queue_depth.set_function(lambda: len(queue))
     async with (
         connected() as api,
         httpx.AsyncClient(trust_env=False) as http,
         serving(metrics, port=settings.metrics_port) as port,
     ):
         log.info("started", metrics_port=port, namespace=settings.watch_namespace or "all")
-        cluster = KubernetesCluster(api)
+        cluster = KubernetesCluster(api, on_call=metrics.called)
         reader = ProgressReader(on_news=queue.add, client=http)
         defaults = Defaults(
             image=settings.trainer_image, heavy_image=settings.trainer_heavy_image, storage=settings.default_storage
@@ -93,7 +94,7 @@ async def run(settings: Settings) -> None:
             reader.read_forever(interval_seconds=settings.progress_interval_seconds),
             *(reconciler.work_forever(may_act=gate) for _ in range(settings.num_workers)),
         ]
-        await _until_first_ends([*beside, _watch(settings, cluster, queue)])
+        await _until_first_ends([*beside, _watch(settings, cluster, queue, metrics)])
 
 
 async def _until_first_ends(coroutines: list[Coroutine[Any, Any, None]]) -> None:
@@ -118,12 +119,12 @@ async def _first_ended(tasks: Iterable[asyncio.Task[None]]) -> asyncio.Task[None
                 return task
 
 
-async def _watch(settings: Settings, cluster: Cluster, queue: WorkQueue[Key]) -> None:
+async def _watch(settings: Settings, cluster: Cluster, queue: WorkQueue[Key], metrics: Metrics) -> None:
     """kopf: watches, and nothing of its own on any object."""
     await _wait_for_crd(cluster, settings.watch_namespace)
     try:
         await kopf.operator(
-            registry=registry_of(queue.add),
+            registry=registry_of(queue.add, heard=metrics.heard),
             settings=kopf_settings(settings),
             standalone=True,
             clusterwide=not settings.watch_namespace,

@@ -91,7 +91,6 @@ class Reconciler:
             key = await self.queue.take()
             # The Lease may have gone while there was nothing to take.
             await may_act.wait()
-            self.metrics.queue_depth.set(len(self.queue))
             try:
                 await self._look(key)
             finally:
@@ -102,7 +101,9 @@ class Reconciler:
         while True:
             seconds = interval_seconds
             try:
-                for body in await self.cluster.list(TRAINING_JOBS, namespace):
+                jobs = await self.cluster.list(TRAINING_JOBS, namespace)
+                self.metrics.listed(jobs)
+                for body in jobs:
                     self.queue.add(key_of(body))
             except ApiError as exc:
                 log.warning("resync failed", error=str(exc))
@@ -117,7 +118,7 @@ class Reconciler:
         except ConflictError:
             self.queue.add(key)
         except Exception as exc:
-            self.metrics.reconcile_errors.labels(type(exc).__name__).inc()
+            self.metrics.failed(exc)
             delay = self.queue.add_again(key)
             known = isinstance(exc, ApiError)
             log.warning("look failed", job=key.name, namespace=key.namespace, error=str(exc), retry_seconds=delay,
@@ -154,8 +155,9 @@ class Reconciler:
         context = self._context(key, body, job, seen)
         status = next_status(body.get("status") or {}, seen=seen, decision=decision, context=context)
         await self._write_status(body, status)
+        self.metrics.told(body.get("status") or {}, status, context.now)
         if isinstance(decision, Restart):
-            self.metrics.restarts.labels(decision.loss.cause).inc()
+            self.metrics.restarted(decision.loss.cause)
         for happening in happenings(body.get("status") or {}, status, decision):
             await self._tell(key, body, happening)
         await self._carry_out(key, {**body, "status": status}, job, seen, decision)

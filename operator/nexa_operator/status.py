@@ -29,7 +29,8 @@ from nexa_operator.decide import (
     Suspend,
     Wait,
 )
-from nexa_operator.observe import Observed
+from nexa_operator.naming import STORAGE_PREFIX
+from nexa_operator.observe import Observed, Rank
 from nexa_operator.reading import Body, condition_of, is_true
 from nexa_train.config.protocol import CheckpointRef, Progress, Termination
 
@@ -293,9 +294,17 @@ def _watching(seen: Observed, context: Context) -> _Verdict:
         said = ("Running", f"{context.num_nodes} of {context.num_nodes} pods of attempt {seen.record.attempt}")
         return _Verdict(phase="Running", true={"Running": said, "Ready": said})
     held_up = next((rank for rank in ranks if rank.phase == "Pending" and (rank.message or rank.reason)), None)
-    why = f": {held_up.reason} {held_up.message}".rstrip() if held_up else ""
-    waiting = ("PodsPending", _shortened(f"{up} of {context.num_nodes} pods run{why}"))
+    reason, why = _hindrance(held_up) if held_up else ("PodsPending", "")
+    waiting = (reason, _shortened(f"{up} of {context.num_nodes} pods run{why}"))
     return _Verdict(phase="Pending", true={"Queued": waiting, "Reconciling": waiting})
+
+
+def _hindrance(rank: Rank) -> tuple[str, str]:
+    why = f": {rank.reason} {rank.message}".rstrip()
+    if f'"{STORAGE_PREFIX}' not in rank.message:
+        return "PodsPending", why
+    # Only the kubelet looks for a profile: the operator may not read Secrets.
+    return "StorageProfileMissing", f"{why}; a profile is a ConfigMap and a Secret of that name in the job's namespace"
 
 
 def _conditions(previous: Body, verdict: _Verdict, seen: Observed, context: Context) -> list[dict[str, Any]]:

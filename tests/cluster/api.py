@@ -26,15 +26,15 @@ class Refused(CommandFailed):
 
 
 class Api:
-    """As the cluster's administrator, from any number of threads."""
+    """As the cluster's administrator or whom he impersonates, from any number of threads."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, *, as_user: str = "") -> None:
         if not cluster.token:
             raise Unavailable("the kubeconfig has no token, and tests that speak HTTP themselves need one")
         self._client = httpx.Client(
             base_url=cluster.server,
             verify=trust_of(cluster),
-            headers={"Authorization": f"Bearer {cluster.token}"},
+            headers={"Authorization": f"Bearer {cluster.token}", **({"Impersonate-User": as_user} if as_user else {})},
             timeout=_TIMEOUT_SECONDS,
             limits=httpx.Limits(max_connections=None),
             trust_env=False,

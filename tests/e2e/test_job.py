@@ -186,6 +186,18 @@ def test_a_missing_data_file_fails_the_job_at_once_and_says_which(product: Produ
     assert not list(product.minio.client.list_objects("nexa-models", "checkpoints/default-no-data"))
 
 
+def test_a_missing_storage_profile_is_said_in_the_kubelet_s_words(product: Product) -> None:
+    absent = {"storage": "absent"}
+    name = product.apply(example("no-profile", artifacts=absent, data=absent))
+
+    def queued() -> dict[str, Any] | None:
+        seen = condition(job_status(product.cluster, name), "Queued")
+        return seen if seen.get("reason") == "StorageProfileMissing" else None
+
+    assert '"nexa-storage-absent" not found' in wait_until(queued, timeout_seconds=60, what="it is said")["message"]
+    product.cluster.kubectl("delete", f"ntj/{name}")
+
+
 @pytest.mark.parametrize("backend", ["fsdp", "hf", "deepspeed"])
 def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: Path, backend: str) -> None:
     steps = {"maxSteps": 120, "saveEverySteps": 10}

@@ -250,8 +250,8 @@ def test_suspending_stops_the_gang_and_resuming_makes_another_even_of_another_si
     ns.kubectl("patch", "ntj/paused", "--type=merge", '--patch={"spec":{"schedule":{"suspend":true}}}')
     ns.wait_true("paused", "Suspended")
     assert ns.get("job/paused-a0")["spec"]["suspend"] is True
-    change = '{"spec":{"schedule":{"suspend":false},"cluster":{"numNodes":4}}}'
-    ns.kubectl("patch", "ntj/paused", "--type=merge", f"--patch={change}")
+    for change in ('{"spec":{"cluster":{"numNodes":4}}}', '{"spec":{"schedule":{"suspend":false}}}'):
+        ns.kubectl("patch", "ntj/paused", "--type=merge", f"--patch={change}")
     ns.wait_pods("paused-a1", 4)
     assert ns.status("paused")["restarts"] == 0
 

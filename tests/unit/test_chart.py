@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from nexa_train.config import crd
+from nexa_train.config.protocol import PROGRESS_PORT
 from tests.cluster.errors import ClusterError
 from tests.cluster.tools import TOOLS, binary
 
@@ -44,6 +45,14 @@ def one(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     return found
 
 
+def every(documents: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [document for document in documents if document["kind"] == kind]
+
+
+def only_in(namespace: str) -> dict[str, Any]:
+    return {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+
+
 def test_the_chart_lints_without_a_complaint(helm):
     done = run(helm, "lint", "--strict", str(CHART))
     assert done.returncode == 0, done.stdout
@@ -51,12 +60,23 @@ def test_the_chart_lints_without_a_complaint(helm):
 
 @pytest.mark.parametrize(
     "value",
-    ["trainerImage=", "logLevel=loud", "watchNamespace=Not_A_Name", "metrics.port=80", "typo=1", "crds.kept=true"],
+    [
+        "trainerImage=",
+        "logLevel=loud",
+        "watchNamespace=Not_A_Name",
+        "metrics.port=80",
+        "typo=1",
+        "crds.kept=true",
+        "policy.allowedImages={it's}",
+        "policy.trusted={a b}",
+        "networkPolicy.store.ports={0}",
+        "networkPolicy.namespaces={Team}",
+    ],
 )
 def test_a_wrong_value_is_refused_by_the_schema(helm, value):
     done = run(helm, "template", "nexa", str(CHART), "--set", value)
     assert done.returncode != 0
-    assert value.split("=")[0].split(".")[-1] in done.stderr
+    assert value.split("=")[0].rsplit(".", 1)[-1] in done.stderr
 
 
 def rules(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,11 +109,14 @@ def test_the_rights_are_exactly_those_that_are_used(helm):
 
 
 def test_in_one_namespace_there_is_no_cluster_wide_right(helm):
-    documents = render(helm, "watchNamespace=team-a")
+    documents = render(helm, "watchNamespace=team-a", "networkPolicy.enabled=true")
     kinds = {document["kind"] for document in documents}
     assert not {"ClusterRole", "ClusterRoleBinding"} & kinds
     places = {document["metadata"]["namespace"] for document in documents if document["kind"] == "Role"}
     assert places == {"team-a", "nexa-system"}, "the second is for the Lease alone"
+    for binding in every(documents, "ValidatingAdmissionPolicyBinding"):
+        assert binding["spec"]["matchResources"]["namespaceSelector"] == only_in("team-a")
+        assert binding["metadata"]["name"].endswith(".team-a"), "another release may be for team-b"
 
 
 def test_the_pod_is_restricted_and_replaced_rather_than_doubled(helm):
@@ -159,3 +182,55 @@ def test_names_that_are_cut_still_tell_their_objects_apart(helm):
         for document in render(helm, f"fullnameOverride={'n' * 80}")
     ]
     assert len(names) == len(set(names))
+
+
+def test_every_policy_denies_and_is_bound(helm):
+    documents = render(helm)
+    policies = {policy["metadata"]["name"]: policy for policy in every(documents, "ValidatingAdmissionPolicy")}
+    bindings = every(documents, "ValidatingAdmissionPolicyBinding")
+    assert {binding["spec"]["policyName"] for binding in bindings} == set(policies)
+    assert {policy["spec"]["failurePolicy"] for policy in policies.values()} == {"Fail"}
+    assert {tuple(binding["spec"]["validationActions"]) for binding in bindings} == {("Deny",)}
+    assert not every(render(helm, "policy.enabled=false"), "ValidatingAdmissionPolicy")
+
+
+def test_the_policies_know_the_operator_by_the_account_that_it_runs_as(helm):
+    documents = render(helm, "serviceAccount.name=trainer-in-chief", "policy.trusted={someone}")
+    said = json.dumps(every(documents, "ValidatingAdmissionPolicy"))
+    assert said.count("system:serviceaccount:nexa-system:trainer-in-chief") == 3
+    assert "job-controller" not in said
+
+
+def test_a_namespace_with_jobs_gets_a_network_policy_and_no_other_does(helm):
+    assert not every(render(helm), "NetworkPolicy")
+    values = ("networkPolicy.enabled=true", "networkPolicy.namespaces={a,b}", "watchNamespace=b")
+    policies = every(render(helm, *values), "NetworkPolicy")
+    assert [policy["metadata"]["namespace"] for policy in policies] == ["a", "b", "nexa-system"]
+
+
+def test_a_trainer_may_reach_names_its_store_and_its_like_and_nothing_else(helm):
+    values = [f"networkPolicy.{value}" for value in ("enabled=true", "namespaces={a}", "store.ports={9000}")]
+    values.append("networkPolicy.store.to[0].ipBlock.cidr=10.0.0.7/32")
+    trainers, _ = every(render(helm, *values), "NetworkPolicy")
+    spec = trainers["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    like = {"podSelector": spec["podSelector"]}
+    assert spec["podSelector"]["matchExpressions"] == [{"key": "train.nexa.dev/job-uid", "operator": "Exists"}]
+    ranks, names, store = spec["egress"]
+    assert ranks == {"to": [like]}
+    assert names["to"] == [{"namespaceSelector": only_in("kube-system")}]
+    assert {port["port"] for port in names["ports"]} == {53}
+    assert store == {"to": [{"ipBlock": {"cidr": "10.0.0.7/32"}}], "ports": [{"protocol": "TCP", "port": 9000}]}
+    from_ranks, from_operator = spec["ingress"]
+    assert from_ranks == {"from": [like]}
+    assert from_operator["ports"] == [{"protocol": "TCP", "port": PROGRESS_PORT}]
+    assert from_operator["from"][0]["namespaceSelector"] == only_in("nexa-system")
+
+
+def test_the_operator_may_reach_names_the_api_server_and_trainers_and_is_asked_for_metrics_alone(helm):
+    documents = render(helm, "networkPolicy.enabled=true", "metrics.port=9090")
+    (own,) = every(documents, "NetworkPolicy")
+    labels = one(documents, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert own["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    assert [port["port"] for rule in own["spec"]["ingress"] for port in rule["ports"]] == [9090]
+    assert [port["port"] for rule in own["spec"]["egress"] for port in rule["ports"]] == [53, 53, 443, 6443, 8080]

@@ -63,3 +63,27 @@ app.kubernetes.io/component: operator
   resources: [events]
   verbs: [create]
 {{- end -}}
+
+
+{{/* The pods of every job. */}}
+{{- define "nexa.trainers" -}}
+matchExpressions:
+  - {key: train.nexa.dev/job-uid, operator: Exists}
+{{- end -}}
+
+{{/* A policy is an object of the cluster: releases for one namespace each must not share its name: (list . "jobs"). */}}
+{{- define "nexa.policyName" -}}
+{{- $root := index . 0 -}}
+{{- include "nexa.suffixed" . -}}{{- with $root.Values.watchNamespace -}}.{{ . }}{{- end -}}
+{{- end -}}
+
+{{/* Deny, in the namespaces that the operator looks after: (list . "jobs"). */}}
+{{- define "nexa.binding" -}}
+{{- $root := index . 0 -}}
+policyName: {{ include "nexa.policyName" . }}
+validationActions: [Deny]
+{{- with $root.Values.watchNamespace }}
+matchResources:
+  namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: {{ . }}}}
+{{- end }}
+{{- end -}}

@@ -96,10 +96,10 @@ def test_the_trainer_derives_the_same_run_id_from_what_it_is_given(groups):
     assert Job.model_validate(document).run_id == job(**groups).run_id
 
 
-def test_a_user_s_variable_never_replaces_one_of_the_protocol_s():
-    mine = [{"name": "NEXA_ATTEMPT", "value": "9"}, {"name": "HOME", "value": "/mine"}, {"name": "A", "value": "1"}]
+def test_a_user_s_variables_stand_beside_the_protocol_s_and_none_twice():
+    mine = [{"name": "NEXA_CACHE", "value": "/c"}, {"name": "HOME", "value": "/mine"}, {"name": "HOME", "value": "/h"}]
     environment = environment_of(cluster={"env": mine})
-    assert (environment["NEXA_ATTEMPT"], environment["HOME"], environment["A"]) == ("0", "/mine", "1")
+    assert (environment["NEXA_ATTEMPT"], environment["HOME"], environment["NEXA_CACHE"]) == ("0", "/h", "/c")
     names = [item["name"] for item in container_of(cluster={"env": mine})["env"]]
     assert len(names) == len(set(names))
 
@@ -173,7 +173,7 @@ def test_the_typed_subset_of_the_pod_is_carried_over():
             {"name": "rows", "mountPath": "/rows", "claim": "rows"},
             {"name": "conf", "mountPath": "/conf", "configMap": "conf", "readOnly": False},
         ],
-        "labels": {"team": "a", "train.nexa.dev/attempt": "99"},
+        "labels": {"team": "a"},
         "annotations": {"note": "b"},
     }
     template = made(cluster=cluster, schedule={"priority": "high", "activeDeadlineSeconds": 60})["spec"]["template"]
@@ -191,7 +191,7 @@ def test_the_typed_subset_of_the_pod_is_carried_over():
     ]
     assert template["metadata"]["annotations"] == {"note": "b"}
     assert template["metadata"]["labels"]["team"] == "a"
-    assert template["metadata"]["labels"]["train.nexa.dev/attempt"] == "0", "ours win"
+    assert template["metadata"]["labels"]["train.nexa.dev/attempt"] == "0"
 
 
 def test_pods_leave_a_node_in_trouble_long_before_the_server_s_five_minutes_unless_told_to_stay():

@@ -54,7 +54,7 @@ def test_kopf_is_told_to_write_nothing_and_to_watch_only_what_carries_our_label(
 @pytest.mark.anyio
 async def test_metrics_and_health_are_served_on_one_port():
     metrics = Metrics()
-    metrics.restarts.labels("OOMKilled").inc()
+    metrics.restarted("OOMKilled")
     async with serving(metrics, port=0) as port, httpx.AsyncClient(trust_env=False) as client:
         health = await client.get(f"http://127.0.0.1:{port}/healthz")
         exposition = await client.get(f"http://127.0.0.1:{port}/metrics")

@@ -161,6 +161,17 @@ def test_why_pods_wait_is_said():
     assert queued["message"] == "1 of 2 pods run: ImagePullBackOff no such image"
 
 
+@pytest.mark.parametrize("kind", ["configmap", "secret"])
+def test_a_storage_profile_that_is_missing_is_said_with_what_would_help(kind: str):
+    said = f'{kind} "nexa-storage-team-a" not found'
+    waiting = rank(phase="Pending", reason="CreateContainerConfigError", message=said)
+    status = write({}, seen(gang(waiting)), Watch())
+    (queued,) = [item for item in status["conditions"] if item["type"] == "Queued"]
+    assert queued["reason"] == "StorageProfileMissing"
+    assert said in queued["message"]
+    assert "ConfigMap and a Secret of that name in the job's namespace" in queued["message"]
+
+
 def test_a_pod_out_of_reach_is_a_condition_and_changes_no_other():
     reached, unreached = (write({}, seen(RUNNING), Watch(), progress_known=known) for known in (True, False))
     assert truths(unreached) == {**truths(reached), "ProgressUnknown": "Unreachable"}

