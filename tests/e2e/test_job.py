@@ -166,14 +166,24 @@ def test_secrets_of_the_store_appear_in_no_object_status_or_log(product: Product
         assert credential not in objects + logs
 
 
-def test_a_job_of_one_step_reports_its_step_and_digest(product: Product) -> None:
-    name = product.apply(
-        example("one-step", training={"maxSteps": 1}, cluster={"numNodes": 1}, data={"validation": {"rows": 2}})
-    )
+def test_a_job_of_one_step_reports_its_step_and_digest_and_takes_its_artifacts_along(product: Product) -> None:
+    document = example("one-step", training={"maxSteps": 1}, cluster={"numNodes": 1}, data={"validation": {"rows": 2}})
+    document["spec"]["schedule"] = {"deletionPolicy": "Delete"}
+    name = product.apply(document)
     status = wait_ended(product.cluster, name)
     assert condition(status, "Succeeded")["status"] == "True", status
     assert status["step"] == 1
     assert len(status["checkpoint"]["digest"]) == 64
+    assert status["goodput"]["productiveSeconds"] > 0
+
+    def kept() -> list[str]:
+        found = product.minio.client.list_objects("nexa-models", f"checkpoints/{status['runId']}/", recursive=True)
+        return [item.object_name for item in found]
+
+    assert kept()
+    product.cluster.kubectl("delete", f"ntj/{name}", "--wait=true", "--timeout=120s")
+    assert kept() == []
+    assert "ArtifactsRemoved" in product.events(name)
 
 
 def test_a_missing_data_file_fails_the_job_at_once_and_says_which(product: Product) -> None:
