@@ -238,12 +238,12 @@ class Reconciler:
             elif isinstance(decision, Suspend):
                 metadata = {"namespace": key.namespace, "name": decision.gang}
                 await self.cluster.patch(runtime.KIND, {"metadata": metadata, "spec": runtime.suspension()})
-            for name in _rooms_to_remove(key, seen, decision):
-                await self.cluster.delete(JOBS, key.namespace, name)
             if job is not None and isinstance(decision, Probe):
                 await self._ask_for_room(key, body, job, seen, decision)
             if job is not None and _begins(decision):
                 await self._create(key, body, self._plan(key, body, job))
+            for name in _rooms_to_remove(key, seen, decision):
+                await self.cluster.delete(JOBS, key.namespace, name)
         except ApiError as exc:
             self._trouble[key] = str(exc)
             raise
@@ -389,9 +389,10 @@ def _to_remove(seen: Observed, decision: Decision) -> tuple[str, ...]:
 
 
 def _rooms_to_remove(key: Key, seen: Observed, decision: Decision) -> list[str]:
-    """All but the one that is asked for: pods that hold room are in the way of what it is for."""
-    wanted = naming.room_name(key.name, seen.record.attempt) if isinstance(decision, Probe) else ""
-    return [name for name in seen.rooms if name != wanted]
+    """All but what is asked for, or kept free until the gang that it is for stands in line for it."""
+    grows = isinstance(decision, Suspend) and decision.grows
+    kept = naming.room_name(key.name, seen.record.attempt) if grows or isinstance(decision, Probe | Wait) else ""
+    return [name for name in seen.rooms if name != kept]
 
 
 def _begins(decision: Decision) -> bool:
