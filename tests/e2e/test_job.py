@@ -236,6 +236,35 @@ def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: P
     assert outcome["checkpoint"]["weights_digest"] == status["checkpoint"]["weightsDigest"]
 
 
+def test_a_suspended_job_commits_its_last_step_and_goes_on_with_another_number_of_pods(product: Product) -> None:
+    name = product.apply(example("resized", training={"maxSteps": 120, "saveEverySteps": 1000}))
+    wait_until(
+        lambda: job_status(product.cluster, name).get("step", 0) >= 5,
+        timeout_seconds=120,
+        what="some steps in the status",
+    )
+    patch(product, name, {"schedule": {"suspend": True}})
+    wait_until(lambda: not product.pods(name), timeout_seconds=120, what="its pods are gone")
+    run = f"s3://nexa-models/checkpoints/{job_status(product.cluster, name)['runId']}"
+    (stopped,) = json.loads(product.nexa("verify", run, "-o", "json").stdout)["manifests"]
+    assert 5 <= stopped["step"] < 120
+    patch(product, name, {"schedule": {"suspend": True}, "cluster": {"numNodes": 1}})
+    patch(product, name, {"schedule": {"suspend": False}})
+    status = wait_ended(product.cluster, name)
+    assert condition(status, "Succeeded")["status"] == "True", status
+    assert (status["attempt"], status["numNodes"], status["restarts"]) == (1, 1, 0)
+    whole = json.loads(product.nexa("verify", run, "-o", "json").stdout)
+    assert [each["step"] for each in whole["manifests"]] == [stopped["step"], 120]
+    spent = status["goodput"]
+    assert spent.get("lostSeconds", 0) == 0
+    assert spent["productiveSeconds"] > 0
+    assert spent["suspendedSeconds"] > 0
+
+
+def patch(product: Product, name: str, spec: dict[str, Any]) -> None:
+    product.cluster.kubectl("patch", f"ntj/{name}", "--type=merge", f"--patch={json.dumps({'spec': spec})}")
+
+
 def test_deleting_the_job_deletes_its_objects(product: Product, trained: dict[str, Any]) -> None:
     product.cluster.kubectl("delete", "ntj/two-ranks", "--wait=true")
     selector = "--selector=train.nexa.dev/job-name=two-ranks"
