@@ -19,7 +19,15 @@ from nexa_train.errors import ConfigError
 from tests.cluster.api import Api, Refused
 from tests.cluster.cluster import Cluster
 from tests.cluster.run import wait_until
-from tests.integration.harness import RELEASE_NAMESPACE, Namespace, install_chart, manifest, new_namespace
+from tests.integration.harness import (
+    RELEASE_NAMESPACE,
+    Namespace,
+    apply_all,
+    install_chart,
+    manifest,
+    new_namespace,
+    render_chart,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -337,7 +345,6 @@ CONTAINER_FIELDS = {
 }  # fmt: skip
 VOLUME_KINDS = {"emptyDir", "configMap", "persistentVolumeClaim"}
 
-NUM_FUZZED = 600
 NASTY: tuple[Any, ...] = (
     "", "/", "..", "../../etc", "/tmp", "/dev/shm", "$(NEXA_JOB)", "a b", "a\nb", "\x00", "ünï", "-", "x" * 300,
     "x" * 2000, "system-node-critical", "NEXA_JOB", "LD_PRELOAD", "train.nexa.dev/job-uid", "docker.io/evil/miner",
@@ -371,10 +378,10 @@ def fuzzed(rng: random.Random, all_places: list[tuple[str, ...]]) -> Object:
     return {**hostile(), "spec": spec}
 
 
-def test_of_fuzzed_jobs_each_is_refused_or_harmless(arena: Arena):
-    rng, all_places = random.Random(5), list(places(crd.spec_schema()))
+def check_fuzzed(arena: Arena, *, seed: int, num_jobs: int) -> None:
+    rng, all_places = random.Random(seed), list(places(crd.spec_schema()))
     ends = Counter[str]()
-    for _ in range(NUM_FUZZED):
+    for _ in range(num_jobs):
         document = fuzzed(rng, all_places)
         try:
             stored = arena.mallory.create(f"{arena.path}?dryRun=All", document)
@@ -387,8 +394,19 @@ def test_of_fuzzed_jobs_each_is_refused_or_harmless(arena: Arena):
         if pod is not None:
             check_harmless(arena, stored, pod)
         ends["harmless" if pod else "refused by the operator"] += 1
+    print(f"{num_jobs} fuzzed jobs of seed {seed}: {dict(ends)}")
     # Were all of one kind, it would be the fuzzer that does nothing.
-    assert min(ends["refused"], ends["harmless"]) >= 50, ends
+    assert min(ends["refused"], ends["harmless"]) >= num_jobs // 20, ends
+
+
+def test_of_fuzzed_jobs_each_is_refused_or_harmless(arena: Arena):
+    check_fuzzed(arena, seed=5, num_jobs=500)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_of_many_fuzzed_jobs_each_is_refused_or_harmless(arena: Arena):
+    check_fuzzed(arena, seed=1000, num_jobs=10_000)
 
 
 def a_pod(name: str = "forged", *, labels: dict[str, str] | None = None, **spec: Any) -> Object:
@@ -507,3 +525,37 @@ def test_a_quota_on_jobs_holds(arena: Arena, limited: Namespace):
     arena.admin.create(path, hostile("first"))
     with pytest.raises(Refused, match="exceeded quota: jobs"):
         arena.admin.create(path, hostile("second"))
+
+
+FORMS = (
+    (
+        "networkPolicy.enabled=true",
+        "networkPolicy.namespaces={default}",
+        "networkPolicy.store.to[0].ipBlock.cidr=10.0.0.7/32",
+    ),
+    ("policy.allowedNodeSelectors={disk}", "policy.allowedTolerations={gpu}", "policy.allowedPriorities={low,high}"),
+)
+
+
+@pytest.mark.parametrize("values", FORMS, ids=["network", "lists"])
+def test_the_api_server_takes_the_chart_in_its_other_forms(chart: Cluster, values: tuple[str, ...]):
+    documents = render_chart(*values)
+    apply_all(chart, documents, "--dry-run=server")
+    assert {"NetworkPolicy", "ValidatingAdmissionPolicy"} & {document["kind"] for document in documents}
+
+
+def test_lists_of_the_administrator_hold(chart: Cluster):
+    admin = Api(chart)
+    path = f"{GROUP}/namespaces/default/nexatrainingjobs?dryRun=All"
+    install_chart(chart, *FORMS[1])
+    refused = (
+        ({"cluster": {"nodeSelector": {"zone": "a"}}}, "nodeSelector has a key"),
+        (toleration(key="other", operator="Exists"), "tolerations has a key"),
+        ({"schedule": {"priority": "middle"}}, "names a class"),
+        ({"cluster": {"labels": {"kueue.x-k8s.io/priority-class": "middle"}}}, "names a class"),
+    )
+    for groups, message in refused:
+        wait_until(lambda: message in said(admin, path, hostile(**groups)), timeout_seconds=30, what=message)  # noqa: B023
+    cluster = {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
+    assert not said(admin, path, hostile(cluster=cluster, schedule={"priority": "high"}))
+    admin.close()
