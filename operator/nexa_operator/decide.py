@@ -160,7 +160,9 @@ def _create(seen: Observed, spec: JobSpec, now: datetime.datetime) -> Create | W
     remaining = _seconds_until(seen.record.not_before, now)
     if remaining > 0:
         return Wait(reason=BACKING_OFF, message="the next attempt begins", seconds=remaining)
-    return Create(attempt=seen.record.attempt, num_nodes=seen.record.num_nodes or spec.cluster.num_nodes)
+    # Without minNodes a record of another size is of before numNodes was changed, while the job was suspended.
+    shrunk = seen.record.num_nodes if spec.cluster.min_nodes is not None else None
+    return Create(attempt=seen.record.attempt, num_nodes=shrunk or spec.cluster.num_nodes)
 
 
 def _resume(gang: Gang, spec: JobSpec, now: datetime.datetime) -> Resume | Wait:

@@ -91,6 +91,18 @@ TOOLS = {
         Tool(name="minio", module="github.com/minio/minio", programs={"minio": "github.com/minio/minio"}),
         Tool(name="coredns", module="github.com/coredns/coredns", programs={"coredns": "github.com/coredns/coredns"}),
         Tool(name="helm", module="helm.sh/helm/v3", programs={"helm": "helm.sh/helm/v3/cmd/helm"}),
+        Tool(
+            name="jobset",
+            module="sigs.k8s.io/jobset",
+            programs={"jobset": "sigs.k8s.io/jobset"},
+            module_files=("config/components/crd/bases/*.yaml", "config/components/webhook/manifests.yaml"),
+        ),
+        Tool(
+            name="trainingoperator",
+            module="github.com/kubeflow/training-operator",
+            programs={"training-operator": "github.com/kubeflow/training-operator/cmd/training-operator.v1"},
+            module_files=("manifests/base/crds/*_pytorchjobs.yaml", "manifests/base/webhook/manifests.yaml"),
+        ),
     )
 }
 

@@ -7,11 +7,13 @@ ranks' but the pods', and it calls the job successful when all workers are, not 
 No `backoffLimit`: at its first failure training-operator would delete every pod, with the last words of the one
 that failed. With `restartPolicy: Never` it restarts nothing either way. What it still does is to replace a pod that
 somebody deleted; `observe.py` sees that.
+
+No deadline: training-operator looks at it only when something else happens, and the operator keeps one for all
+attempts.
 """
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
 
 from nexa_operator.kinds import PYTORCHJOBS, Kind
@@ -28,7 +30,6 @@ CONTAINER = "pytorch"
 """The only name that training-operator accepts."""
 
 LABEL_INDEX = "training.kubeflow.org/replica-index"
-_DEADLINE = "DeadlineExceeded"
 
 
 def objects(plan: RunPlan) -> tuple[tuple[Kind, Object], ...]:
@@ -40,8 +41,6 @@ def gang(plan: RunPlan) -> Object:
     """The PyTorchJob of one attempt."""
     # As with a Job: when it has failed, what still runs ends, and what failed stays for its logs.
     policy: Object = {"cleanPodPolicy": "Running"}
-    if plan.active_deadline_seconds is not None:
-        policy["activeDeadlineSeconds"] = plan.active_deadline_seconds
     if plan.queue is not None:
         policy["suspend"] = True
     by_label = {"fieldRef": {"fieldPath": f"metadata.labels['{LABEL_INDEX}']"}}
@@ -86,7 +85,7 @@ def state(gang: Body, parts: Sequence[Body], pods: Sequence[Body]) -> State:
     return State(
         suspended=bool((gang["spec"].get("runPolicy") or {}).get("suspend")),
         complete=bool(first_true(gang, "Succeeded")) or len(done) == _num_workers(gang),
-        failure=_DEADLINE if _is_over_time(gang, message, pods) else failure,
+        failure=failure,
         failure_message=message,
         num_replaced=_num_workers(gang),
     )
@@ -95,25 +94,3 @@ def state(gang: Body, parts: Sequence[Body], pods: Sequence[Body]) -> State:
 def _num_workers(gang: Body) -> int:
     replicas: int = gang["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"]
     return replicas
-
-
-def _is_over_time(gang: Body, message: str, pods: Sequence[Body]) -> bool:
-    """Its controller deletes the pods first and says why afterwards, in a message."""
-    if "active longer than specified deadline" in message:
-        return True
-    deadline = (gang["spec"].get("runPolicy") or {}).get("activeDeadlineSeconds")
-    started = (gang.get("status") or {}).get("startTime")
-    if deadline is None or not started:
-        return False
-    end = datetime.datetime.fromisoformat(started) + datetime.timedelta(seconds=deadline)
-    deleted = [at for pod in pods if (at := _deleted_at(pod))]
-    return bool(deleted) and min(deleted) >= end
-
-
-def _deleted_at(pod: Body) -> datetime.datetime | None:
-    """When its deletion was asked for; its timestamp is when that must be done."""
-    metadata = pod["metadata"]
-    if "deletionTimestamp" not in metadata:
-        return None
-    grace = datetime.timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
-    return datetime.datetime.fromisoformat(metadata["deletionTimestamp"]) - grace

@@ -102,11 +102,6 @@ def test_no_runtime_restarts_anything():
 
 
 @every_runtime
-def test_the_deadline_is_each_attempt_s(name):
-    assert "'activeDeadlineSeconds': 60" in str(made(name, schedule={"activeDeadlineSeconds": 60}))
-
-
-@every_runtime
 def test_a_queue_s_gang_is_born_suspended_with_the_label_and_any_other_is_not(name):
     cluster = {"numNodes": 2, "labels": {LABEL_PRIORITY: "urgent"}}
     queued = made(name, schedule={"queueName": "team", "priority": "high"}, cluster=cluster)
@@ -206,25 +201,6 @@ def test_a_pytorchjob_is_complete_once_every_worker_is_for_nobody_tells_of_its_c
     done = [pod("pytorchjob", index, phase="Succeeded") for index in (0, 1)]
     assert not observed("pytorchjob", live("pytorchjob"), done[:1]).complete
     assert observed("pytorchjob", live("pytorchjob"), done).complete
-
-
-@pytest.mark.parametrize(
-    ("deleted_for", "grace", "failure"),
-    [("2026-11-23T12:03:00Z", 120, "DeadlineExceeded"), ("2026-11-23T12:02:59Z", 120, "")],
-    ids=["at the deadline", "a second before"],
-)
-def test_pods_that_training_operator_deletes_for_the_deadline_are_not_lost(deleted_for, grace, failure):
-    child = made("pytorchjob", schedule={"activeDeadlineSeconds": 60})
-    child["metadata"]["uid"] = GANG_UID
-    child["status"] = {"startTime": "2026-11-23T12:00:00Z"}
-    gone = pod("pytorchjob", 0, metadata={"deletionTimestamp": deleted_for, "deletionGracePeriodSeconds": grace})
-    assert observed("pytorchjob", [child], [gone]).failure == failure
-
-
-def test_training_operator_s_word_on_the_deadline_is_heard_without_pods():
-    over = condition("Failed", reason="PyTorchJobFailed", message="Job a has failed because it was active longer than "
-                     "specified deadline")  # fmt: skip
-    assert observed("pytorchjob", live("pytorchjob", conditions=(over,)), []).failure == "DeadlineExceeded"
 
 
 RAN = [condition("Running", lastTransitionTime="2026-11-23T12:00:30Z")]

@@ -1,0 +1,211 @@
+"""Gangs carried by others' controllers, the real ones. The kubelet is played by hand.
+
+On a control plane of its own, where CRDs and webhooks of others stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nexa_operator.runtimes import RUNTIMES
+from nexa_train.config.protocol import CheckpointRef, Termination
+from tests.cluster import host
+from tests.cluster.cluster import Cluster
+from tests.cluster.control_plane import ControlPlane, start_control_plane
+from tests.cluster.controllers import start_jobset, start_training_operator
+from tests.cluster.process import Process
+from tests.cluster.run import wait_until
+from tests.integration.harness import Namespace, Operator, new_namespace, prepare_operator
+
+pytestmark = pytest.mark.integration
+
+CHECKPOINT = CheckpointRef(step=10, uri="s3://models/checkpoints/r/step-00000010", digest="d" * 64)
+DONE = Termination(run_id="r", exit_code=0, cause="Succeeded", step=10, total_steps=10, checkpoint=CHECKPOINT)
+SUSPEND = '--patch={"spec":{"schedule":{"suspend":true}}}'
+
+
+class Team(Namespace):
+    """A namespace whose jobs run on one runtime."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        super().__init__(cluster, namespace)
+        self.runtime = "job"
+
+    def begin(self, name: str, **more: Any) -> None:
+        schedule = {"runtime": self.runtime, **more.pop("schedule", {})}
+        self.submit(name, schedule=schedule, **more)
+
+    def gang(self, name: str) -> dict[str, Any] | None:
+        kind = RUNTIMES[self.runtime].KIND
+        return self.get(f"{kind.plural}.{kind.group}/{name}")
+
+    def ranks(self, name: str, *, attempt: int = 0) -> list[dict[str, Any]]:
+        """Pods of an attempt that nobody has asked to go, in the order of their indices."""
+        labels = f"train.nexa.dev/job-name={name},train.nexa.dev/attempt={attempt}"
+        found = json.loads(self.kubectl("get", "pods", f"--selector={labels}", "--output=json"))["items"]
+        there = [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
+        return sorted(there, key=lambda pod: int(RUNTIMES[self.runtime].index(pod)))
+
+    def wait_ranks(self, name: str, count: int = 2, *, attempt: int = 0) -> list[dict[str, Any]]:
+        def all_there() -> list[dict[str, Any]] | None:
+            return pods if len(pods := self.ranks(name, attempt=attempt)) == count else None
+
+        return self.wait(all_there, f"{count} pods of attempt {attempt} of {name}", name)
+
+    def play(self, pods: list[dict[str, Any]], phase: str, **more: Any) -> None:
+        for pod in pods:
+            self.play_kubelet(pod, phase, container=RUNTIMES[self.runtime].CONTAINER, **more)
+
+    def run(self, name: str, *, attempt: int = 0) -> list[dict[str, Any]]:
+        pods = self.wait_ranks(name, attempt=attempt)
+        self.play(pods, "Running")
+        self.wait_true(name, "Running")
+        return pods
+
+
+@pytest.fixture(scope="module")
+def plane() -> Iterator[ControlPlane]:
+    host.require_control_plane()
+    started = start_control_plane(audit=True)
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def operator(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    folder = tmp_path_factory.mktemp("operator")
+    running = Operator(prepare_operator(plane, folder), folder / "log.jsonl")
+    yield running
+    running.kill()
+
+
+@pytest.fixture(scope="module")
+def jobset(plane: ControlPlane) -> Process:
+    return start_jobset(plane)
+
+
+@pytest.fixture(scope="module")
+def pytorchjob(plane: ControlPlane) -> Process:
+    return start_training_operator(plane)
+
+
+@pytest.fixture
+def team(plane: ControlPlane, operator: Operator) -> Iterator[Team]:
+    with new_namespace(plane) as there:
+        yield Team(there.cluster, there.namespace)
+
+
+@pytest.fixture(params=RUNTIMES)
+def anywhere(request: pytest.FixtureRequest, team: Team) -> Team:
+    """The same on every runtime."""
+    if request.param != "job":
+        request.getfixturevalue(request.param)
+    team.runtime = request.param
+    return team
+
+
+# First: nothing else may have brought JobSet's CRD yet.
+def test_a_runtime_that_the_cluster_does_not_serve_is_said_and_begun_once_it_does(team, operator, request):
+    team.runtime = "jobset"
+    team.begin("early")
+    waiting = team.wait_true("early", "Queued")
+    assert waiting["reason"] == "RuntimeUnavailable"
+    assert "does not serve jobsets.jobset.x-k8s.io: install JobSet" in waiting["message"]
+    assert team.condition("early", "Failed")["status"] == "False"
+    assert operator.process.poll() is None
+    request.getfixturevalue("jobset")
+    team.wait_ranks("early")
+    assert team.status("early")["attempt"] == 0
+
+
+def test_a_gang_is_made_runs_and_succeeds_with_the_same_status_everywhere(anywhere):
+    anywhere.begin("whole")
+    pods = anywhere.wait_ranks("whole")
+    assert [RUNTIMES[anywhere.runtime].index(pod) for pod in pods] == ["0", "1"]
+    (reference,) = anywhere.gang("whole-a0")["metadata"]["ownerReferences"]
+    assert (reference["kind"], reference["controller"]) == ("NexaTrainingJob", True)
+    anywhere.play(pods[:1], "Running")
+    anywhere.wait(lambda: "1 of 2 pods run" in anywhere.condition("whole", "Queued")["message"], "one runs", "whole")
+    anywhere.play(pods[1:], "Running")
+    assert anywhere.wait_true("whole", "Running")["message"] == "2 of 2 pods of attempt 0"
+    anywhere.play(pods, "Succeeded", words=DONE)
+    anywhere.wait_true("whole", "Succeeded")
+    status = anywhere.status("whole")
+    assert (status["phase"], status["progress"], status["checkpoint"]["step"]) == ("Succeeded", "10/10", 10)
+    assert (status["attempt"], status["restarts"]) == (0, 0)
+
+
+def test_every_pod_passes_the_restricted_standard_and_knows_its_place(anywhere):
+    anywhere.cluster.kubectl(
+        "label", f"namespace/{anywhere.namespace}", "pod-security.kubernetes.io/enforce=restricted"
+    )
+    anywhere.begin("strict")
+    for pod in anywhere.wait_ranks("strict"):
+        (container,) = pod["spec"]["containers"]
+        assert "initContainers" not in pod["spec"]
+        names = [item["name"] for item in container["env"]]
+        assert "JOB_COMPLETION_INDEX" in names
+        assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & set(names)
+    if anywhere.runtime == "pytorchjob":
+        assert anywhere.wait(lambda: anywhere.get("service/strict-a0-worker-0"), "the first pod's Service")
+    else:
+        assert pod["spec"]["subdomain"] == "strict-ranks"
+
+
+def test_a_lost_rank_ends_the_attempt_and_the_next_one_follows(anywhere):
+    anywhere.begin("lost")
+    pods = anywhere.run("lost")
+    words = Termination(run_id="r", exit_code=1, cause="DamagedError", message="torn file")
+    anywhere.play(pods[1:], "Failed", words=words)
+    anywhere.wait_ranks("lost", attempt=1)
+    anywhere.wait(lambda: anywhere.gang("lost-a0") is None, "the first attempt is gone")
+    status = anywhere.status("lost")
+    assert (status["attempt"], status["restarts"], status["chargedRestarts"]) == (1, 1, 1)
+    assert (status["lastFailure"]["cause"], status["lastFailure"]["message"]) == ("DamagedError", "torn file")
+
+
+def test_a_pod_removed_by_force_ends_the_attempt_even_where_another_takes_its_place(anywhere):
+    anywhere.begin("removed", recovery={"maxRestarts": 0})
+    first, _ = anywhere.run("removed")
+    anywhere.kubectl("delete", f"pod/{first['metadata']['name']}", "--grace-period=0", "--force")
+    anywhere.wait_ranks("removed", attempt=1)
+    assert anywhere.status("removed")["chargedRestarts"] == 0
+
+
+def test_a_job_that_failed_for_good_keeps_the_pod_that_says_why_and_no_other(anywhere):
+    anywhere.begin("wrong")
+    _, second = anywhere.run("wrong")
+    anywhere.play([second], "Failed", code=2)
+    assert anywhere.wait_true("wrong", "Failed")["reason"] == "ConfigError"
+    left = anywhere.wait(lambda: there if len(there := anywhere.ranks("wrong")) == 1 else None, "the survivor ends")
+    assert left[0]["metadata"]["name"] == second["metadata"]["name"]
+
+
+def test_suspending_ends_the_pods_and_resuming_makes_another_attempt_of_another_size(anywhere):
+    anywhere.begin("paused")
+    anywhere.run("paused")
+    anywhere.kubectl("patch", "ntj/paused", "--type=merge", SUSPEND)
+    anywhere.wait_true("paused", "Suspended")
+    anywhere.wait(lambda: not anywhere.ranks("paused"), "its pods are gone")
+    change = '{"spec":{"schedule":{"suspend":false},"cluster":{"numNodes":4}}}'
+    anywhere.kubectl("patch", "ntj/paused", "--type=merge", f"--patch={change}")
+    anywhere.wait_ranks("paused", 4, attempt=1)
+    assert anywhere.status("paused")["restarts"] == 0
+
+
+def test_the_deadline_fails_the_job_and_starts_nothing_again(anywhere):
+    anywhere.begin("late", schedule={"activeDeadlineSeconds": 3})
+    anywhere.run("late")
+    assert anywhere.wait_true("late", "Failed")["reason"] == "DeadlineExceeded"
+    # Whoever's part that is: the Job's controller tries again after some time where it was refused.
+    wait_until(lambda: not anywhere.ranks("late"), timeout_seconds=60, what="its pods are gone")
+    assert anywhere.gang("late-a1") is None
+
+
+def test_the_operator_asked_for_nothing_that_its_role_does_not_grant_and_nothing_went_wrong_inside(operator):
+    assert not [record for record in operator.said if "cannot" in json.dumps(record)]
+    assert not [record for record in operator.said if "exception" in record]
