@@ -1,4 +1,4 @@
-"""Controllers that others make, as processes before a control plane: JobSet, training-operator.
+"""Controllers that others make, as processes before a control plane: JobSet, Kueue, training-operator.
 
 Comes after `control_plane`. Each brings its CRDs and its webhooks, which the API server reaches on loopback; those that
 only say something about pods, Deployments and kinds that Nexa does not make are left out. They go with the cluster.
@@ -36,6 +36,20 @@ def start_jobset(plane: ControlPlane) -> Process:
         tool="jobset",
         api_version="config.jobset.x-k8s.io/v1alpha1",
         resources={"jobsets"},
+    )
+
+
+def start_kueue(plane: ControlPlane) -> Process:
+    """Kueue's controller, which manages what names a queue: Jobs, JobSets and PyTorchJobs."""
+    own = {"clusterqueues", "cohorts", "localqueues", "resourceflavors", "workloads", "workloads/status"}
+    return _start_configured(
+        plane,
+        tool="kueue",
+        api_version="config.kueue.x-k8s.io/v1beta1",
+        resources={"jobs", "jobsets", "pytorchjobs", *own},
+        manageJobsWithoutQueueName=False,
+        integrations={"frameworks": ["batch/job", "jobset.x-k8s.io/jobset", "kubeflow.org/pytorchjob"]},
+        featureGates={"MultiKueue": False, "ProvisioningACC": False, "VisibilityOnDemand": False},
     )
 
 

@@ -98,6 +98,12 @@ TOOLS = {
             module_files=("config/components/crd/bases/*.yaml", "config/components/webhook/manifests.yaml"),
         ),
         Tool(
+            name="kueue",
+            module="sigs.k8s.io/kueue",
+            programs={"kueue": "sigs.k8s.io/kueue/cmd/kueue"},
+            module_files=("config/components/crd/bases/*.yaml", "config/components/webhook/manifests.yaml"),
+        ),
+        Tool(
             name="trainingoperator",
             module="github.com/kubeflow/training-operator",
             programs={"training-operator": "github.com/kubeflow/training-operator/cmd/training-operator.v1"},

@@ -1,4 +1,4 @@
-"""Gangs carried by others' controllers, the real ones. The kubelet is played by hand.
+"""Gangs carried by others' controllers, and by Kueue's leave: all of them the real ones. The kubelet is played by hand.
 
 On a control plane of its own, where CRDs and webhooks of others stay.
 """
@@ -16,16 +16,17 @@ from nexa_train.config.protocol import CheckpointRef, Termination
 from tests.cluster import host
 from tests.cluster.cluster import Cluster
 from tests.cluster.control_plane import ControlPlane, start_control_plane
-from tests.cluster.controllers import start_jobset, start_training_operator
+from tests.cluster.controllers import start_jobset, start_kueue, start_training_operator
 from tests.cluster.process import Process
 from tests.cluster.run import wait_until
-from tests.integration.harness import Namespace, Operator, new_namespace, prepare_operator
+from tests.integration.harness import RELEASE_NAMESPACE, Namespace, Operator, new_namespace, prepare_operator
 
 pytestmark = pytest.mark.integration
 
 CHECKPOINT = CheckpointRef(step=10, uri="s3://models/checkpoints/r/step-00000010", digest="d" * 64)
 DONE = Termination(run_id="r", exit_code=0, cause="Succeeded", step=10, total_steps=10, checkpoint=CHECKPOINT)
 SUSPEND = '--patch={"spec":{"schedule":{"suspend":true}}}'
+RESUME = '--patch={"spec":{"schedule":{"suspend":false}}}'
 
 
 class Team(Namespace):
@@ -91,6 +92,11 @@ def jobset(plane: ControlPlane) -> Process:
 @pytest.fixture(scope="module")
 def pytorchjob(plane: ControlPlane) -> Process:
     return start_training_operator(plane)
+
+
+@pytest.fixture(scope="module")
+def kueue(plane: ControlPlane, jobset: Process, pytorchjob: Process) -> Process:
+    return start_kueue(plane)
 
 
 @pytest.fixture
@@ -204,6 +210,133 @@ def test_the_deadline_fails_the_job_and_starts_nothing_again(anywhere):
     # Whoever's part that is: the Job's controller tries again after some time where it was refused.
     wait_until(lambda: not anywhere.ranks("late"), timeout_seconds=60, what="its pods are gone")
     assert anywhere.gang("late-a1") is None
+
+
+# --- Kueue ---
+
+
+def open_queue(team: Team, *, cpu: int) -> None:
+    """LocalQueue `team`, with a quota of its own."""
+    name = team.namespace
+    quota = {"name": "cpu", "nominalQuota": cpu}
+    documents: list[dict[str, Any]] = [
+        {"kind": "ResourceFlavor", "metadata": {"name": name}, "spec": {}},
+        {
+            "kind": "ClusterQueue",
+            "metadata": {"name": name},
+            "spec": {
+                "namespaceSelector": {},
+                "preemption": {"withinClusterQueue": "LowerPriority"},
+                "resourceGroups": [
+                    {"coveredResources": ["cpu"], "flavors": [{"name": name, "resources": [quota]}]},
+                ],
+            },
+        },
+        {"kind": "LocalQueue", "metadata": {"name": "team", "namespace": name}, "spec": {"clusterQueue": name}},
+    ]
+    for document in documents:
+        document["apiVersion"] = "kueue.x-k8s.io/v1beta1"
+    team.kubectl("apply", "--filename=-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}))
+
+
+@pytest.fixture
+def queue(kueue: Process, anywhere: Team) -> Team:
+    """A team whose queue has room for one gang of two pods."""
+    open_queue(anywhere, cpu=2)
+    return anywhere
+
+
+@pytest.fixture(scope="module")
+def priorities(plane: ControlPlane) -> None:
+    items = [
+        {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name}, "value": value}
+        for name, value in (("low", 10), ("high", 1000))
+    ]
+    plane.kubectl("apply", "--filename=-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
+
+
+def queued(queue: Team, name: str, **schedule: Any) -> None:
+    queue.begin(name, schedule={"queueName": "team", **schedule}, cluster={"resources": {"cpu": "1"}})
+
+
+def finish(queue: Team, name: str, pods: list[dict[str, Any]]) -> None:
+    queue.play(pods, "Succeeded", words=DONE)
+    queue.wait_true(name, "Succeeded")
+
+
+def asked_to_change_gangs(queue: Team) -> list[dict[str, Any]]:
+    """Writes of the operator to what carries gangs, but their creation."""
+    assert queue.cluster.audit_log is not None
+    user, kinds = f"system:serviceaccount:{RELEASE_NAMESPACE}:nexa", {RUNTIMES[name].KIND.plural for name in RUNTIMES}
+    records = [json.loads(line) for line in queue.cluster.audit_log.read_text().splitlines()]
+    return [
+        record
+        for record in records
+        if record["user"]["username"] == user
+        and record["verb"] in ("patch", "update")
+        and record.get("objectRef", {}).get("namespace") == queue.namespace
+        and record["objectRef"]["resource"] in kinds
+    ]
+
+
+def test_gangs_share_a_quota_each_in_its_turn_and_say_what_they_wait_for(queue):
+    queued(queue, "first")
+    pods = queue.run("first")
+    queued(queue, "second")
+    said = queue.wait(
+        lambda: "insufficient" in (message := queue.condition("second", "Queued").get("message", "")) and message,
+        "Kueue's words",
+        "second",
+    )
+    assert "waits for admission by queue team" in said
+    assert queue.status("second")["phase"] == "Queued"
+    assert queue.ranks("second") == []
+    finish(queue, "first", pods)
+    finish(queue, "second", queue.run("second"))
+    assert queue.status("second")["attempt"] == 0
+    assert asked_to_change_gangs(queue) == []
+
+
+def test_a_preempted_gang_is_charged_nothing_and_goes_on_as_the_same_one(queue, priorities):
+    queued(queue, "low", priority="low")
+    before = {pod["metadata"]["uid"] for pod in queue.run("low")}
+    carrier = queue.gang("low-a0")["metadata"]["uid"]
+    queued(queue, "high", priority="high")
+    pods = queue.run("high")
+    assert queue.wait_true("low", "Queued")["reason"] == "WaitingForAdmission"
+    assert queue.condition("low", "Running")["status"] == "False"
+    finish(queue, "high", pods)
+    after = {pod["metadata"]["uid"] for pod in queue.run("low")}
+    assert not before & after
+    assert queue.gang("low-a0")["metadata"]["uid"] == carrier
+    status = queue.status("low")
+    assert (status["attempt"], status["restarts"], status["chargedRestarts"]) == (0, 0, 0)
+    finish(queue, "low", queue.ranks("low"))
+    assert asked_to_change_gangs(queue) == []
+
+
+def test_a_rank_lost_in_a_queue_s_gang_is_followed_by_an_attempt_that_is_queued_too(queue):
+    queued(queue, "broken")
+    queue.play(queue.run("broken")[:1], "Failed", code=1)
+    queue.run("broken", attempt=1)
+    assert queue.status("broken")["chargedRestarts"] == 1
+    assert queue.gang("broken-a1")["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+
+
+def test_a_user_s_suspension_frees_the_quota_and_is_not_undone_by_kueue(queue):
+    queued(queue, "mine")
+    queue.run("mine")
+    queue.kubectl("patch", "ntj/mine", "--type=merge", SUSPEND)
+    queue.wait_true("mine", "Suspended")
+    queued(queue, "other")
+    other = queue.run("other")
+    queue.wait(lambda: queue.gang("mine-a0") is None, "the gang is out of the queue")
+    assert queue.ranks("mine") == []
+    finish(queue, "other", other)
+    queue.kubectl("patch", "ntj/mine", "--type=merge", RESUME)
+    finish(queue, "mine", queue.run("mine"))
+    assert queue.status("mine")["restarts"] == 0
+    assert asked_to_change_gangs(queue) == []
 
 
 def test_the_operator_asked_for_nothing_that_its_role_does_not_grant_and_nothing_went_wrong_inside(operator):
