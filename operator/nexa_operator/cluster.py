@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -22,8 +23,10 @@ from nexa_operator.reading import owner_uid
 
 Object = dict[str, Any]
 
-_APPLY = "application/apply-patch+yaml"
+# With its character set the client sends a string as it is; without, it would write JSON.
+_APPLY = "application/apply-patch+yaml; charset=utf-8"
 _MERGE = "application/merge-patch+json"
+_NOT_PRINTABLE = re.compile(r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 _TIMEOUT_SECONDS = 30
 _ERRORS: dict[int, type[ApiError]] = {409: ConflictError, 422: InvalidError}
 _METHODS = {"get": "GET", "list": "GET", "create": "POST", "patch": "PATCH", "delete": "DELETE"}
@@ -102,7 +105,10 @@ class KubernetesCluster:
         metadata = body["metadata"]
         path = kind.path(metadata["namespace"], metadata["name"], subresource)
         query = [("fieldManager", FIELD_MANAGER)] + ([("force", "true")] if subresource else [])
-        await self._call("patch", path, body=body, query=query, content_type=_APPLY if subresource else _MERGE)
+        if subresource:
+            await self._call("patch", path, body=as_yaml(body), query=query, content_type=_APPLY)
+        else:
+            await self._call("patch", path, body=body, query=query, content_type=_MERGE)
 
     async def delete(
         self, kind: Kind, namespace: str, name: str, *, uid: str = "", children_first: bool = False
@@ -122,7 +128,7 @@ class KubernetesCluster:
         verb: str,
         path: str,
         *,
-        body: Object | None = None,
+        body: Object | str | None = None,
         query: Sequence[tuple[str, str]] = (),
         content_type: str = "application/json",
     ) -> Object:
@@ -148,6 +154,12 @@ class KubernetesCluster:
             message = answer.get("message") or response.reason
             raise kind(f"{method} {path}", status=response.status, message=message)
         return answer
+
+
+def as_yaml(body: Object) -> str:
+    """JSON that is YAML too: that knows no surrogate pairs, by which JSON escapes what is beyond 16 bits."""
+    text = json.dumps(body, ensure_ascii=False)
+    return _NOT_PRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _items(answer: Object) -> list[Object]:

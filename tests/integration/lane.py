@@ -26,8 +26,8 @@ class Lane:
 
     def __init__(self, namespace: str, api: Api, proxy: ApiProxy, operator: Operator) -> None:
         self.namespace, self.api, self.proxy, self.operator = namespace, api, proxy, operator
-        self.settled: list[float] = []
-        """Seconds from each restart until what the test waited for was so."""
+        self.settled: list[tuple[float, float]] = []
+        """Seconds from each restart until what the test waited for was so; for how many it waited for a processor."""
         self._restarted = 0.0
         self._restarting = threading.Lock()
         proxy.kill = self.kill
@@ -61,9 +61,13 @@ class Lane:
         detail = lambda: "\n".join([*story.log, json.dumps(self.status(story.job), indent=1)])  # noqa: E731
         found = wait_until(seen, timeout_seconds=timeout_seconds, what=f"{story.job}: {what}", detail=detail)
         if self._restarted:
-            self.settled.append(time.monotonic() - self._restarted)
+            self.settled.append((time.monotonic() - self._restarted, self._seconds_without_processor()))
             self._restarted = 0.0
         return found
+
+    def _seconds_without_processor(self) -> float:
+        """Of the operator, since it was started: what other work on this machine took from it."""
+        return int(Path(f"/proc/{self.operator.process.pid}/schedstat").read_text().split()[1]) / 1e9
 
     def wait_true(self, name: str, kind: str, *, attempt: int = 0, timeout_seconds: float = STEP_SECONDS) -> None:
         def so() -> bool:

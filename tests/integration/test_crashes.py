@@ -1,0 +1,209 @@
+"""The operator is killed at each of its writes, and its API server lies, refuses, and falls silent: one thing a plan.
+
+A plan is one job's life: its pods run, a rank is lost, the next attempt runs, the job is suspended and resumed, and
+succeeds. However it was disturbed, it must end as the undisturbed one, with no child created twice.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import pytest
+
+from tests.cluster.api_proxy import FAULTS, Fault, Story, What
+from tests.cluster.cluster import Cluster
+from tests.cluster.errors import TimedOut
+from tests.integration.harness import CHECKPOINT, prepare_operator
+from tests.integration.lane import Lane, conditions, new_lane
+
+pytestmark = pytest.mark.integration
+
+SEED = int(os.environ.get("NEXA_SOAK_SEED", "1"))
+LANES = int(os.environ.get("NEXA_SOAK_LANES", "3"))
+"""Of each sort, at once: a life mostly waits."""
+SHORT = 40
+SETTLED_SECONDS = 10
+BRISK = {"NEXA_RESYNC_INTERVAL_SECONDS": "3", "NEXA_WATCH_SILENCE_SECONDS": "4"}
+"""What only a resync or a new watch mends takes a minute as set by default; here the minute is three seconds."""
+
+Strike = tuple[tuple[What, int], Fault]
+
+
+def strikes(counts: Counter[What]) -> list[Strike]:
+    """At every write of an undisturbed life, and at some of its many lists, reads and events."""
+    strides: dict[What, int] = {"write": 1, "list": 7, "read": 9, "event": 7}
+    numbers = {what: range(1, counts[what] + 1, stride) for what, stride in strides.items()}
+    numbers["watch"] = range(1, 3)
+    return [((what, number), fault) for what, faults in FAULTS.items() for number in numbers[what] for fault in faults]
+
+
+@dataclass(frozen=True)
+class End:
+    """What must be the same in the end."""
+
+    status: dict[str, Any]
+    conditions: dict[str, str]
+    children: list[str]
+
+
+def live(lane: Lane, name: str) -> End:
+    """One life, and what it came to."""
+    lane.submit(name)
+    lane.play(f"{name}-a0", "Running")
+    lane.wait_true(name, "Running")
+    reached = CHECKPOINT.model_copy(update={"step": 5})
+    lane.play(f"{name}-a0", "Failed", ranks=[1], exit_code=1, cause="Oops", checkpoint=reached)
+    lane.play(f"{name}-a1", "Running")
+    lane.wait_true(name, "Running", attempt=1)
+    lane.change(name, schedule={"suspend": True})
+    lane.wait_true(name, "Suspended", attempt=1)
+    lane.wait(lambda: not lane.pods(f"{name}-a1"), "no pods while suspended")
+    lane.change(name, schedule={"suspend": False})
+    lane.play(f"{name}-a2", "Running")
+    lane.wait_true(name, "Running", attempt=2)
+    lane.play(f"{name}-a2", "Succeeded", exit_code=0, step=10, total_steps=10, loss=1.5, checkpoint=CHECKPOINT)
+    lane.wait_true(name, "Succeeded", attempt=2)
+    lane.wait(lambda: len(end(lane, name).children) == 2, "earlier attempts are gone")
+    return end(lane, name)
+
+
+def end(lane: Lane, name: str) -> End:
+    status, failure = lane.status(name), lane.status(name).get("lastFailure", {})
+    kept = ("phase", "attempt", "restarts", "chargedRestarts", "progress", "loss", "checkpoint")
+    labels = f"train.nexa.dev/job-name={name}"
+    return End(
+        {key: status.get(key) for key in kept}
+        | {f"failed {key}": failure.get(key) for key in ("attempt", "cause", "charged", "checkpointStep")},
+        conditions(status),
+        sorted(
+            f"{kind}/{child['metadata']['name'].removeprefix(name)}"
+            for kind in ("jobs", "services")
+            for child in lane.api.list(lane.path(kind), labels=labels)
+        ),
+    )
+
+
+def carry_out(lane: Lane, name: str, strike: Strike | None, expected: End | None) -> tuple[Story, End]:
+    """One plan; raises with the whole story if it ends otherwise than expected."""
+    story = Story(job=name, strikes=dict([strike] if strike else []))
+    lane.proxy.begin(story)
+    try:
+        ended = live(lane, name)
+        assert expected in (None, ended)
+        assert set(story.created.values()) == {1}, f"created more than once: {story.created}"
+        assert lane.alive, "the operator ended by itself"
+    except (AssertionError, TimedOut) as exc:
+        exc.add_note("\n".join([f"strike {strike}", *story.log]))
+        raise
+    lane.api.delete(lane.path("nexatrainingjobs", name))
+    return story, ended
+
+
+@dataclass
+class Lanes:
+    """Some operators as users run them, and some that are brisk."""
+
+    plain: list[Lane]
+    brisk: list[Lane]
+
+    def carry_out(self, chosen: Sequence[Strike], expected: End) -> list[Story]:
+        """All of them, each lane one after the other."""
+        sorts: dict[bool, SimpleQueue[Strike]] = {True: SimpleQueue(), False: SimpleQueue()}
+        for strike in chosen:
+            sorts[strike[0][0] == "write"].put(strike)
+        done: list[Story] = []
+
+        def work(lane: Lane, strikes: SimpleQueue[Strike]) -> None:
+            while True:
+                try:
+                    strike = strikes.get_nowait()
+                except Empty:
+                    return
+                name = f"p-{'-'.join(map(str, strike[0]))}-{strike[1].replace(' ', '-')}"
+                done.append(carry_out(lane, name, strike, expected)[0])
+
+        lanes = [(lane, sorts[True]) for lane in self.plain] + [(lane, sorts[False]) for lane in self.brisk]
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            for future in [pool.submit(work, *each) for each in lanes]:
+                future.result()
+        return done
+
+    @property
+    def settled(self) -> list[tuple[float, float]]:
+        return [seconds for lane in self.plain for seconds in lane.settled]
+
+
+@pytest.fixture(scope="module")
+def lanes(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lanes]:
+    folder = tmp_path_factory.mktemp("lanes")
+    kubeconfig = prepare_operator(control_plane, folder)
+    with ExitStack() as stack:
+
+        def lane(name: str, **environment: str) -> Lane:
+            return stack.enter_context(new_lane(control_plane, kubeconfig, folder / name, **environment))
+
+        plain = [lane(f"plain-{number}") for number in range(LANES)]
+        yield Lanes(plain, [lane(f"brisk-{number}", **BRISK) for number in range(LANES)])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lanes: Lanes) -> tuple[Story, End]:
+    return carry_out(lanes.plain[0], "undisturbed", None, None)
+
+
+def test_an_undisturbed_life(undisturbed: tuple[Story, End]) -> None:
+    story, ended = undisturbed
+    assert (ended.status["phase"], ended.status["attempt"], ended.status["restarts"]) == ("Succeeded", 2, 1)
+    assert ended.children == ["jobs/-a2", "services/-ranks"]
+    children = ("jobs/undisturbed-a0", "jobs/undisturbed-a1", "jobs/undisturbed-a2", "services/undisturbed-ranks")
+    assert set(story.created) == set(children)
+
+
+def p95(seconds: Sequence[float]) -> float:
+    return sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
+
+
+def check(lanes: Lanes, done: list[Story], *, num_struck: int) -> None:
+    struck = [fault for story in done for line in story.log if " <- " in line for fault in [line.rpartition(" <- ")[2]]]
+    settled, own = p95([took for took, _ in lanes.settled]), p95([took - waited for took, waited in lanes.settled])
+    kinds = ", ".join(f"{fault} {count}" for fault, count in sorted(Counter(struck).items()))
+    print(f"{len(done)} plans, {len(struck)} struck: {kinds}; {len(lanes.settled)} restarts")
+    print(f"settled in {settled:.1f} s (p95), {own:.1f} s without the time that other work had the processors")
+    assert len(struck) >= num_struck
+    assert own <= SETTLED_SECONDS
+    for lane in (*lanes.plain, *lanes.brisk):
+        assert not [said for said in lane.operator.said if said["event"] == "look failed" and "exception" in said]
+
+
+def test_struck_anywhere(lanes: Lanes, undisturbed: tuple[Story, End]) -> None:
+    story, expected = undisturbed
+    possible = strikes(story.counts)
+    # An answer that never comes costs the half minute that the operator waits for it: in the soak.
+    quick = [strike for strike in possible if strike[1] != "no answer"]
+    kills = [strike for strike in quick if strike[1].startswith("kill")]
+    others = [strike for strike in quick if strike not in kills]
+    draw = random.Random(SEED)
+    chosen = draw.sample(kills, SHORT // 2) + draw.sample(others, SHORT // 2)
+    check(lanes, lanes.carry_out(chosen, expected), num_struck=SHORT * 3 // 4)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_struck_everywhere(lanes: Lanes, undisturbed: tuple[Story, End]) -> None:
+    story, expected = undisturbed
+    possible = strikes(story.counts)
+    random.Random(SEED).shuffle(possible)
+    began = time.monotonic()
+    done = lanes.carry_out(possible, expected)
+    print(f"{story.counts} in an undisturbed life; all in {time.monotonic() - began:.0f} s")
+    check(lanes, done, num_struck=200)
