@@ -61,8 +61,8 @@ class Team(Namespace):
         for pod in pods:
             self.play_kubelet(pod, phase, container=RUNTIMES[self.runtime].CONTAINER, **more)
 
-    def run(self, name: str, *, attempt: int = 0) -> list[dict[str, Any]]:
-        pods = self.wait_ranks(name, attempt=attempt)
+    def run(self, name: str, *, attempt: int = 0, nodes: int = 2) -> list[dict[str, Any]]:
+        pods = self.wait_ranks(name, nodes, attempt=attempt)
         self.play(pods, "Running")
         self.wait_true(name, "Running")
         return pods
@@ -197,8 +197,8 @@ def test_suspending_ends_the_pods_and_resuming_makes_another_attempt_of_another_
     anywhere.kubectl("patch", "ntj/paused", "--type=merge", SUSPEND)
     anywhere.wait_true("paused", "Suspended")
     anywhere.wait(lambda: not anywhere.ranks("paused"), "its pods are gone")
-    change = '{"spec":{"schedule":{"suspend":false},"cluster":{"numNodes":4}}}'
-    anywhere.kubectl("patch", "ntj/paused", "--type=merge", f"--patch={change}")
+    for change in ('--patch={"spec":{"cluster":{"numNodes":4}}}', RESUME):
+        anywhere.kubectl("patch", "ntj/paused", "--type=merge", change)
     anywhere.wait_ranks("paused", 4, attempt=1)
     assert anywhere.status("paused")["restarts"] == 0
 
@@ -333,8 +333,9 @@ def test_a_user_s_suspension_frees_the_quota_and_is_not_undone_by_kueue(queue):
     queue.wait(lambda: queue.gang("mine-a0") is None, "the gang is out of the queue")
     assert queue.ranks("mine") == []
     finish(queue, "other", other)
-    queue.kubectl("patch", "ntj/mine", "--type=merge", RESUME)
-    finish(queue, "mine", queue.run("mine"))
+    for change in ('--patch={"spec":{"cluster":{"numNodes":1}}}', RESUME):
+        queue.kubectl("patch", "ntj/mine", "--type=merge", change)
+    finish(queue, "mine", queue.run("mine", nodes=1))
     assert queue.status("mine")["restarts"] == 0
     assert asked_to_change_gangs(queue) == []
 
