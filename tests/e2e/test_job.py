@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ import pytest
 import yaml
 
 from tests.cluster.cluster import ExternalCluster
+from tests.cluster.control_plane import ControlPlane
+from tests.cluster.controllers import start_jobset, start_training_operator
 from tests.cluster.minio import MinioServer
 from tests.cluster.node import RealCluster
 from tests.cluster.paths import REPOSITORY
+from tests.cluster.process import Process
 from tests.cluster.product import (
     EXAMPLE,
     condition,
@@ -147,6 +150,21 @@ def test_the_same_file_run_on_this_machine_ends_with_the_same_weights(
     assert outcome["exit_code"] == 0, done.stderr
     assert outcome["run_id"] == trained["runId"]
     assert outcome["checkpoint"]["weights_digest"] == trained["checkpoint"]["weightsDigest"]
+
+
+@pytest.mark.parametrize(("runtime", "start"), [("jobset", start_jobset), ("pytorchjob", start_training_operator)])
+def test_ranks_find_each_other_on_every_runtime_and_train_to_the_same_weights(
+    product: Product, trained: dict[str, Any], runtime: str, start: Callable[[ControlPlane], Process]
+) -> None:
+    if not isinstance(product.cluster, ControlPlane):
+        pytest.skip("other runtimes are started only in a cluster that the tests start; unset NEXA_TEST_KUBECONFIG")
+    start(product.cluster)
+    document = example(f"on-{runtime}")
+    document["spec"]["schedule"] = {"runtime": runtime}
+    status = wait_ended(product.cluster, product.apply(document))
+    assert condition(status, "Succeeded")["status"] == "True", status
+    assert (status["attempt"], status["checkpoint"]["step"]) == (0, 40)
+    assert status["checkpoint"]["weightsDigest"] == trained["checkpoint"]["weightsDigest"]
 
 
 def test_the_trainers_pods_hold_no_credentials_of_the_cluster(product: Product, trained: dict[str, Any]) -> None:
