@@ -24,12 +24,9 @@ BROKEN_NODE = (
     "uncorrectable NVLink error",
     "fallen off the bus",
     "NVRM: Xid",
-    "[Errno 5] Input/output error",
 )
-"""What a driver or kernel says of broken hardware (NVIDIA's Xid errors, errno EIO): another attempt there would end
-so again."""
+"""What NVIDIA's driver says of broken hardware: another attempt there would end so again."""
 
-DEADLINE = "DeadlineExceeded"
 _DELETED = "PodDeleted"
 _STOPPED = "Stopped"
 _SUPERSEDED = "SupersededError"
@@ -52,9 +49,6 @@ class Loss:
 
 def classify(gang: Gang, *, rules: Iterable[RecoveryRule] = ()) -> Loss:
     """The one loss that explains the others: ranks left alone fail with connection errors of their own."""
-    if gang.failure == DEADLINE:
-        message = gang.failure_message or "schedule.activeDeadlineSeconds is over"
-        return Loss(cause=DEADLINE, message=message, action="fail")
     told = [_loss(rank, rules) for rank in sorted(gang.lost_ranks, key=_first_to_end)]
     if not told:
         # The pod itself is gone: something outside removed it, the trainer cannot.

@@ -7,14 +7,20 @@ committed since the last failure refills the budget.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from nexa_operator import elastic
-from nexa_operator.classify import DEADLINE, Loss, classify
-from nexa_operator.observe import Gang, Observed
+from nexa_operator import elastic, goodput
+from nexa_operator.classify import Loss, classify
+from nexa_operator.observe import Gang, Observed, Rank
 from nexa_train.config.spec import JobSpec, RecoverySpec
 
+DEADLINE = "DeadlineExceeded"
+FORGIVE_SECONDS = 300.0
+"""A pod that finds no node for so long while nodes are excluded may find one among those."""
+LOOK_SECONDS = 2.0
+"""Until the controller of a gang that is to stop has asked its pods to."""
 BACKING_OFF, STOPPING = "BackingOff", "Stopping"
 """Why a job waits for a time to come."""
 
@@ -43,10 +49,12 @@ class Restart:
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """The attempt on record was suspended: another one, for templates of pods cannot change once started."""
+    """The attempt on record was ended from outside: another one, for templates of pods cannot change once started."""
 
     attempt: int
     num_nodes: int
+    forgives: bool = False
+    """Nodes that were excluded may be taken again: there are no others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +153,8 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
         return Wait(reason="RuntimeUnavailable", message=seen.unavailable)
     if gang is None:
         return _create(seen, spec, now)
-    if gang.deleting:
-        # Someone deletes it; once it is gone the same attempt is created again.
-        return Watch()
-    if gang.suspended and not queued:
-        return _resume(gang, spec, now)
+    if gang.deleting or (gang.suspended and not queued):
+        return _resume(seen, gang, spec, now)
     # Ranks of a gang that its queue suspended go because of that: it goes on when it is let go again.
     if gang.failure or (gang.lost_ranks and not gang.suspended):
         return _after_loss(seen, gang, spec)
@@ -157,34 +162,56 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
 
 
 def _create(seen: Observed, spec: JobSpec, now: datetime.datetime) -> Create | Wait:
-    remaining = _seconds_until(seen.record.not_before, now)
+    record, stopping = seen.record, _stopping_seconds(seen.strays, now)
+    if stopping > 0:
+        return _stopping(stopping)
+    remaining = _seconds_until(record.not_before, now)
     if remaining > 0:
         return Wait(reason=BACKING_OFF, message="the next attempt begins", seconds=remaining)
+    # Pods that should be gone hang on a silent node, under the names that this attempt's would have.
+    hang = any(not rank.ended for rank in seen.strays)
     # Without minNodes a record of another size is of before numNodes was changed, while the job was suspended.
-    shrunk = seen.record.num_nodes if spec.cluster.min_nodes is not None else None
-    return Create(attempt=seen.record.attempt, num_nodes=shrunk or spec.cluster.num_nodes)
+    shrunk = record.num_nodes if spec.cluster.min_nodes is not None else None
+    return Create(attempt=record.attempt + hang, num_nodes=shrunk or spec.cluster.num_nodes)
 
 
-def _resume(gang: Gang, spec: JobSpec, now: datetime.datetime) -> Resume | Wait:
+def _resume(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> Resume | Wait:
     """Ranks that still commit their last checkpoint are waited for, as long as the kubelet gives them."""
-    remaining = max((_seconds_until(rank.gone_by, now) for rank in gang.ranks if not rank.ended), default=0.0)
-    if remaining > 0:
-        return Wait(reason=STOPPING, message="ranks commit their last checkpoint, and are ended", seconds=remaining)
-    return Resume(attempt=gang.attempt + 1, num_nodes=spec.cluster.num_nodes)
+    stopping = _stopping_seconds(gang.ranks, now)
+    if stopping > 0:
+        return _stopping(stopping)
+    grown = elastic.larger(seen, spec, now) if seen.rooms else None
+    return Resume(attempt=gang.attempt + 1, num_nodes=grown or spec.cluster.num_nodes)
+
+
+def _stopping(seconds: float) -> Wait:
+    return Wait(reason=STOPPING, message="ranks commit their last checkpoint", seconds=seconds)
+
+
+def _stopping_seconds(ranks: Iterable[Rank], now: datetime.datetime) -> float:
+    """Until they are gone, or should be: then they hang on a silent node."""
+    alive = [rank for rank in ranks if not rank.ended and not rank.replaced]
+    return max(
+        (LOOK_SECONDS if rank.gone_by is None else _seconds_until(rank.gone_by, now) for rank in alive), default=0.0
+    )
 
 
 def _run(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> Decision:
-    fewer = elastic.smaller(seen, gang, spec, now)
+    fewer, current = elastic.smaller(seen, gang, spec, now), elastic.size(seen, spec)
     if fewer is not None:
         return Shrink(attempt=gang.attempt + 1, num_nodes=fewer)
-    missing = spec.cluster.num_nodes - (seen.record.num_nodes or spec.cluster.num_nodes)
-    if missing <= 0 or gang.num_up < spec.cluster.num_nodes - missing:
+    if seen.record.excluded_nodes and elastic.unplaced_seconds(gang, now) >= FORGIVE_SECONDS:
+        return Resume(attempt=gang.attempt + 1, num_nodes=current, forgives=True)
+    missing = spec.cluster.num_nodes - current
+    if spec.cluster.min_nodes is None or missing <= 0 or gang.num_up < current:
         return Watch()
-    return Suspend(gang=gang.name, grows=True) if seen.room >= missing else Probe(num_pods=missing)
+    if elastic.larger(seen, spec, now) is not None:
+        return Suspend(gang=gang.name, grows=True)
+    return Probe(num_pods=missing)
 
 
 def deadline_seconds(seen: Observed, spec: JobSpec, now: datetime.datetime) -> float | None:
-    """What is left of schedule.activeDeadlineSeconds; None: there is none, or its clock stands."""
+    """What is left of schedule.activeDeadlineSeconds; None: there is none."""
     limit = spec.schedule.active_deadline_seconds
     return None if limit is None else max(0.0, limit - seen.record.account.active_seconds(now))
 
@@ -210,7 +237,7 @@ def _after_loss(seen: Observed, gang: Gang, spec: JobSpec) -> Restart | Fail:
     losses = (0 if refilled else record.losses) + (not loss.adapts)
     return Restart(
         attempt=gang.attempt + 1,
-        num_nodes=record.num_nodes or spec.cluster.num_nodes,
+        num_nodes=elastic.size(seen, spec),
         loss=loss,
         charged=charged,
         losses=losses,
@@ -236,11 +263,18 @@ def _seconds_until(when: datetime.datetime | None, now: datetime.datetime) -> fl
 
 def next_look_seconds(seen: Observed, decision: Decision, *, spec: JobSpec, now: datetime.datetime) -> float | None:
     """When to look again though nothing was heard; None: no clock of this job runs."""
-    due = [deadline_seconds(seen, spec, now)]
+    account, due = seen.record.account, list[float | None]()
+    if account.state not in goodput.IDLE:
+        due.append(deadline_seconds(seen, spec, now))
     if isinstance(decision, Wait):
         due.append(decision.seconds)
     elif isinstance(decision, Restart):
         due.append(decision.wait_seconds or None)
     elif isinstance(decision, Watch) and seen.gang is not None:
-        due.append(elastic.patience_seconds(seen.gang, spec, now))
+        # Once over, only the scheduler can tell anything new.
+        due.append(elastic.patience_seconds(seen.gang, spec, now) or None)
+        if seen.record.excluded_nodes and elastic.unplaced_seconds(seen.gang, now):
+            due.append(FORGIVE_SECONDS)
+    elif isinstance(decision, Probe) and seen.room:
+        due.append(float(spec.cluster.shrink_after_seconds))
     return min((seconds for seconds in due if seconds is not None), default=None)

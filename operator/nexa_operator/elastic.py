@@ -2,7 +2,7 @@
 
 `cluster.minNodes` allows fewer. Where pods of a gang have found no node for `shrinkAfterSeconds`, the next attempt has
 as many as found one. While it runs, pods that do nothing but ask for the same resources (`runtimes/beside.py`) show
-when there is room for all again; the gang then commits a checkpoint and goes on in full. The global batch and the
+when there is room again; the gang then commits a checkpoint and goes on with more. The global batch and the
 order of samples stay what they were: the trainer shares them out over the ranks that there are.
 """
 
@@ -19,16 +19,42 @@ def smaller(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -
     if patience_seconds(gang, spec, now) != 0.0:
         return None
     placed = sum(rank.node != "" and not rank.deleting for rank in gang.ranks)
-    current = seen.record.num_nodes or spec.cluster.num_nodes
-    return next((nodes for nodes in range(min(placed, current - 1), least(spec) - 1, -1) if divides(spec, nodes)), None)
+    return next(
+        (nodes for nodes in range(min(placed, size(seen, spec) - 1), least(spec) - 1, -1) if divides(spec, nodes)), None
+    )
+
+
+def larger(seen: Observed, spec: JobSpec, now: datetime.datetime) -> int | None:
+    """Pods to go on with now that there is room for more; None: not yet.
+
+    Room for all is taken at once. Room for some is taken when no more was found for a while: it would be held for
+    nothing.
+    """
+    current, full = size(seen, spec), spec.cluster.num_nodes
+    if current + seen.room >= full:
+        return full
+    waited = 0.0 if seen.room_since is None else (now - seen.room_since).total_seconds()
+    if waited < spec.cluster.shrink_after_seconds:
+        return None
+    return next((nodes for nodes in range(current + seen.room, current, -1) if divides(spec, nodes)), None)
+
+
+def size(seen: Observed, spec: JobSpec) -> int:
+    """Pods of the gang on record."""
+    return seen.record.num_nodes or spec.cluster.num_nodes
+
+
+def unplaced_seconds(gang: Gang, now: datetime.datetime) -> float:
+    """How long some pods have found no node, all of them; 0: none waits."""
+    since = [rank.unplaced_since for rank in gang.ranks if rank.unplaced_since is not None]
+    return (now - max(since)).total_seconds() if since else 0.0
 
 
 def patience_seconds(gang: Gang, spec: JobSpec, now: datetime.datetime) -> float | None:
     """Until pods without a node have waited long enough; None: none waits, or the job may not be smaller."""
-    since = [rank.unplaced_since for rank in gang.ranks if rank.unplaced_since is not None]
-    if spec.cluster.min_nodes is None or not since:
+    if spec.cluster.min_nodes is None or not any(rank.unplaced_since for rank in gang.ranks):
         return None
-    return max(0.0, spec.cluster.shrink_after_seconds - (now - max(since)).total_seconds())
+    return max(0.0, spec.cluster.shrink_after_seconds - unplaced_seconds(gang, now))
 
 
 def least(spec: JobSpec) -> int:

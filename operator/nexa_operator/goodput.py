@@ -17,8 +17,10 @@ from nexa_train.config.protocol import Progress, Termination
 QUEUE, STARTUP, RESTART = "queue", "startup", "restart"
 PRODUCTIVE, LOST, STALL, SUSPENDED = "productive", "lost", "stall", "suspended"
 STATES = (QUEUE, STARTUP, PRODUCTIVE, RESTART, LOST, STALL, SUSPENDED)
-"""queue: pods wait for room. startup: all run, no step yet. restart: from a loss to the next step. lost: steps that
-had to be taken again. stall: ranks stood still until they were ended. suspended counts for nothing."""
+"""queue: pods wait for room, or for their queue. startup: all run, no step yet. restart: from a loss to the next step.
+lost: steps that had to be taken again. stall: ranks stood still until they were ended. suspended counts for nothing."""
+IDLE = (QUEUE, SUSPENDED)
+"""In which nothing of the job's own goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,8 @@ class Account:
 
     def active_seconds(self, now: datetime.datetime) -> float:
         """All but what was spent waiting in a queue or suspended."""
-        idle = (QUEUE, SUSPENDED)
-        counted = sum(seconds for state, seconds in self.seconds.items() if state not in idle)
-        return counted + (0.0 if self.state in idle else self._elapsed(now))
+        counted = sum(seconds for state, seconds in self.seconds.items() if state not in IDLE)
+        return counted + (0.0 if self.state in IDLE else self._elapsed(now))
 
     def _elapsed(self, now: datetime.datetime) -> float:
         return 0.0 if self.since is None else max(0.0, (now - self.since).total_seconds())
@@ -81,7 +82,7 @@ def read(status: Mapping[str, Any]) -> Account:
 
 def began_to_train(account: Account, told: Progress | Termination, now: datetime.datetime) -> Account:
     """The trainer has taken steps: since when, it says itself."""
-    if account.state == PRODUCTIVE or told.trained_seconds is None:
+    if account.state in (PRODUCTIVE, SUSPENDED) or told.trained_seconds is None:
         return account
     began = now - datetime.timedelta(seconds=told.trained_seconds)
     if account.since is not None:

@@ -119,6 +119,10 @@ class Observed:
     """Names of Jobs whose pods ask for nothing but room."""
     room: int = 0
     """How many pods of the one beside this gang have found a node."""
+    room_since: datetime.datetime | None = None
+    """When the last of these found it."""
+    strays: tuple[Rank, ...] = ()
+    """Pods of the attempt on record that outlive its gang: somebody deleted that, and they end by and by."""
     progress: Progress | None = None
     """What pod 0 of the gang said last; None: nothing that is of this run and attempt."""
 
@@ -153,20 +157,40 @@ def observe(
     # A later gang than on record: an old view of the job, or its status was lost. That gang is the one that lives.
     record = replace(record, attempt=max((record.attempt, *ours)))
     current = ours.get(record.attempt)
+    if current is not None:
+        record = replace(record, num_nodes=_size(current) or record.num_nodes)
+    placed = [at for pod in pods if (at := _found_room(pod, record.attempt))]
     others = (child for attempt, child in sorted(ours.items()) if attempt != record.attempt)
     return Observed(
         record=record,
         gang=_gang(body, current, children, pods) if current else None,
         leftovers=tuple(child["metadata"]["name"] for child in others if not is_deleting(child)),
         rooms=tuple(child["metadata"]["name"] for child in rooms),
-        room=sum(_found_room(pod, record.attempt) for pod in pods),
+        room=len(placed),
+        room_since=max(placed, default=None),
+        strays=() if current else _strays(body, pods, record.attempt),
         progress=progress if progress is not None and progress.attempt == record.attempt else None,
     )
 
 
-def _found_room(pod: Body, attempt: int) -> bool:
+def _found_room(pod: Body, attempt: int) -> datetime.datetime | None:
+    """When a pod found a node for the rest of the gang; None: it has not, or holds it no more."""
     asks = label_of(pod, naming.LABEL_ROLE) == naming.ROLE_ROOM and _attempt(pod) == attempt
-    return asks and not is_deleting(pod) and bool((pod.get("spec") or {}).get("nodeName"))
+    status = pod.get("status") or {}
+    if not asks or is_deleting(pod) or status.get("phase", "Pending") not in ("Pending", "Running"):
+        return None
+    scheduled = condition_of(status, "PodScheduled")
+    return _time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None
+
+
+def _strays(body: Body, pods: Sequence[Body], attempt: int) -> tuple[Rank, ...]:
+    own = [pod for pod in pods if _attempt(pod) == attempt and not label_of(pod, naming.LABEL_ROLE)]
+    return tuple(_rank(runtime_of(body), pod, replaces=False) for pod in own)
+
+
+def _size(gang: Body) -> int | None:
+    label = label_of(gang, naming.LABEL_NODES)
+    return int(label) if label.isdecimal() else None
 
 
 def observe_unavailable(body: Body) -> Observed:

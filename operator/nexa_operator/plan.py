@@ -44,7 +44,6 @@ class RunPlan:
     storage: str | None
     priority_class: str | None
     excluded_nodes: tuple[str, ...]
-    active_deadline_seconds: int | None
     queue: str | None
     """Kueue's; None: nobody is asked before the gang starts."""
 
@@ -89,7 +88,6 @@ def make_plan(
         storage=_storage(job, defaults),
         priority_class=job.spec.schedule.priority,
         excluded_nodes=excluded_nodes,
-        active_deadline_seconds=job.spec.schedule.active_deadline_seconds,
         queue=job.spec.schedule.queue_name,
     )
 

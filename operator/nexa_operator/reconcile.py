@@ -53,6 +53,7 @@ _GONE_SECONDS = 2.0
 _SERVED_SECONDS = 10.0
 _KUEUE_SECONDS = 3.0
 _RESYNC_AGAIN_SECONDS = 5.0
+_ROOM_SECONDS = 60.0
 _LATE_SECONDS = 0.05
 """Timers and the clock are not the same: a look that comes a moment too early would be for nothing."""
 
@@ -148,6 +149,7 @@ class Reconciler:
         job, decision = judge(body, seen, defaults=self.defaults, now=self.clock(), invalid=self._invalid.get(key, ""))
         if isinstance(decision, Rest | Expire):
             self._forget(key)
+            await self._clear(key, body, seen, decision)
             await self._end(key, decision)
             return
         self._follow(key, job, seen, decision)
@@ -249,6 +251,13 @@ class Reconciler:
             raise
         self._trouble.pop(key, None)
 
+    async def _clear(self, key: Key, body: Body, seen: Observed, decision: Decision) -> None:
+        """What a finished job has left to do, also where the look that finished it was cut short."""
+        for name in _to_remove(seen, decision):
+            await self.cluster.delete(runtime_of(body).KIND, key.namespace, name)
+        for name in seen.rooms:
+            await self.cluster.delete(JOBS, key.namespace, name)
+
     def _plan(self, key: Key, body: Body, job: Job) -> RunPlan:
         """Of the attempt on record."""
         record = read_record(body["status"])
@@ -262,9 +271,14 @@ class Reconciler:
         )
 
     async def _ask_for_room(self, key: Key, body: Body, job: Job, seen: Observed, decision: Probe) -> None:
-        if not seen.rooms:
-            document = beside.room(self._plan(key, body, job), num_pods=decision.num_pods)
-            await self.cluster.create(JOBS, document)
+        if seen.rooms:
+            return
+        try:
+            await self.cluster.create(JOBS, beside.room(self._plan(key, body, job), num_pods=decision.num_pods))
+        except ApiError as exc:
+            # The gang runs, and goes on as it is.
+            await self._tell(key, body, Happening(type="Warning", reason="RoomNotAskedFor", message=str(exc)))
+            self.queue.add_after(key, _ROOM_SECONDS)
 
     async def _part(self, key: Key, body: Body) -> None:
         """One look at a job that takes its artifacts with it."""
@@ -288,7 +302,7 @@ class Reconciler:
         except (ConfigError, RuntimeUnavailableError) as exc:
             return parting.LetGo(problem=str(exc))
         except ApiError as exc:
-            if exc.status != 403:
+            if exc.status != 403 or "being terminated" not in str(exc):
                 raise
             # In a namespace that is being deleted nothing can be created any more.
             return parting.LetGo(problem=str(exc))
@@ -380,12 +394,14 @@ def _unwatched(body: Body, seen: Observed, decision: Decision) -> float | None:
 def _to_remove(seen: Observed, decision: Decision) -> tuple[str, ...]:
     """Gangs that have no future. The failed gang of a failed job stays: its pods' logs say why."""
     gang = seen.gang
-    if gang is None:
+    if gang is None or gang.deleting:
         return seen.leftovers
-    over = isinstance(decision, Restart | Resume | Shrink)
-    # Refused while it runs, by an operator that was upgraded: nothing else would ever end it.
-    refused = isinstance(decision, Fail) and not (gang.failure or gang.lost_ranks)
-    return (*seen.leftovers, gang.name) if over or refused else seen.leftovers
+    if isinstance(decision, Restart | Resume | Shrink):
+        return (*seen.leftovers, gang.name)
+    # Over time, refused by an operator that was upgraded, or one whose runtime makes pods anew: nothing else ends it.
+    ended = gang.complete or gang.failure or any(rank.phase == "Failed" for rank in gang.ranks)
+    runs_on = isinstance(decision, Fail | Rest | Expire) and not ended
+    return (*seen.leftovers, gang.name) if runs_on else seen.leftovers
 
 
 def _rooms_to_remove(key: Key, seen: Observed, decision: Decision) -> list[str]:

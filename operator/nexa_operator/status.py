@@ -16,6 +16,7 @@ from typing import Any
 from nexa_operator import goodput
 from nexa_operator.classify import Loss
 from nexa_operator.decide import (
+    BACKING_OFF,
     STOPPING,
     Create,
     Decision,
@@ -28,6 +29,7 @@ from nexa_operator.decide import (
     Succeed,
     Suspend,
     Wait,
+    Watch,
 )
 from nexa_operator.naming import STORAGE_PREFIX
 from nexa_operator.observe import Observed, Rank
@@ -116,8 +118,12 @@ def _recovery(previous: Body, seen: Observed, decision: Decision, context: Conte
     """What the next attempt will be like, and when it may begin."""
     kept = ("numNodes", "lossesWithoutCheckpoint", "nextAttemptTime", "excludedNodes")
     status = {key: previous.get(key) for key in kept}
+    if isinstance(decision, Hold):
+        status["numNodes"] = None  # as many as the job asks for by the time it goes on
     if isinstance(decision, Starting):
         status |= {"numNodes": decision.num_nodes, "nextAttemptTime": None}
+    if isinstance(decision, Resume) and decision.forgives:
+        status["excludedNodes"] = None
     if isinstance(decision, Restart):
         status["lossesWithoutCheckpoint"] = decision.losses
         if decision.wait_seconds:
@@ -132,7 +138,8 @@ def _recovery(previous: Body, seen: Observed, decision: Decision, context: Conte
 def _account(previous: Body, seen: Observed, decision: Decision, context: Context) -> goodput.Account:
     """Where the job's time went until now, and what it is spent on from now on."""
     account, now, told = goodput.read(previous), context.now, _told(seen)
-    if told is not None:
+    stands = seen.gang is not None and seen.gang.suspended
+    if told is not None and not stands and not isinstance(decision, Hold | Resume | Wait):
         account = goodput.began_to_train(account, told, now)
     if isinstance(decision, Restart | Fail):
         stalled = decision.loss is not None and decision.loss.cause == "Stalled"
@@ -151,10 +158,20 @@ def _state(account: goodput.Account, seen: Observed, decision: Decision, context
         return goodput.RESTART
     if isinstance(decision, Wait) and decision.reason == STOPPING:
         return account.state
+    if isinstance(decision, Create) and account.state == goodput.PRODUCTIVE:
+        return goodput.RESTART  # somebody deleted its gang
+    if isinstance(decision, Watch) and _queued(seen):
+        return goodput.QUEUE
     if account.state in (goodput.RESTART, goodput.PRODUCTIVE):
         return account.state
     runs = seen.gang is not None and seen.gang.num_up >= context.num_nodes
     return goodput.STARTUP if runs else goodput.QUEUE
+
+
+def _queued(seen: Observed) -> bool:
+    """Whether the gang waits for what others have: Kueue's leave, or nodes."""
+    gang = seen.gang
+    return gang is not None and (gang.suspended or any(rank.unplaced_since for rank in gang.ranks))
 
 
 def _times(previous: Body, decision: Decision, context: Context) -> dict[str, str | None]:
@@ -264,11 +281,11 @@ def _verdict(seen: Observed, decision: Decision, context: Context) -> _Verdict:
 
 
 def _waiting(decision: Wait, context: Context) -> _Verdict:
-    said, phase = decision.message, "Pending"
-    if decision.seconds is not None:
-        until = timestamp(context.now + datetime.timedelta(seconds=decision.seconds))
-        said, phase = f"{said} at {until}", "Restarting"
+    said = decision.message
+    if decision.reason == BACKING_OFF and decision.seconds is not None:
+        said = f"{said} at {timestamp(context.now + datetime.timedelta(seconds=decision.seconds))}"
     why = (_reason(decision.reason), _shortened(said))
+    phase = "Restarting" if decision.reason in (BACKING_OFF, STOPPING) else "Pending"
     return _Verdict(phase=phase, true={"Queued": why, "Reconciling": why})
 
 
@@ -279,6 +296,8 @@ def _starting(decision: Create | Restart | Resume | Shrink) -> _Verdict:
         phase, reason, said = "Restarting", "Shrinking", f"with {decision.num_nodes} pods, for which there is room"
     elif isinstance(decision, Resume):
         phase, reason, said = "Pending", "Resuming", "no longer suspended"
+        if decision.forgives:
+            said = "on excluded nodes too: there is room on no other"
     else:
         phase, reason, said = "Pending", "Creating", ""
     why = (reason, f"attempt {decision.attempt} {said}".strip())

@@ -10,6 +10,8 @@ from nexa_operator.runtimes.base import Object
 REMOVAL_SECONDS = 600
 """Within which the artifacts of a deleted job are gone, or are left where they are."""
 
+_MOST = 2**31 - 1
+"""Pods that ask for room may be evicted as often as it takes."""
 _SMALL = {"cpu": "100m", "memory": "256Mi"}
 
 
@@ -42,5 +44,5 @@ def _job(plan: RunPlan, name: str, role: str, template: Object, *, num_pods: int
     metadata = pod.gang_metadata(plan) | {"name": name}
     metadata["labels"] = {**pod.labels(plan), naming.LABEL_ROLE: role}
     template["metadata"]["labels"] = {**template["metadata"]["labels"], naming.LABEL_ROLE: role}
-    spec = {"parallelism": num_pods, "completions": num_pods, "template": template}
+    spec = {"parallelism": num_pods, "completions": num_pods, "backoffLimit": _MOST, "template": template}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}

@@ -47,7 +47,11 @@ def gang_metadata(plan: RunPlan) -> Object:
     return {
         "name": plan.name,
         "namespace": plan.namespace,
-        "labels": {**labels(plan), **queueing.labels(plan.queue, plan.cluster.labels)},
+        "labels": {
+            **labels(plan),
+            naming.LABEL_NODES: str(plan.cluster.num_nodes),
+            **queueing.labels(plan.queue, plan.cluster.labels),
+        },
         "ownerReferences": [_owner_reference(plan)],
     }
 

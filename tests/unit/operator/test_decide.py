@@ -64,7 +64,9 @@ def ago(seconds: float) -> datetime.datetime:
             seen(gang(suspended=True)), Resume(attempt=1, num_nodes=2), id="no longer suspended: another attempt"
         ),
         pytest.param(
-            seen(gang(failed(), deleting=True)), Watch(), id="someone deletes the gang: wait until it is gone"
+            seen(gang(failed(), deleting=True)),
+            Resume(attempt=1, num_nodes=2),
+            id="someone deletes the gang and its ranks have ended: another attempt",
         ),
     ],
 )
@@ -136,12 +138,6 @@ def test_the_trainer_s_word_on_retrying_counts_more_than_its_exit_code():
 def test_an_attempt_that_another_writer_overtook_goes_on_from_what_that_one_committed():
     overtaken = failed(exit_code=4, termination=words(cause="SupersededError", exit_code=4, retryable=False))
     assert isinstance(decision(seen(gang(overtaken))), Restart)
-
-
-def test_the_deadline_ends_a_job_that_could_still_be_tried():
-    got = decision(seen(gang(failed(exit_code=143), failure="DeadlineExceeded")))
-    assert isinstance(got, Fail)
-    assert got.reason == "DeadlineExceeded"
 
 
 @pytest.mark.parametrize(
@@ -351,6 +347,10 @@ def test_a_resumed_job_waits_for_ranks_that_still_commit() -> None:
     stopping = rank(0, deleting=True, gone_by=NOW + datetime.timedelta(seconds=90))
     got = decision(seen(gang(stopping, suspended=True)))
     assert (got.reason, got.seconds) == ("Stopping", 90.0)
+    unasked = decision(seen(gang(rank(0), rank(1), suspended=True)))
+    assert (unasked.reason, unasked.seconds) == ("Stopping", 2.0), "its controller will ask them in a moment"
+    deleted = decision(seen(gang(stopping, deleting=True)))
+    assert (deleted.reason, deleted.seconds) == ("Stopping", 90.0)
     silent = rank(0, deleting=True, gone_by=ago(1))
     assert isinstance(decision(seen(gang(silent, suspended=True))), Resume)
     ended = rank(0, phase="Succeeded", deleting=True, gone_by=NOW + datetime.timedelta(seconds=90))
@@ -385,18 +385,55 @@ def test_a_gang_waits_for_room_a_minute_before_it_shrinks() -> None:
     assert next_look_seconds(crowded, Watch(), spec=spec_of(cluster={"num_nodes": 4}), now=NOW) is None
 
 
+def grows(**given: Any) -> Any:
+    return decision(seen(gang(*placed(2)), record=Record(num_nodes=2), **given), cluster=ELASTIC)
+
+
 def test_a_smaller_gang_asks_for_room_and_grows_when_there_is_some() -> None:
-    record = Record(attempt=0, num_nodes=2)
-    assert decision(seen(gang(*placed(2)), record=record), cluster=ELASTIC) == Probe(num_pods=2)
-    assert decision(seen(gang(*placed(2)), record=record, room=1), cluster=ELASTIC) == Probe(num_pods=2)
-    assert decision(seen(gang(*placed(2)), record=record, room=2), cluster=ELASTIC) == Suspend(
-        gang="demo-a0", grows=True
-    )
-    assert decision(seen(gang(*placed(2), suspended=True), record=record), cluster=ELASTIC) == Resume(
-        attempt=1, num_nodes=4
-    )
+    assert grows() == grows(room=1, room_since=ago(59)) == Probe(num_pods=2)
+    assert grows(room=2, room_since=ago(0)) == Suspend(gang="demo-a0", grows=True)
+    stopped = gang(*(failed(index) for index in (0, 1)), suspended=True)
+    more = seen(stopped, record=Record(num_nodes=2), rooms=("demo-a0-room",), room=2, room_since=ago(30))
+    assert decision(more, cluster=ELASTIC) == Resume(attempt=1, num_nodes=4)
     starting = gang(rank(0, node="n0"), rank(1, phase="Pending", node="n1"))
-    assert decision(seen(starting, record=record), cluster=ELASTIC) == Watch()
+    assert decision(seen(starting, record=Record(num_nodes=2)), cluster=ELASTIC) == Watch()
+
+
+def test_room_for_some_is_not_held_for_nothing() -> None:
+    some = {"room": 1, "room_since": ago(60)}
+    assert grows(**some) == Probe(num_pods=2), "8 rows over 3 pods do not go"
+    got = decision(seen(gang(*placed(2)), record=Record(num_nodes=2), **some), cluster=ELASTIC, batch=12)
+    assert got == Suspend(gang="demo-a0", grows=True)
+    stopped = seen(gang(failed(), suspended=True), record=Record(num_nodes=2), rooms=("demo-a0-room",), **some)
+    assert decision(stopped, cluster=ELASTIC, batch=12) == Resume(attempt=1, num_nodes=3)
+
+
+def test_only_a_job_that_may_be_smaller_asks_for_room() -> None:
+    assert decision(seen(gang(rank(0)), record=Record(num_nodes=1))) == Watch()
+
+
+def test_a_clock_that_ran_out_or_stands_wakes_nobody() -> None:
+    crowded = seen(gang(*(pending(index, 300) for index in range(4))))
+    assert next_look_seconds(crowded, Watch(), spec=spec_of(cluster=ELASTIC), now=NOW) is None
+    held = seen(record=Record(account=Account(seconds={"productive": 59.5}, state="suspended", since=ago(9))))
+    assert next_look_seconds(held, Hold(), spec=spec_of({"active_deadline_seconds": 60}), now=NOW) is None
+
+
+def test_excluded_nodes_are_tried_again_when_no_other_has_room() -> None:
+    record = Record(excluded_nodes=("n1", "n2"))
+    short, long = (seen(gang(rank(0), pending(1, seconds)), record=record) for seconds in (299, 300))
+    assert decision(short) == Watch()
+    assert next_look_seconds(short, Watch(), spec=spec_of(), now=NOW) == 300
+    assert decision(long) == Resume(attempt=1, num_nodes=2, forgives=True)
+
+
+def test_pods_that_outlive_a_deleted_gang_are_waited_for_and_left_behind_where_they_hang() -> None:
+    ending = rank(0, deleting=True, gone_by=NOW + datetime.timedelta(seconds=30))
+    got = decision(seen(strays=(ending,)))
+    assert (got.reason, got.seconds) == ("Stopping", 30.0)
+    assert decision(seen(strays=(failed(),))) == Create(attempt=0, num_nodes=2)
+    hanging = rank(0, deleting=True, gone_by=ago(1))
+    assert decision(seen(strays=(hanging,))) == Create(attempt=1, num_nodes=2)
 
 
 def test_a_lost_rank_of_a_smaller_gang_is_followed_by_a_gang_of_that_size() -> None:

@@ -115,3 +115,21 @@ def test_what_is_written_is_read_back() -> None:
     account = Account(seconds={"productive": 12.5}, state="restart", since=after(0.25))
     assert goodput.read({"goodput": account.to_status()}) == account
     assert goodput.read({}) == Account()
+
+
+def test_waiting_for_a_queue_is_neither_work_nor_the_job_s_own_time() -> None:
+    preempted = gang(rank(0, deleting=True), suspended=True)
+    got = story(*BEGIN, (50.0, seen(preempted, admission="waits"), Watch()), (3_650.0, seen(RUNS), Watch()))
+    assert (got["productiveSeconds"], got["queueSeconds"], got["state"]) == (40.0, 3_605.0, "startup")
+
+
+def test_a_restarted_gang_that_finds_no_node_is_queued() -> None:
+    waits = gang(rank(0), rank(1, phase="Pending", unplaced_since=NOW))
+    got = story(*BEGIN, (50.0, trained(40.0), RESTART), (55.0, seen(waits), Watch()), (155.0, seen(RUNS), Watch()))
+    assert (got["restartSeconds"], got["queueSeconds"]) == (5.0, 105.0)
+
+
+def test_last_words_of_a_rank_that_ended_before_the_suspension_move_nothing() -> None:
+    over = rank(0, phase="Failed", termination=words(trained_seconds=9.0))
+    held = (100.0, seen(gang(over, suspended=True)), Hold())
+    assert story(*BEGIN, held) == story(*BEGIN, held, (200.0, *held[1:]))

@@ -144,7 +144,8 @@ def room(attempt: int = 0, *, placed: int = 0, of: int = 2) -> tuple[dict[str, A
     pods = [pod(index, owner="room") for index in range(of)]
     for index, each in enumerate(pods):
         each["metadata"]["labels"] = role
-        each["spec"] = {"nodeName": f"n{index}"} if index < placed else {}
+        found = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-11-23T12:00:00Z"}
+        each["status"] = {"phase": "Running", "conditions": [found]} if index < placed else {"phase": "Pending"}
     return asking, pods
 
 
@@ -160,6 +161,30 @@ def test_room_that_was_found_for_an_earlier_attempt_is_none() -> None:
     asking, pods = room(attempt=0, placed=2)
     seen = observe(body(status={"attempt": 1}), children=[gang_job(attempt=1), asking], pods=pods)
     assert (seen.rooms, seen.room) == (("demo-a0-room",), 0)
+
+
+def test_room_that_an_evicted_pod_had_is_none() -> None:
+    asking, pods = room(placed=2)
+    pods[0]["status"]["phase"] = "Failed"
+    seen = observe(body(), children=[gang_job(), asking], pods=pods)
+    assert (seen.room, seen.room_since) == (1, NOW)
+
+
+def test_a_gang_says_itself_how_large_it_is() -> None:
+    carrier = gang_job(attempt=2)
+    carrier["metadata"]["labels"]["train.nexa.dev/nodes"] = "1"
+    assert observe(body(status={"attempt": 1, "numNodes": 2}), children=[carrier], pods=[]).record.num_nodes == 1
+    assert observe(body(), children=[carrier], pods=[]).record.num_nodes == 1
+
+
+def test_pods_that_outlive_their_gang_are_seen() -> None:
+    left = pod(0, deleting=True)
+    left["metadata"]["labels"]["train.nexa.dev/attempt"] = "0"
+    earlier = pod(1, deleting=True)
+    earlier["metadata"]["labels"]["train.nexa.dev/attempt"] = "1"
+    seen = observe(body(), children=[], pods=[left, earlier])
+    assert [rank.index for rank in seen.strays] == [0]
+    assert seen.strays[0].gone_by == NOW
 
 
 def test_where_a_rank_is_placed_or_since_when_it_is_not() -> None:

@@ -205,10 +205,6 @@ def test_pods_leave_a_node_in_trouble_long_before_the_server_s_five_minutes_unle
     assert set(stays(told)) == {"node.kubernetes.io/not-ready"}
 
 
-def test_the_deadline_is_the_job_s():
-    assert made(schedule={"activeDeadlineSeconds": 60})["spec"]["activeDeadlineSeconds"] == 60
-
-
 def test_a_job_s_own_image_wins():
     assert container_of(image="mine:2")["image"] == "mine:2"
 

@@ -51,9 +51,11 @@ def test_what_carries_the_gang_is_named_labelled_and_owned_alike(name):
     assert (metadata["name"], metadata["namespace"]) == ("demo-a3", "team")
     assert metadata["labels"] == {
         "train.nexa.dev/job-uid": UID, "train.nexa.dev/job-name": "demo", "train.nexa.dev/attempt": "3",
+        "train.nexa.dev/nodes": "2",
     }  # fmt: skip
     (reference,) = metadata["ownerReferences"]
     assert (reference["uid"], reference["controller"]) == (UID, True)
+    del metadata["labels"]["train.nexa.dev/nodes"]
     assert metadata["labels"].items() <= template_of(made(name))["metadata"]["labels"].items()
 
 
@@ -99,6 +101,13 @@ def test_no_runtime_restarts_anything():
     assert pytorch["pytorchReplicaSpecs"]["Worker"]["restartPolicy"] == "Never"
     assert "backoffLimit" not in pytorch["runPolicy"], "it deletes the failed pod before it is read"
     assert pytorch["runPolicy"]["cleanPodPolicy"] == "Running"
+
+
+@every_runtime
+def test_no_gang_has_a_deadline_of_its_own_which_would_count_while_its_pods_wait_for_room(name):
+    without_job = {**made(name, schedule={"activeDeadlineSeconds": 60}), "template": None}
+    carriers = [without_job["spec"], without_job["spec"].get("runPolicy", {})]
+    assert not [spec for spec in carriers if "activeDeadlineSeconds" in spec]
 
 
 @every_runtime
