@@ -12,6 +12,8 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from kubernetes.aio import client, config
@@ -28,6 +30,7 @@ _APPLY = "application/apply-patch+yaml; charset=utf-8"
 _MERGE = "application/merge-patch+json"
 _NOT_PRINTABLE = re.compile(r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 _TIMEOUT_SECONDS = 30
+_PAGE_SIZE = 200
 _ERRORS: dict[int, type[ApiError]] = {409: ConflictError, 422: InvalidError}
 _METHODS = {"get": "GET", "list": "GET", "create": "POST", "patch": "PATCH", "delete": "DELETE"}
 
@@ -41,6 +44,10 @@ class Cluster(Protocol):
 
     async def list(self, kind: Kind, namespace: str, labels: str = "") -> list[Object]:
         """All objects with these labels; an empty namespace means all of them."""
+        ...
+
+    def walk(self, kind: Kind, namespace: str) -> AsyncIterator[Object]:
+        """All objects, some at a time: a whole fleet at once takes memory, and a second to parse."""
         ...
 
     async def create(self, kind: Kind, body: Object) -> bool:
@@ -77,6 +84,15 @@ class KubernetesCluster:
         query = [("labelSelector", labels)] if labels else []
         answer = await self._call("list", kind.path(namespace), query=query)
         return _items(answer)
+
+    async def walk(self, kind: Kind, namespace: str) -> AsyncIterator[Object]:
+        page = [("limit", str(_PAGE_SIZE))]
+        while page:
+            answer = await self._call("GET", kind.path(namespace), query=page)
+            for item in _items(answer):
+                yield item
+            token = answer["metadata"].get("continue")
+            page = [page[0], ("continue", token)] if token else []
 
     async def create(self, kind: Kind, body: Object) -> bool:
         metadata = body["metadata"]
@@ -184,5 +200,14 @@ async def connected() -> AsyncIterator[client.ApiClient]:
         config.load_incluster_config(client_configuration=configuration)
     else:
         await config.load_kube_config(client_configuration=configuration)
+    # Asked once: left to the session, the environment and ~/.netrc are read for every request, in two threads.
+    configuration.proxy = configuration.proxy or _proxy_for(configuration.host)
+    configuration.client_session_kwargs = {"trust_env": False}
     async with client.ApiClient(configuration) as api:
         yield api
+
+
+def _proxy_for(server: str) -> str | None:
+    """What HTTPS_PROXY and NO_PROXY say."""
+    address = urlsplit(server)
+    return None if proxy_bypass(address.hostname or "") else getproxies().get(address.scheme)

@@ -11,16 +11,34 @@ from typing import Any
 
 import kopf
 
+from nexa_operator.kinds import JOBS
 from nexa_operator.naming import LABEL_JOB_NAME, LABEL_JOB_UID
-from nexa_operator.reconcile import Key
+from nexa_operator.news import LATER_SECONDS, News, sign_of_gang, sign_of_training_job
+from nexa_operator.reconcile import Key, key_of
 from nexa_train.config import GROUP, PLURAL, VERSION
 
 CHILDREN = (("batch", "v1", "jobs"), ("", "v1", "pods"))
 
 
-def registry_of(enqueue: Callable[[Key], None], *, heard: Callable[[str], None]) -> kopf.OperatorRegistry:
-    """All handlers, each putting the key of the job concerned on the queue; `heard`: of which kind there was news."""
+Event = Mapping[str, Any]
+
+
+def registry_of(
+    enqueue: Callable[[Key], None], enqueue_later: Callable[[Key, float], None], *, heard: Callable[[str], None]
+) -> kopf.OperatorRegistry:
+    """All handlers, each putting the key of the job concerned on the queue: at once, or later if nothing is new.
+
+    Args:
+        heard: told of which kind there was an event.
+    """
     registry = kopf.OperatorRegistry()
+    jobs, gangs = News(sign_of_training_job), News(sign_of_gang)
+
+    def put(key: Key, *, new: bool) -> None:
+        if new:
+            enqueue(key)
+        else:
+            enqueue_later(key, LATER_SECONDS)
 
     @kopf.on.login(registry=registry)
     async def login(**arguments: Any) -> kopf.ConnectionInfo | None:
@@ -28,14 +46,14 @@ def registry_of(enqueue: Callable[[Key], None], *, heard: Callable[[str], None])
         return kopf.login_with_kubeconfig(**arguments) or kopf.login_with_service_account(**arguments)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
-    async def job_changed(meta: Mapping[str, Any], **_: Any) -> None:
+    async def job_changed(event: Event, **_: Any) -> None:
         heard(PLURAL)
-        enqueue(Key(namespace=meta["namespace"], name=meta["name"], uid=meta["uid"]))
+        put(key_of(event["object"]), new=jobs.is_new(event["type"], event["object"]))
 
-    async def child_changed(meta: Mapping[str, Any], resource: kopf.Resource, **_: Any) -> None:
+    async def child_changed(event: Event, resource: kopf.Resource, **_: Any) -> None:
         heard(resource.plural)
-        labels = meta["labels"]
-        enqueue(Key(namespace=meta["namespace"], name=labels[LABEL_JOB_NAME], uid=labels[LABEL_JOB_UID]))
+        new = resource.plural != JOBS.plural or gangs.is_new(event["type"], event["object"])
+        put(_key_of_owner(event["object"]), new=new)
 
     labelled = {LABEL_JOB_UID: kopf.PRESENT, LABEL_JOB_NAME: kopf.PRESENT}
     heard(PLURAL)
@@ -43,3 +61,9 @@ def registry_of(enqueue: Callable[[Key], None], *, heard: Callable[[str], None])
         heard(plural)
         kopf.on.event(group, version, plural, labels=labelled, registry=registry)(child_changed)
     return registry
+
+
+def _key_of_owner(body: Event) -> Key:
+    metadata = body["metadata"]
+    labels = metadata["labels"]
+    return Key(namespace=metadata["namespace"], name=labels[LABEL_JOB_NAME], uid=labels[LABEL_JOB_UID])

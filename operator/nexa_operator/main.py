@@ -124,7 +124,7 @@ async def _watch(settings: Settings, cluster: Cluster, queue: WorkQueue[Key], me
     await _wait_for_crd(cluster, settings.watch_namespace)
     try:
         await kopf.operator(
-            registry=registry_of(queue.add, heard=metrics.heard),
+            registry=registry_of(queue.add, queue.add_after, heard=metrics.heard),
             settings=kopf_settings(settings),
             standalone=True,
             clusterwide=not settings.watch_namespace,
@@ -138,7 +138,7 @@ async def _wait_for_crd(cluster: Cluster, namespace: str) -> None:
     """kopf looks for resources once: without rights on CRDs it does not hear of later ones."""
     while True:
         try:
-            await cluster.list(TRAINING_JOBS, namespace)
+            await anext(cluster.walk(TRAINING_JOBS, namespace), None)
             return
         except ApiError as exc:
             log.warning("waiting for NexaTrainingJobs to be served", error=str(exc))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import structlog
 
 from nexa_operator import naming, parting, queueing
+from nexa_operator.children import Children
 from nexa_operator.cluster import Cluster, Object
 from nexa_operator.decide import (
     Decision,
@@ -34,7 +36,7 @@ from nexa_operator.decide import (
     rest,
 )
 from nexa_operator.errors import ApiError, ConflictError, InvalidError, RuntimeUnavailableError
-from nexa_operator.kinds import EVENTS, JOBS, PODS, TRAINING_JOBS, WORKLOADS, Kind
+from nexa_operator.kinds import EVENTS, JOBS, PODS, TRAINING_JOBS, WORKLOADS
 from nexa_operator.metrics import Metrics
 from nexa_operator.observe import Gang, Observed, observe, observe_unavailable, read_record
 from nexa_operator.plan import Defaults, RunPlan, image_of, make_plan
@@ -82,8 +84,12 @@ class Reconciler:
     metrics: Metrics
     defaults: Defaults
     clock: Callable[[], datetime.datetime] = now_utc
+    _children: Children = field(init=False)
     _trouble: dict[Key, str] = field(default_factory=dict)
     _invalid: dict[Key, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._children = Children(cluster=self.cluster)
 
     async def work_forever(self, *, may_act: asyncio.Event) -> None:
         """Take jobs from the queue while this operator is the one that acts."""
@@ -102,10 +108,12 @@ class Reconciler:
         while True:
             seconds = interval_seconds
             try:
-                jobs = await self.cluster.list(TRAINING_JOBS, namespace)
-                self.metrics.listed(jobs)
-                for body in jobs:
-                    self.queue.add(key_of(body))
+                told: list[Body] = []
+                async for body in self.cluster.walk(TRAINING_JOBS, namespace):
+                    told.append({"status": _summary(body.get("status") or {})})
+                    if not _rests_for_good(body):
+                        self.queue.add(key_of(body))
+                self.metrics.listed(told)
             except ApiError as exc:
                 log.warning("resync failed", error=str(exc))
                 # Soon: after an outage, failed looks wait longer than this.
@@ -174,10 +182,13 @@ class Reconciler:
                 self.queue.add_after(key, seconds + _LATE_SECONDS)
 
     async def _observe(self, key: Key, body: Body) -> Observed:
-        runtime, labels = runtime_of(body), f"{naming.LABEL_JOB_UID}={key.uid}"
+        if (record := read_record(body.get("status") or {})).finished:
+            # Nothing of its children matters any more.
+            return Observed(record=record)
+        runtime = runtime_of(body)
         besides = (JOBS,) if ((body.get("spec") or {}).get("cluster") or {}).get("minNodes") else ()
         kinds = (*dict.fromkeys((runtime.KIND, *runtime.PARTS, *besides)), PODS)
-        listed = await asyncio.gather(*(self._list_served(kind, key.namespace, labels) for kind in kinds))
+        listed = await asyncio.gather(*(_if_served(self._children.of(kind, key.namespace, key.uid)) for kind in kinds))
         if listed[0] is None:
             return observe_unavailable(body)
         *children, pods = (items or [] for items in listed)
@@ -189,18 +200,9 @@ class Reconciler:
             return replace(seen, admission=await self._admission(key.namespace, queue, seen.gang))
         return seen
 
-    async def _list_served(self, kind: Kind, namespace: str, labels: str) -> list[Object] | None:
-        """None: the cluster does not serve that kind, now."""
-        try:
-            return await self.cluster.list(kind, namespace, labels)
-        except ApiError as exc:
-            if exc.status == 404:
-                return None
-            raise
-
     async def _admission(self, namespace: str, queue: str, gang: Gang) -> str:
         labels = f"{queueing.LABEL_GANG_UID}={gang.uid}"
-        return queueing.waits_for(queue, await self._list_served(WORKLOADS, namespace, labels))
+        return queueing.waits_for(queue, await _if_served(self.cluster.list(WORKLOADS, namespace, labels)))
 
     def _context(self, key: Key, body: Body, job: Job | None, seen: Observed) -> Context:
         return Context(
@@ -282,8 +284,9 @@ class Reconciler:
 
     async def _part(self, key: Key, body: Body) -> None:
         """One look at a job that takes its artifacts with it."""
-        runtime, labels = runtime_of(body), f"{naming.LABEL_JOB_UID}={key.uid}"
-        listed = [await self._list_served(kind, key.namespace, labels) or [] for kind in (runtime.KIND, JOBS, PODS)]
+        runtime = runtime_of(body)
+        kinds = (runtime.KIND, JOBS, PODS)
+        listed = [await _if_served(self._children.of(kind, key.namespace, key.uid)) or [] for kind in kinds]
         gangs = [gang for gang in listed[0] if not label_of(gang, naming.LABEL_ROLE)]
         step = parting.next_step(body, gangs=gangs, jobs=listed[1], pods=listed[2], now=self.clock())
         if isinstance(step, parting.Clear):
@@ -355,6 +358,26 @@ def key_of(body: Body) -> Key:
     """The key of a NexaTrainingJob."""
     metadata = body["metadata"]
     return Key(namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"])
+
+
+async def _if_served(listing: Coroutine[Any, Any, list[Object]]) -> list[Object] | None:
+    """None: the cluster does not serve that kind, now."""
+    try:
+        return await listing
+    except ApiError as exc:
+        if exc.status == 404:
+            return None
+        raise
+
+
+def _summary(status: Body) -> Body:
+    """What metrics ask of all jobs at once; whole bodies of a fleet would fill the memory."""
+    return {key: status[key] for key in ("phase", "goodput") if key in status}
+
+
+def _rests_for_good(body: Body) -> bool:
+    schedule = (body.get("spec") or {}).get("schedule") or {}
+    return schedule.get("ttlSecondsAfterFinished") is None and bool(read_record(body.get("status") or {}).finished)
 
 
 def judge(

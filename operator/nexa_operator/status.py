@@ -49,6 +49,8 @@ TYPES = (
     "ProgressUnknown",
 )
 WAITING_FOR_ADMISSION = "WaitingForAdmission"
+_QUEUED = ("Queued", "Reconciling")
+_STARTING = ("Creating", "Resuming", "Restarting", "Shrinking")
 _LONGEST_MESSAGE = 1024
 MOST_EXCLUDED = 32
 """Nodes that a job keeps off; the first excluded is the first to be tried again."""
@@ -89,7 +91,7 @@ class _Verdict:
 
 def next_status(previous: Body, *, seen: Observed, decision: Decision, context: Context) -> dict[str, Any]:
     """The whole status; equal to `previous` when nothing changed."""
-    verdict = _verdict(seen, decision, context)
+    verdict = _verdict(previous, seen, decision, context)
     status: dict[str, Any] = {
         "observedGeneration": context.generation,
         "phase": verdict.phase,
@@ -254,7 +256,7 @@ def _last_failure(previous: Body, seen: Observed, decision: Decision, context: C
     return {key: value for key, value in failure.items() if value is not None}
 
 
-def _verdict(seen: Observed, decision: Decision, context: Context) -> _Verdict:
+def _verdict(previous: Body, seen: Observed, decision: Decision, context: Context) -> _Verdict:
     """One guard clause a decision; what is not named as true is false."""
     if isinstance(decision, Succeed):
         reached = seen.checkpoint
@@ -277,7 +279,7 @@ def _verdict(seen: Observed, decision: Decision, context: Context) -> _Verdict:
         return _Verdict(phase="Pending", true={"Queued": refused, "Reconciling": refused})
     if isinstance(decision, Starting):
         return _starting(decision)
-    return _watching(seen, context)
+    return _watching(previous, seen, context)
 
 
 def _waiting(decision: Wait, context: Context) -> _Verdict:
@@ -304,18 +306,26 @@ def _starting(decision: Create | Restart | Resume | Shrink) -> _Verdict:
     return _Verdict(phase=phase, true={"Queued": why, "Reconciling": why})
 
 
-def _watching(seen: Observed, context: Context) -> _Verdict:
+def _watching(previous: Body, seen: Observed, context: Context) -> _Verdict:
     if seen.admission:
         queued = (WAITING_FOR_ADMISSION, _shortened(f"attempt {seen.record.attempt} {seen.admission}"))
-        return _Verdict(phase="Queued", true={"Queued": queued, "Reconciling": queued})
+        return _Verdict(phase="Queued", true=dict.fromkeys(_QUEUED, queued))
     ranks, up = (seen.gang.ranks, seen.gang.num_up) if seen.gang else ((), 0)
     if up >= context.num_nodes:
         said = ("Running", f"{context.num_nodes} of {context.num_nodes} pods of attempt {seen.record.attempt}")
         return _Verdict(phase="Running", true={"Running": said, "Ready": said})
-    held_up = next((rank for rank in ranks if rank.phase == "Pending" and (rank.message or rank.reason)), None)
+    held_up = next((rank for rank in ranks if rank.phase == "Pending" and _is_held_up(rank)), None)
+    before = condition_of(previous, "Queued")
+    if held_up is None and before.get("status") == "True" and before["reason"] in _STARTING:
+        # A write for every pod that comes up would tell nobody anything.
+        return _Verdict(phase=previous["phase"], true=dict.fromkeys(_QUEUED, (before["reason"], before["message"])))
     reason, why = _hindrance(held_up) if held_up else ("PodsPending", "")
     waiting = (reason, _shortened(f"{up} of {context.num_nodes} pods run{why}"))
-    return _Verdict(phase="Pending", true={"Queued": waiting, "Reconciling": waiting})
+    return _Verdict(phase="Pending", true=dict.fromkeys(_QUEUED, waiting))
+
+
+def _is_held_up(rank: Rank) -> bool:
+    return bool(rank.message) or rank.reason not in ("", "ContainerCreating", "PodInitializing")
 
 
 def _hindrance(rank: Rank) -> tuple[str, str]:

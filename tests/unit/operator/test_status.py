@@ -26,6 +26,13 @@ def truths(status: dict[str, Any]) -> dict[str, str]:
 
 LOSS = Loss(cause="Boom", message="it broke", exit_code=1)
 RUNNING = gang(rank(0), rank(1))
+CREATE = Create(attempt=0, num_nodes=2)
+STARTS = (
+    CREATE,
+    Resume(attempt=1, num_nodes=2),
+    Restart(attempt=1, num_nodes=2, losses=1, loss=LOSS, charged=1),
+    Shrink(attempt=1, num_nodes=2),
+)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,25 @@ def test_each_decision_has_its_phase_and_its_true_conditions(observed, decision,
     status = write({}, observed, decision)
     assert status["phase"] == phase
     assert truths(status) == true
+
+
+@pytest.mark.parametrize("decision", STARTS, ids=lambda value: type(value).__name__)
+def test_pods_that_come_up_one_by_one_cost_no_write(decision):
+    status = write({}, seen(record=Record(attempt=decision.attempt)), decision)
+    record = Record(attempt=decision.attempt, num_nodes=2)
+    creating = rank(1, phase="Pending", reason="ContainerCreating")
+    for ranks in ([], [rank(0)], [rank(0), creating]):
+        assert write(status, seen(gang(*ranks), record=record), Watch(), now=LATER) == status
+
+
+def test_what_holds_a_pod_up_is_said_and_so_is_that_it_no_longer_does():
+    begun = write({}, seen(), CREATE)
+    held = write(begun, seen(gang(rank(0, phase="Pending", message="no room"))), Watch())
+    assert truths(held)["Queued"] == "PodsPending"
+    freed = write(held, seen(gang(rank(0, phase="Pending"))), Watch())
+    assert "no room" not in str(freed)
+    refused = write({}, seen(), CREATE, trouble="quota")
+    assert truths(write(refused, seen(gang()), Watch()))["Queued"] == "PodsPending"
 
 
 def test_every_condition_is_always_there_with_generation_reason_and_time():
