@@ -47,11 +47,21 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def peak_bytes(pid: int | str = "self") -> int:
-    """The most resident memory that a process has had so far (VmHWM of proc(5))."""
+    """The most resident memory that a process has had so far."""
+    return _memory(pid, "VmHWM")
+
+
+def resident_bytes(pid: int | str = "self") -> int:
+    """The memory that a process has now."""
+    return _memory(pid, "VmRSS")
+
+
+def _memory(pid: int | str, what: str) -> int:
+    """A line of /proc/PID/status (proc(5))."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{what}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/{pid}/status has no VmHWM")
+    raise RuntimeError(f"/proc/{pid}/status has no {what}")
 
 
 def facts(threads: int) -> dict[str, Any]:
@@ -66,7 +76,7 @@ def facts(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--", "nexa_train")),
+        "changed": bool(_git("status", "--porcelain", "--", "nexa_train", "operator")),
     }
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+from typing import Any
 
 from benchmarks.checkpoint import Watch, checkpoint_part
 from benchmarks.contender import Step, Turns
+from benchmarks.controllers import OPERATOR_USER
+from benchmarks.fleet import NAMESPACE, Turn
+from benchmarks.operator import first_child_seconds, percentile, requests_per_job
 from benchmarks.report import Part, Target
 
 
@@ -44,3 +48,50 @@ def test_a_first_look_at_saving_has_one_stall_to_tell_of() -> None:
     watch = object.__new__(Watch)  # as one pair of segments leaves it; the last save waits until it is committed
     watch.segments, watch.stalls, watch.trainers = [(1.02, 1.0), (1.0, 1.0)], [0.01, 0.5], [0.3, 0.2]
     assert [row[1] for row in checkpoint_part(watch).rows] == [0.01, 0.2, 1.02, 1.0]
+
+
+def test_the_rate_of_each_stretch_counts_from_the_end_of_the_one_before() -> None:
+    ended = {f"job-{number}": 10.0 + number / 2 for number in range(1, 5)}
+    turn = Turn(0.0, created={"job-1": 10.0, "job-2": 10.1}, ended=ended)
+    assert turn.rate == 2.0
+    assert turn.rates(2) == [2.0, 2.0]
+
+
+def test_a_percentile_is_a_value_that_was_measured() -> None:
+    hundred = [float(value) for value in range(1, 101)]
+    assert (percentile(hundred, 99), percentile(hundred, 50), percentile([7.0], 99)) == (99.0, 50.0, 7.0)
+
+
+def request(verb: str, resource: str, name: str, *, user: str = OPERATOR_USER, second: int = 0, **more: str) -> Any:
+    return {
+        "verb": verb,
+        "user": {"username": user},
+        "objectRef": {"resource": resource, "name": name, "namespace": NAMESPACE, **more},
+        "responseStatus": {"code": 201},
+        "stageTimestamp": f"2026-11-23T12:00:{second:02}.500000Z",
+    }
+
+
+def test_a_job_s_writes_are_those_of_the_operator_to_it_and_to_what_is_called_after_it() -> None:
+    audit = [
+        request("create", "nexatrainingjobs", "job-1", user="admin"),
+        request("create", "services", "job-1-ranks"),
+        request("create", "jobs", "job-1-a0"),
+        request("create", "events", "job-1.0123456789abcdef"),
+        request("patch", "nexatrainingjobs", "job-1", subresource="status"),
+        request("create", "jobs", "job-10-a0"),
+        request("patch", "leases", "nexa-operator", namespace="nexa-system"),
+        request("get", "nexatrainingjobs", "job-1"),
+        request("watch", "pods", ""),
+    ]
+    writes, reads = requests_per_job(audit)
+    assert (writes, reads) == ({"job-1": 4, "job-10": 1}, 1)
+
+
+def test_the_first_child_is_timed_from_one_answer_of_the_server_to_the_other() -> None:
+    audit = [
+        request("create", "nexatrainingjobs", "job-1", user="admin", second=1),
+        request("create", "jobs", "job-1-a0", second=3),
+        request("create", "jobs", "job-1-a0", user="someone else", second=2),
+    ]
+    assert first_child_seconds(audit) == {"job-1": 2.0}
