@@ -149,6 +149,7 @@ class Reconciler:
                 await self._part(key, body)
         elif parting.wants_hold(body):
             await self._set_finalizers(body, [*body["metadata"].get("finalizers", ()), naming.FINALIZER])
+            self.queue.add(key)
         else:
             await self._reconcile(key, body)
 
@@ -182,9 +183,6 @@ class Reconciler:
                 self.queue.add_after(key, seconds + _LATE_SECONDS)
 
     async def _observe(self, key: Key, body: Body) -> Observed:
-        if (record := read_record(body.get("status") or {})).finished:
-            # Nothing of its children matters any more.
-            return Observed(record=record)
         runtime = runtime_of(body)
         besides = (JOBS,) if ((body.get("spec") or {}).get("cluster") or {}).get("minNodes") else ()
         kinds = (*dict.fromkeys((runtime.KIND, *runtime.PARTS, *besides)), PODS)
