@@ -88,7 +88,7 @@ class KubernetesCluster:
     async def walk(self, kind: Kind, namespace: str) -> AsyncIterator[Object]:
         page = [("limit", str(_PAGE_SIZE))]
         while page:
-            answer = await self._call("GET", kind.path(namespace), query=page)
+            answer = await self._call("list", kind.path(namespace), query=page)
             for item in _items(answer):
                 yield item
             token = answer["metadata"].get("continue")

@@ -276,6 +276,7 @@ def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
     ended, waiting = _container_states(status, runtime.CONTAINER)
     scheduled = condition_of(status, "PodScheduled")
     phase = status.get("phase", "Pending")
+    waits = phase == "Pending" and scheduled.get("status") == "False"
     return Rank(
         index=int(runtime.index(pod) or -1),
         phase=phase,
@@ -290,7 +291,7 @@ def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
         replaced=replaces and phase == "Pending",
         gone_by=_time(pod["metadata"].get("deletionTimestamp")),
         node=(pod.get("spec") or {}).get("nodeName", ""),
-        unplaced_since=_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "False" else None,
+        unplaced_since=_time(scheduled.get("lastTransitionTime")) if waits else None,
     )
 
 

@@ -116,7 +116,8 @@ def test_a_gang_without_room_goes_on_with_fewer_pods_and_grows_when_there_is_roo
 def test_the_time_limit_is_for_all_attempts_together(ns: Namespace) -> None:
     ns.submit("late", schedule={"activeDeadlineSeconds": 4})
     lose(ns, "late-a0")
-    ns.wait(lambda: ns.get("job/late-a1"), "the second attempt")
+    for pod in ns.wait_pods("late-a1", 2):
+        ns.play_kubelet(pod, "Running")
     began = time.monotonic()
     assert ns.wait_true("late", "Failed")["reason"] == "DeadlineExceeded"
     assert time.monotonic() - began < 8
