@@ -67,7 +67,7 @@ def test_the_script_of_any_uri_is_valid_bash_and_asks_for_the_same(uri: str) -> 
 
 
 def test_a_hostile_job_comes_out_as_it_went_in_and_runs_nothing(tmp_path: Path) -> None:
-    given = job(data={"remote_uri": HOSTILE}, artifacts={"uri": HOSTILE}, cluster={"labels": {HOSTILE: HOSTILE[:63]}})
+    given = job(data={"remote_uri": HOSTILE}, artifacts={"uri": HOSTILE}, cluster={"annotations": {"note": HOSTILE}})
     seen = environment_of(render_script(given), tmp_path)
     assert job_from_object(json.loads(seen[ENV_JOB])) == given
     assert not (tmp_path / "pwned").exists()
