@@ -18,6 +18,7 @@ from nexa_train.config import crd
 from nexa_train.errors import ConfigError
 from tests.cluster.api import Api, Refused
 from tests.cluster.cluster import Cluster
+from tests.cluster.errors import TimedOut
 from tests.cluster.run import wait_until
 from tests.integration.harness import (
     RELEASE_NAMESPACE,
@@ -73,9 +74,7 @@ def chart(control_plane: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def limited(chart: Cluster) -> Iterator[Namespace]:
-    """Made first and used last: the quota controller looks for new kinds twice a minute."""
     with new_namespace(chart) as ns:
-        ns.kubectl("create", "quota", "jobs", "--hard=count/nexatrainingjobs.train.nexa.dev=1")
         yield ns
 
 
@@ -535,7 +534,17 @@ def test_not_even_a_controller_makes_such_a_pod_of_a_job(chart: Cluster, limited
 
 def test_a_quota_on_jobs_holds(arena: Arena, limited: Namespace):
     path = f"{GROUP}/namespaces/{limited.namespace}/nexatrainingjobs"
-    counted = lambda: (limited.get("quota/jobs") or {}).get("status", {}).get("used")  # noqa: E731
+
+    def counted() -> bool:
+        """The quota controller looks for new kinds twice a minute, and at a quota from before only minutes later."""
+        limited.kubectl("delete", "quota/jobs", "--ignore-not-found")
+        limited.kubectl("create", "quota", "jobs", "--hard=count/nexatrainingjobs.train.nexa.dev=1")
+        used = lambda: (limited.get("quota/jobs") or {}).get("status", {}).get("used")  # noqa: E731
+        try:
+            return bool(wait_until(used, timeout_seconds=2, what="it counts"))
+        except TimedOut:
+            return False
+
     wait_until(counted, timeout_seconds=90, what="the quota counts jobs")
     arena.admin.create(path, hostile("first"))
     with pytest.raises(Refused, match="exceeded quota: jobs"):
