@@ -88,12 +88,12 @@ class Wait:
 
 @dataclass(frozen=True, kw_only=True)
 class Suspend:
-    """The gang runs and should not: its ranks commit a checkpoint and stop. `grows`: to go on with more of them."""
+    """The gang runs and should not: its ranks commit a checkpoint and stop. `resizes`: to go on with other ones."""
 
     gang: str
     withdraw: bool = False
     """Take it out of its queue: while it is there, the queue's owner alone suspends it and lets it go."""
-    grows: bool = False
+    resizes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,11 +203,20 @@ def _run(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> D
     if seen.record.excluded_nodes and elastic.unplaced_seconds(gang, now) >= FORGIVE_SECONDS:
         return Resume(attempt=gang.attempt + 1, num_nodes=current, forgives=True)
     missing = spec.cluster.num_nodes - current
+    if _is_outdated(spec, current):
+        return Suspend(gang=gang.name, resizes=True)
     if spec.cluster.min_nodes is None or missing <= 0 or gang.num_up < current:
         return Watch()
     if elastic.larger(seen, spec, now) is not None:
-        return Suspend(gang=gang.name, grows=True)
+        return Suspend(gang=gang.name, resizes=True)
     return Probe(num_pods=missing)
+
+
+def _is_outdated(spec: JobSpec, current: int) -> bool:
+    """Whether numNodes was changed and nobody saw the suspension in between. A queue's gang is not ours to stop."""
+    if spec.schedule.queue_name is not None:
+        return False
+    return current > spec.cluster.num_nodes or (spec.cluster.min_nodes is None and current < spec.cluster.num_nodes)
 
 
 def deadline_seconds(seen: Observed, spec: JobSpec, now: datetime.datetime) -> float | None:

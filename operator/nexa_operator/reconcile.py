@@ -427,8 +427,8 @@ def _to_remove(seen: Observed, decision: Decision) -> tuple[str, ...]:
 
 def _rooms_to_remove(key: Key, seen: Observed, decision: Decision) -> list[str]:
     """All but what is asked for, or kept free until the gang that it is for stands in line for it."""
-    grows = isinstance(decision, Suspend) and decision.grows
-    kept = naming.room_name(key.name, seen.record.attempt) if grows or isinstance(decision, Probe | Wait) else ""
+    resizes = isinstance(decision, Suspend) and decision.resizes
+    kept = naming.room_name(key.name, seen.record.attempt) if resizes or isinstance(decision, Probe | Wait) else ""
     return [name for name in seen.rooms if name != kept]
 
 

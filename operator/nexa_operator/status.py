@@ -154,7 +154,7 @@ def _account(previous: Body, seen: Observed, decision: Decision, context: Contex
 def _state(account: goodput.Account, seen: Observed, decision: Decision, context: Context) -> str:
     if isinstance(decision, Succeed | Fail):
         return ""
-    if isinstance(decision, Hold) or (isinstance(decision, Suspend) and not decision.grows):
+    if isinstance(decision, Hold) or (isinstance(decision, Suspend) and not decision.resizes):
         return goodput.SUSPENDED
     if isinstance(decision, Restart | Suspend):
         return goodput.RESTART
@@ -267,8 +267,8 @@ def _verdict(previous: Body, seen: Observed, decision: Decision, context: Contex
         return _Verdict(phase="Failed", true={"Failed": failed, "Stalled": failed})
     if isinstance(decision, Wait):
         return _waiting(decision, context)
-    if isinstance(decision, Suspend) and decision.grows:
-        why = ("Growing", "there is room for all pods again; a checkpoint is committed first")
+    if isinstance(decision, Suspend) and decision.resizes:
+        why = ("Resizing", "the next attempt has another number of pods; a checkpoint is committed first")
         return _Verdict(phase="Restarting", true={"Queued": why, "Reconciling": why})
     if isinstance(decision, Hold | Suspend):
         said = "by schedule.suspend"
@@ -393,8 +393,9 @@ def happenings(old: Body, new: Body, decision: Decision) -> Iterator[Happening]:
     if isinstance(decision, Shrink):
         said = f"attempt {attempt} with {decision.num_nodes} pods: the others found no node"
         yield Happening(type="Warning", reason="Shrunk", message=said)
-    if isinstance(decision, Suspend) and decision.grows:
-        yield Happening(type="Normal", reason="Growing", message=f"attempt {attempt} stops; the next has all pods")
+    if isinstance(decision, Suspend) and decision.resizes:
+        said = f"attempt {attempt} stops; the next has another number of pods"
+        yield Happening(type="Normal", reason="Resizing", message=said)
     if (excluded := new.get("excludedNodes")) and excluded != old.get("excludedNodes"):
         yield Happening(type="Warning", reason="NodeExcluded", message=f"from attempt {attempt} on: {excluded[-1]}")
     for kind, level in (("Running", "Normal"), ("Suspended", "Normal"), ("Succeeded", "Normal"), ("Failed", "Warning")):

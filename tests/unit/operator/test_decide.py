@@ -391,7 +391,7 @@ def grows(**given: Any) -> Any:
 
 def test_a_smaller_gang_asks_for_room_and_grows_when_there_is_some() -> None:
     assert grows() == grows(room=1, room_since=ago(59)) == Probe(num_pods=2)
-    assert grows(room=2, room_since=ago(0)) == Suspend(gang="demo-a0", grows=True)
+    assert grows(room=2, room_since=ago(0)) == Suspend(gang="demo-a0", resizes=True)
     stopped = gang(*(failed(index) for index in (0, 1)), suspended=True)
     more = seen(stopped, record=Record(num_nodes=2), rooms=("demo-a0-room",), room=2, room_since=ago(30))
     assert decision(more, cluster=ELASTIC) == Resume(attempt=1, num_nodes=4)
@@ -403,13 +403,17 @@ def test_room_for_some_is_not_held_for_nothing() -> None:
     some = {"room": 1, "room_since": ago(60)}
     assert grows(**some) == Probe(num_pods=2), "8 rows over 3 pods do not go"
     got = decision(seen(gang(*placed(2)), record=Record(num_nodes=2), **some), cluster=ELASTIC, batch=12)
-    assert got == Suspend(gang="demo-a0", grows=True)
+    assert got == Suspend(gang="demo-a0", resizes=True)
     stopped = seen(gang(failed(), suspended=True), record=Record(num_nodes=2), rooms=("demo-a0-room",), **some)
     assert decision(stopped, cluster=ELASTIC, batch=12) == Resume(attempt=1, num_nodes=3)
 
 
 def test_only_a_job_that_may_be_smaller_asks_for_room() -> None:
-    assert decision(seen(gang(rank(0)), record=Record(num_nodes=1))) == Watch()
+    fewer = seen(gang(rank(0)), record=Record(num_nodes=1))
+    assert decision(fewer) == Suspend(gang="demo-a0", resizes=True), "numNodes was changed while nobody looked"
+    assert decision(fewer, schedule={"queue_name": "q"}) == Watch()
+    more = seen(gang(*placed(5)), record=Record(num_nodes=5))
+    assert decision(more, cluster=ELASTIC) == Suspend(gang="demo-a0", resizes=True)
 
 
 def test_a_clock_that_ran_out_or_stands_wakes_nobody() -> None:

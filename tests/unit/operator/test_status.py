@@ -284,8 +284,8 @@ def test_another_size_is_told_and_on_record() -> None:
     status = write({}, seen(gang(rank(0))), smaller)
     assert (status["numNodes"], status["phase"], truths(status)["Queued"]) == (1, "Restarting", "Shrinking")
     assert [h.reason for h in happenings({}, status, smaller)] == ["Shrunk"]
-    grows = Suspend(gang="demo-a1", grows=True)
-    growing = write(status, seen(gang(rank(0))), grows)
-    assert (growing["phase"], truths(growing)["Queued"]) == ("Restarting", "Growing")
+    resizes = Suspend(gang="demo-a1", resizes=True)
+    growing = write(status, seen(gang(rank(0))), resizes)
+    assert (growing["phase"], truths(growing)["Queued"]) == ("Restarting", "Resizing")
     assert "Suspended" not in truths(growing)
-    assert [h.reason for h in happenings(status, growing, grows)] == ["Growing"]
+    assert [h.reason for h in happenings(status, growing, resizes)] == ["Resizing"]
