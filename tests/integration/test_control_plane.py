@@ -31,7 +31,7 @@ def _own_cluster_possible() -> None:
 def a_job(name: str, *, num_pods: int) -> dict[str, object]:
     pod = {
         "restartPolicy": "Never",
-        "tolerations": [{"key": "kwok.x-k8s.io/node", "operator": "Exists"}],
+        "tolerations": [{"key": "kwok.x-k8s.io/node", "operator": "Equal", "value": "fake"}],
         "containers": [{"name": "main", "image": "example.invalid/none"}],
     }
     spec = {"completionMode": "Indexed", "completions": num_pods, "parallelism": num_pods, "template": {"spec": pod}}

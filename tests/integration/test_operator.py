@@ -331,7 +331,7 @@ def test_a_rank_lost_while_the_operator_was_down_is_answered_when_it_is_back(ns,
 
 def test_jobs_end_by_themselves_on_fake_nodes(ns, control_plane):
     control_plane.fake_nodes(2)
-    toleration = {"key": "kwok.x-k8s.io/node", "operator": "Exists"}
+    toleration = {"key": "kwok.x-k8s.io/node", "operator": "Equal", "value": "fake"}
     ns.submit("fake", cluster={"tolerations": [toleration]})
     ns.wait_true("fake", "Succeeded")
 
