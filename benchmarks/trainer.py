@@ -95,8 +95,9 @@ def lora_part(bench: Bench) -> Part:
     turn, rounds = 1, 2
     model = locate(ModelSpec(name="smollm2-135m-instruct")).folder
     tuning = {"type": "lora", "rank": LORA["r"], "alpha": LORA["lora_alpha"]}
-    work = bench.work("lora", model, held_out=8, tuning=tuning)
-    packed = bench.work("lora-packed", model, held_out=8, packed=True, tuning=tuning)
+    one_by_one = {"microbatch_size_per_gpu": 1}  # as the peer's: what is alive at once decides both sides' memory
+    work = bench.work("lora", model, held_out=8, tuning=tuning, training=one_by_one)
+    packed = bench.work("lora-packed", model, held_out=8, packed=True, tuning=tuning, training=one_by_one)
     ours = [bench.nexa("nexa", work, turn), bench.nexa("nexa packed", packed, turn)]
     tuned = [
         bench.trl(f"trl {name}", work, turn, PEER | {"bf16": False} | TRL_SETTINGS[name], lora=LORA)

@@ -58,11 +58,19 @@ class Lane:
     def wait(self, seen: Callable[[], Any], what: str, *, timeout_seconds: float = STEP_SECONDS) -> Any:
         """After a kill the operator counts as settled once this is so."""
         story = self.proxy.story
+        restarted = 0.0
+
+        def seen_since() -> Any:
+            nonlocal restarted
+            restarted = self._restarted  # what is looked at next is the work of this operator or of one before it
+            return seen()
+
         detail = lambda: "\n".join([*story.log, json.dumps(self.status(story.job), indent=1)])  # noqa: E731
-        found = wait_until(seen, timeout_seconds=timeout_seconds, what=f"{story.job}: {what}", detail=detail)
-        if self._restarted:
-            self.settled.append((time.monotonic() - self._restarted, self._seconds_without_processor()))
-            self._restarted = 0.0
+        found = wait_until(seen_since, timeout_seconds=timeout_seconds, what=f"{story.job}: {what}", detail=detail)
+        with self._restarting:  # a kill may come from the proxy at any moment: that one is of the next wait
+            if restarted and restarted == self._restarted:
+                self.settled.append((time.monotonic() - restarted, self._seconds_without_processor()))
+                self._restarted = 0.0
         return found
 
     def _seconds_without_processor(self) -> float:

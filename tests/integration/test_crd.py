@@ -160,7 +160,7 @@ BAD = [
     ({"artifacts": {"uri": "s3://m", "storage": "team/../default"}}, "spec.artifacts.storage"),
     ({"image": "trainer:1 --privileged"}, "spec.image"),
     ({"schedule": {"priority": "High"}}, "spec.schedule.priority"),
-    ({"recovery": {"rules": [{"exitCodes": [], "action": "retry"}]}}, "spec.recovery.rules[0].exitCodes"),
+    ({"recovery": {"rules": [{"exitCodes": [], "action": "retry"}]}}, "spec.recovery.rules[0]"),
     ({"trackers": ["a-notebook"]}, "spec.trackers[0]"),
 ]
 
