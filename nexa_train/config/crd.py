@@ -206,8 +206,9 @@ def _root_schema() -> Schema:
         },
         "x-kubernetes-validations": [
             _rule(
-                "size(self.metadata.name) <= 45 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
-                "metadata.name must be a DNS label of at most 45 characters: names of pods are made from it",
+                "size(self.metadata.name) <= 45 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+                "metadata.name must be a DNS label of at most 45 characters that begins with a letter: names of pods"
+                " and Services are made from it",
             )
         ],
     }

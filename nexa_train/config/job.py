@@ -21,7 +21,11 @@ NOT_IDENTITY = ("artifacts", "cluster", "image", "recovery", "schedule", "tracke
 class Metadata(Strict):
     """The part of Kubernetes' object metadata that a job file carries."""
 
-    name: str = Field(max_length=45, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", description="A DNS label.")
+    name: str = Field(
+        max_length=45,
+        pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$",
+        description="A DNS label that begins with a letter, as names of Services must.",
+    )
     namespace: str = Field("default", max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
     labels: LabelMap = Field(default_factory=dict)
     annotations: LabelMap = Field(default_factory=dict)

@@ -116,7 +116,9 @@ def _as_manifest(source: Source) -> dict[str, Any]:
 
 
 def _label(stem: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:45].strip("-") or "job"
+    name = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
+    name = name if name[:1].isalpha() else f"job-{name}"
+    return name[:45].strip("-")
 
 
 def _split_set(text: str) -> tuple[str, Any]:

@@ -173,6 +173,7 @@ def new_namespace(cluster: Cluster) -> Iterator[Namespace]:
 
 
 RELEASE_NAMESPACE = "nexa-system"
+OPERATOR_USER = f"system:serviceaccount:{RELEASE_NAMESPACE}:nexa"
 
 
 def prepare_operator(cluster: Cluster, folder: Path) -> Path:

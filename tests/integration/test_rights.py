@@ -6,7 +6,6 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,61 +13,20 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.run import wait_until
+from tests.integration.audit import Log, granted
 from tests.integration.harness import (
     CHECKPOINT,
+    OPERATOR_USER,
     RELEASE_NAMESPACE,
     Namespace,
     Operator,
     install_chart,
     new_namespace,
     prepare_operator,
-    render_chart,
     words,
 )
 
 pytestmark = pytest.mark.integration
-
-Right = tuple[str, str, str]
-"""API group, resource with its subresource, verb."""
-
-
-@dataclass(frozen=True)
-class Log:
-    """What one user asked of the API server since a moment."""
-
-    file: Path
-    start: int
-    user: str
-
-    def requests(self) -> list[dict[str, Any]]:
-        with self.file.open("rb") as log:
-            log.seek(self.start)
-            lines = [line for line in log.read().decode().splitlines() if self.user in line]
-        asked = [event for event in map(json.loads, lines) if event["user"]["username"] == self.user]
-        # A watch is answered when it starts; whatever is under way still will be.
-        return [event for event in asked if event["stage"] in ("ResponseStarted", "ResponseComplete")]
-
-    def used(self) -> set[Right]:
-        return {_right(event["objectRef"], event["verb"]) for event in self.requests() if "objectRef" in event}
-
-
-def _right(asked: dict[str, Any], verb: str) -> Right:
-    subresource = asked.get("subresource")
-    return asked.get("apiGroup", ""), asked["resource"] + (f"/{subresource}" if subresource else ""), verb
-
-
-def granted(*values: str) -> set[Right]:
-    """By all roles of the chart, which has one subject."""
-    roles = [item for item in render_chart(*values) if item["kind"] in ("Role", "ClusterRole")]
-    return {
-        (group, resource, verb)
-        for role in roles
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -105,8 +63,7 @@ def stage(request, control_plane: Cluster, tmp_path_factory: pytest.TempPathFact
             NEXA_LEASE_NAMESPACE=RELEASE_NAMESPACE,
             NEXA_WATCH_NAMESPACE=ns.namespace if alone else "",
         )
-        user = f"system:serviceaccount:{RELEASE_NAMESPACE}:nexa"
-        yield Stage(ns, operator, Log(control_plane.audit_log, start, user), alone)
+        yield Stage(ns, operator, Log(control_plane.audit_log, start, OPERATOR_USER), alone)
         operator.kill()
         ns.kubectl("patch", "ntj/held", "--type=merge", '--patch={"metadata":{"finalizers":null}}', check=False)
     install_chart(control_plane)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nexa_operator.kinds import WORKLOADS
 from nexa_operator.runtimes import RUNTIMES
 from nexa_train.config.protocol import CheckpointRef, Termination
 from tests.cluster import host
@@ -19,7 +20,8 @@ from tests.cluster.control_plane import ControlPlane, start_control_plane
 from tests.cluster.controllers import start_jobset, start_kueue, start_training_operator
 from tests.cluster.process import Process
 from tests.cluster.run import wait_until
-from tests.integration.harness import RELEASE_NAMESPACE, Namespace, Operator, new_namespace, prepare_operator
+from tests.integration.audit import Log, granted
+from tests.integration.harness import OPERATOR_USER, Namespace, Operator, new_namespace, prepare_operator
 
 pytestmark = pytest.mark.integration
 
@@ -212,6 +214,12 @@ def test_the_deadline_fails_the_job_and_starts_nothing_again(anywhere):
     assert anywhere.gang("late-a1") is None
 
 
+def asked(cluster: Cluster) -> Log:
+    """All that the operator asked of the API server."""
+    assert cluster.audit_log is not None
+    return Log(cluster.audit_log, 0, OPERATOR_USER)
+
+
 # --- Kueue ---
 
 
@@ -266,14 +274,11 @@ def finish(queue: Team, name: str, pods: list[dict[str, Any]]) -> None:
 
 def asked_to_change_gangs(queue: Team) -> list[dict[str, Any]]:
     """Writes of the operator to what carries gangs, but their creation."""
-    assert queue.cluster.audit_log is not None
-    user, kinds = f"system:serviceaccount:{RELEASE_NAMESPACE}:nexa", {RUNTIMES[name].KIND.plural for name in RUNTIMES}
-    records = [json.loads(line) for line in queue.cluster.audit_log.read_text().splitlines()]
+    kinds = {RUNTIMES[name].KIND.plural for name in RUNTIMES}
     return [
         record
-        for record in records
-        if record["user"]["username"] == user
-        and record["verb"] in ("patch", "update")
+        for record in asked(queue.cluster).requests()
+        if record["verb"] in ("patch", "update")
         and record.get("objectRef", {}).get("namespace") == queue.namespace
         and record["objectRef"]["resource"] in kinds
     ]
@@ -338,6 +343,24 @@ def test_a_user_s_suspension_frees_the_quota_and_is_not_undone_by_kueue(queue):
     finish(queue, "mine", queue.run("mine", nodes=1))
     assert queue.status("mine")["restarts"] == 0
     assert asked_to_change_gangs(queue) == []
+
+
+def test_the_rights_over_others_kinds_are_the_ones_that_are_used(queue):
+    if queue.runtime == "job":
+        pytest.skip("tests/integration/test_rights.py")
+    queued(queue, "waiting")
+    queue.run("waiting")
+    queue.begin("whole")
+    queue.run("whole")
+    queue.kubectl("patch", "ntj/whole", "--type=merge", SUSPEND)
+    queue.wait_true("whole", "Suspended")
+    queue.kubectl("patch", "ntj/whole", "--type=merge", RESUME)
+    queue.play(queue.run("whole", attempt=1)[:1], "Failed", code=1)
+    queue.wait_ranks("whole", attempt=2)
+    queue.wait(lambda: queue.gang("whole-a1") is None, "the attempt before is gone")
+    groups = {RUNTIMES[queue.runtime].KIND.group, WORKLOADS.group}
+    ours = lambda rights: {right for right in rights if right[0] in groups}  # noqa: E731
+    assert ours(asked(queue.cluster).used()) == ours(granted())
 
 
 def test_the_operator_asked_for_nothing_that_its_role_does_not_grant_and_nothing_went_wrong_inside(operator):

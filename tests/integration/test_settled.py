@@ -13,12 +13,11 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.run import wait_until
-from tests.integration.harness import RELEASE_NAMESPACE, prepare_operator
+from tests.integration.harness import OPERATOR_USER, RELEASE_NAMESPACE, prepare_operator
 from tests.integration.lane import Lane, conditions, new_lane
 
 pytestmark = pytest.mark.integration
 
-USER = f"system:serviceaccount:{RELEASE_NAMESPACE}:nexa"
 WRITES = ("create", "update", "patch", "delete", "deletecollection")
 SORTS = {
     "held": ({"schedule": {"suspend": True}}, "Suspended"),
@@ -37,7 +36,7 @@ def writes_since(log: Path, offset: int) -> Iterator[str]:
             if not line.endswith(b"\n"):
                 return  # half written
             event = json.loads(line)
-            if event["user"]["username"] == USER and event["verb"] in WRITES:
+            if event["user"]["username"] == OPERATOR_USER and event["verb"] in WRITES:
                 what = event["objectRef"]["resource"]
                 if what != "leases":
                     yield f"{event['verb']} {what}"

@@ -283,8 +283,9 @@ def test_a_bare_spec_is_named_after_its_file(tmp_path: Path) -> None:
     assert load_job(job_file(tmp_path, DATA, "My Job_2.yaml")).metadata.name == "my-job-2"
 
 
-def test_a_file_name_without_any_letter_still_gives_a_name(tmp_path: Path) -> None:
+def test_a_file_name_without_a_letter_in_front_still_gives_a_name(tmp_path: Path) -> None:
     assert load_job(job_file(tmp_path, DATA, "___.yaml")).metadata.name == "job"
+    assert load_job(job_file(tmp_path, DATA, "7B-sft.yaml")).metadata.name == "job-7b-sft"
 
 
 def test_a_spec_names_its_job_by_the_key_name(tmp_path: Path) -> None:
