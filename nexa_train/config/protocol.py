@@ -36,6 +36,8 @@ TERMINATION_LOG = "/dev/termination-log"
 TERMINATION_LOG_BYTES = 4096
 OUT_OF_MEMORY = "OutOfMemory"
 """The cause of a rank's end that a smaller microbatch may mend."""
+NOT_MET = "RendezvousFailed"
+"""The cause of a node's end whose ranks never began, for not all the others came."""
 EXIT_STALLED = 70
 """The entrypoint's own code: nothing moved within the deadline; the last words name where the ranks' stacks are."""
 

@@ -23,7 +23,7 @@ from nexa_train.artifact.manifest import step_folder
 from nexa_train.artifact.publish import claim_run, committed_folders, manifest_uri, newest_valid
 from nexa_train.backend_config import axolotl, backend_config
 from nexa_train.config.job import Job
-from nexa_train.config.protocol import EXIT_STALLED, OUT_OF_MEMORY, CheckpointRef, Progress, Termination
+from nexa_train.config.protocol import EXIT_STALLED, NOT_MET, OUT_OF_MEMORY, CheckpointRef, Progress, Termination
 from nexa_train.config.support import check_supported
 from nexa_train.data.prepare import Prepared, prepare
 from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -384,7 +384,12 @@ def _watch(
     if code == 0 and progress:
         return _ended(work, progress, 0, "Succeeded", "")
     outcomes = rundir.read_outcomes()
-    return outcomes[0] if outcomes else _killed(work, progress, code)
+    if outcomes:
+        return outcomes[0]
+    if node.count > 1 and not rundir.beats():
+        said = f"no rank began: not all {node.count} nodes came to the rendezvous at {node.endpoint}"
+        return _ended(work, progress, 1, NOT_MET, said)
+    return _killed(work, progress, code)
 
 
 def _warn(message: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from nexa_operator.observe import Gang, Rank
-from nexa_train.config.protocol import OUT_OF_MEMORY
+from nexa_train.config.protocol import NOT_MET, OUT_OF_MEMORY
 from nexa_train.config.spec import RecoveryRule
 
 Action: TypeAlias = Literal["retry", "exclude_node", "fail"]
@@ -47,9 +47,13 @@ class Loss:
     """The next attempt differs in what this one failed with, so it need not wait."""
 
 
-def classify(gang: Gang, *, rules: Iterable[RecoveryRule] = ()) -> Loss:
-    """The one loss that explains the others: ranks left alone fail with connection errors of their own."""
-    told = [_loss(rank, rules) for rank in sorted(gang.lost_ranks, key=_first_to_end)]
+def classify(gang: Gang, *, rules: Iterable[RecoveryRule] = (), ran: bool = True) -> Loss:
+    """The one loss that explains the others: ranks left alone fail with connection errors of their own.
+
+    Args:
+        ran: whether all pods of the attempt were ever seen to run.
+    """
+    told = [_loss(rank, rules, ran=ran) for rank in sorted(gang.lost_ranks, key=_first_to_end)]
     if not told:
         # The pod itself is gone: something outside removed it, the trainer cannot.
         return Loss(cause=_DELETED, message=gang.failure_message, charged=False)
@@ -70,7 +74,7 @@ def _telling(loss: Loss) -> int:
     return 2 if loss.charged else 1
 
 
-def _loss(rank: Rank, rules: Iterable[RecoveryRule]) -> Loss:
+def _loss(rank: Rank, rules: Iterable[RecoveryRule], *, ran: bool) -> Loss:
     words = rank.termination
     code = rank.exit_code if rank.exit_code is not None else words.exit_code if words else None
     cause = words.cause if words else _cause_without_words(rank, code)
@@ -81,12 +85,14 @@ def _loss(rank: Rank, rules: Iterable[RecoveryRule]) -> Loss:
     gone = rank.disrupted or rank.replaced or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
     # The next attempt takes fewer sequences at once; with one there is no next, so this ends by itself.
     adapts = words is not None and words.cause == OUT_OF_MEMORY and words.retryable
+    # It waited for pods that had no room, or no image yet.
+    alone = cause == NOT_MET and not ran
     return Loss(
         cause=cause,
         message=message,
         exit_code=code,
         action=action or _built_in(rank, code, said),
-        charged=not (gone or adapts),
+        charged=not (gone or adapts or alone),
         node=rank.node,
         adapts=adapts,
     )

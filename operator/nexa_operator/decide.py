@@ -235,7 +235,7 @@ def rest(seen: Observed, *, ttl_seconds: int | None, now: datetime.datetime) -> 
 
 def _after_loss(seen: Observed, gang: Gang, spec: JobSpec) -> Restart | Fail:
     recovery, record = spec.recovery, seen.record
-    loss = classify(gang, rules=recovery.rules)
+    loss = classify(gang, rules=recovery.rules, ran=record.ran)
     if loss.action == "fail":
         return Fail(reason=loss.cause, message=loss.message or f"{loss.cause} is not retried", loss=loss)
     refilled = _refilled(seen)

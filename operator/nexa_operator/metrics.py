@@ -19,7 +19,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from nexa_operator import goodput
-from nexa_train.config.protocol import OUT_OF_MEMORY
+from nexa_train.config.protocol import NOT_MET, OUT_OF_MEMORY
 from nexa_train.errors import NexaError
 
 OTHER = "other"
@@ -35,7 +35,7 @@ def _names(error: type[NexaError]) -> Iterator[str]:
 CAUSES = frozenset(
     (
         *_names(NexaError),
-        *(OUT_OF_MEMORY, "Killed", "Stalled", "Stopped"),
+        *(OUT_OF_MEMORY, NOT_MET, "Killed", "Stalled", "Stopped"),
         *("DeadlineExceeded", "Disrupted", "NodeLost", "PodDeleted", "PodFailed"),
         *("ContainerCannotRun", "Evicted", "NodeShutdown", "OOMKilled", "StartError"),
         *("MemoryError", "OSError", "OutOfMemoryError", "RuntimeError", "ValueError"),

@@ -88,6 +88,8 @@ class Record:
     attempt: int = 0
     num_nodes: int | None = None
     """Pods of that attempt; None: not begun."""
+    ran: bool = False
+    """Whether all pods of that attempt have run at once."""
     restarts: int = 0
     charged: int = 0
     losses: int = 0
@@ -206,6 +208,7 @@ def read_record(status: Body) -> Record:
     return Record(
         attempt=status.get("attempt", 0),
         num_nodes=status.get("numNodes"),
+        ran=is_true(status, "Running"),
         restarts=status.get("restarts", 0),
         charged=status.get("chargedRestarts", 0),
         losses=status.get("lossesWithoutCheckpoint", 0),

@@ -85,7 +85,7 @@ WRONG_FILES = {
     "a union without a type": (DATA + "tuning: {rank: 4}", ":2: tuning: got {'rank': 4}; its type is required"),
     "no data": ("backend: fsdp", ": data: required, and not given"),
     "no uri": ("data: {packing: true}", ":1: data.remote_uri: required, and not given"),
-    "a name with capitals": (DATA + "name: My_Job", ":2: name: got 'My_Job'; expected a match of '^[a-z0-9]("),
+    "a name with capitals": (DATA + "name: My_Job", ":2: name: got 'My_Job'; expected a match of '^[a-z]("),
     "a name too long": (DATA + f"name: {'a' * 46}", f":2: name: got '{'a' * 46}'; expected at most 45 characters"),
     "a key twice": (DATA + DATA, ":2: data: given twice, first on line 1; keep one"),
     "a key twice in a group": ("data: {remote_uri: x, remote_uri: y}", ":1: data.remote_uri: given twice, first on"),

@@ -75,7 +75,8 @@ def test_a_batch_is_accepted_exactly_where_the_ranks_can_make_it(
 
 LABELS = {
     "a": True,
-    "0": True,
+    "0": False,
+    "a0": True,
     "a-b": True,
     "a" * 45: True,
     "a" * 46: False,

@@ -248,6 +248,14 @@ def test_a_crash_is_charged_even_when_the_survivors_are_already_being_removed():
     assert (loss.cause, loss.charged) == ("Killed", True)
 
 
+@pytest.mark.parametrize(("ran", "charged"), [(False, 0), (True, 1)], ids=["without room for all", "with room"])
+def test_ranks_that_waited_for_pods_without_room_use_up_no_restart(ran: bool, charged: int) -> None:
+    lost = gang(failed(0, termination=words(cause="RendezvousFailed")))
+    got = decision(seen(lost, record=Record(ran=ran)))
+    assert isinstance(got, Restart)
+    assert (got.loss.cause, got.charged) == ("RendezvousFailed", charged)
+
+
 def test_attempts_that_make_the_microbatch_smaller_use_up_no_restarts_and_explain_the_others() -> None:
     lost = [failed(0, termination=words(cause="RuntimeError", message="Connection closed by peer"))]
     lost.append(failed(1, termination=words(cause="OutOfMemory", retryable=True)))
