@@ -238,6 +238,7 @@ def rank_command(folder: Path, node: Node, *, run_id: str) -> list[str]:
         else ["--rdzv-backend=c10d", f"--rdzv-endpoint={node.endpoint}", f"--rdzv-id={run_id}-a{node.attempt}"]
     )
     shape = [f"--nnodes={node.count}", f"--nproc-per-node={node.ranks}", "--max-restarts=0"]
+    shape.append(f"--log-dir={folder / 'torchrun'}")  # else in a folder of its own, which a killed torchrun leaves
     module = ["-m", "nexa_train.rank", str(folder)]
     return [sys.executable, "-m", "nexa_train.launch.torchrun", *shape, *rendezvous, *module]
 

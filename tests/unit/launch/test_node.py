@@ -25,6 +25,7 @@ def test_ranks_of_one_node_meet_on_their_own() -> None:
         "--nnodes=1",
         "--nproc-per-node=2",
         "--max-restarts=0",
+        "--log-dir=/run/nexa/torchrun",
         "--standalone",
         "-m",
         "nexa_train.rank",
