@@ -31,6 +31,7 @@ from nexa_train.config.protocol import (
     ENV_JOB,
     ENV_NODE_INDEX,
     ENV_NUM_NODES,
+    ENV_OUT_OF_MEMORY,
     ENV_PROGRESS_PORT,
     ENV_RDZV_ENDPOINT,
     PROGRESS_PORT,
@@ -86,7 +87,8 @@ def read_environment(environment: Mapping[str, str]) -> tuple[Job, Node]:
     try:
         body = json.loads(environment[ENV_JOB])
         node_count, index = int(environment.get(ENV_NUM_NODES, "1")), int(environment.get(ENV_NODE_INDEX, "0"))
-        attempt = int(environment.get(ENV_ATTEMPT, "0"))
+        attempt, starved = int(environment.get(ENV_ATTEMPT, "0")), environment.get(ENV_OUT_OF_MEMORY)
+        out_of_memory = int(starved) if starved else None
     except KeyError as exc:
         raise ConfigError(f"environment: {exc.args[0]} is not set; it holds the job as JSON") from exc
     except ValueError as exc:
@@ -99,7 +101,7 @@ def read_environment(environment: Mapping[str, str]) -> tuple[Job, Node]:
     endpoint = environment.get(ENV_RDZV_ENDPOINT)
     if node_count > 1 and not endpoint:
         raise ConfigError(f"environment: {ENV_RDZV_ENDPOINT} is not set, and {node_count} nodes must meet somewhere")
-    return job, Node(index, node_count, job.spec.cluster.ranks_per_node, endpoint or None, attempt)
+    return job, Node(index, node_count, job.spec.cluster.ranks_per_node, endpoint or None, attempt, out_of_memory)
 
 
 def read_port(environment: Mapping[str, str]) -> int:

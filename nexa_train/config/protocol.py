@@ -9,6 +9,7 @@ The operator puts these variables into each pod:
 | NEXA_JOB | the job as JSON: metadata (name, namespace) and spec |
 | NEXA_ATTEMPT | number of the attempt, from 0 |
 | NEXA_NUM_NODES | pods of the gang |
+| NEXA_OUT_OF_MEMORY_ATTEMPT | the last attempt, where a pod of it was killed for memory and could not say so itself |
 | NEXA_RDZV_ENDPOINT | host:port of pod 0, where torchrun's c10d rendezvous listens |
 | JOB_COMPLETION_INDEX | this node's index; an indexed Job sets it, elsewhere the pod's label does |
 | NEXA_IMAGE | the image as the pod names it, for the manifest |
@@ -25,6 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 ENV_JOB = "NEXA_JOB"
 ENV_ATTEMPT = "NEXA_ATTEMPT"
 ENV_NUM_NODES = "NEXA_NUM_NODES"
+ENV_OUT_OF_MEMORY = "NEXA_OUT_OF_MEMORY_ATTEMPT"
 ENV_RDZV_ENDPOINT = "NEXA_RDZV_ENDPOINT"
 ENV_IMAGE = "NEXA_IMAGE"
 ENV_PROGRESS_PORT = "NEXA_PROGRESS_PORT"
@@ -36,6 +38,8 @@ TERMINATION_LOG = "/dev/termination-log"
 TERMINATION_LOG_BYTES = 4096
 OUT_OF_MEMORY = "OutOfMemory"
 """The cause of a rank's end that a smaller microbatch may mend."""
+KILLED_FOR_MEMORY = "OOMKilled"
+"""The kubelet's word for a container of which the kernel has killed everything."""
 NOT_MET = "RendezvousFailed"
 """The cause of a node's end whose ranks never began, for not all the others came."""
 EXIT_STALLED = 70

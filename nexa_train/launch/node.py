@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -30,11 +30,16 @@ from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nexa_train.errors import ConfigError, NexaError, StoppedError
 from nexa_train.launch import watchdog
 from nexa_train.launch.installed import check_installed
-from nexa_train.launch.memory import out_of_memory_kills, remember_too_large, smallest_too_large
+from nexa_train.launch.memory import (
+    out_of_memory_kills,
+    remember_attempt_too_large,
+    remember_too_large,
+    smallest_too_large,
+)
 from nexa_train.launch.watchdog import Watchdog
 from nexa_train.launch.work import RankWork, dataset_facts
 from nexa_train.models.locate import Located, architecture, check_model, locate
-from nexa_train.plan import make_plan, parse_quantity
+from nexa_train.plan import TrainPlan, make_plan, parse_quantity
 from nexa_train.provenance import code_facts, has_bf16_units, processor
 from nexa_train.rundir import RunDir
 from nexa_train.store import Store, open_store
@@ -54,6 +59,8 @@ class Node:
     ranks: int = 1
     endpoint: str | None = None
     attempt: int = 0
+    out_of_memory_attempt: int | None = None
+    """An earlier one that was killed for memory as a whole, before it could note with how many sequences."""
 
 
 def make_ready(job: Job, node: Node) -> RankWork | Termination:
@@ -84,18 +91,21 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
     backend_config(job.spec, plan)  # refuses what the backend's library has no words for
     found_out = {"microbatch": plan.microbatch, "threads": plan.threads}
     frozen = claim_run(store, job.run_id, _identity(job, prepared, located, tokenizer), frozen=found_out)
-    plan = make_plan(
-        job.spec,
-        num_sequences=prepared.num_sequences,
-        architecture=sizes,
-        threads=frozen.get("threads", plan.threads),
-        microbatch=frozen["microbatch"],
-        too_large=smallest_too_large(store, job.run_id),
-        precision=precision,
-    )
+
+    def fitting_plan() -> TrainPlan:
+        return make_plan(
+            job.spec,
+            num_sequences=prepared.num_sequences,
+            architecture=sizes,
+            threads=frozen.get("threads", plan.threads),
+            microbatch=frozen["microbatch"],
+            too_large=smallest_too_large(store, job.run_id),
+            precision=precision,
+        )
+
     work = RankWork(
         job,
-        plan,
+        fitting_plan(),
         located,
         prepared.folder,
         dataset_facts(job, prepared, located),
@@ -103,6 +113,9 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
         store.uri,
         node.attempt,
     )
+    if node.out_of_memory_attempt is not None and work.adapts_microbatch:
+        remember_attempt_too_large(store, work, node.out_of_memory_attempt)
+        work = replace(work, plan=fitting_plan())
     return _finished(work, store) or work
 
 

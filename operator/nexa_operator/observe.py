@@ -15,7 +15,7 @@ from nexa_operator import goodput, naming
 from nexa_operator.reading import Body, condition_of, first_true, is_deleting, is_true, label_of, owner_uid
 from nexa_operator.runtimes import Runtime, runtime_of
 from nexa_operator.runtimes.base import resumed_at
-from nexa_train.config.protocol import CheckpointRef, Progress, Termination
+from nexa_train.config.protocol import KILLED_FOR_MEMORY, CheckpointRef, Progress, Termination
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,8 @@ class Record:
     """The attempt on record may not begin before."""
     excluded_nodes: tuple[str, ...] = ()
     step_at_last_failure: int = -1
+    out_of_memory_attempt: int | None = None
+    """The last one that failed, if a pod of it was killed for memory as a whole."""
     checkpoint: CheckpointRef | None = None
     finished: str = ""
     """Succeeded or Failed, once one of them is true: it never changes again."""
@@ -205,6 +207,7 @@ def observe_unavailable(body: Body) -> Observed:
 
 def read_record(status: Body) -> Record:
     """Lenient: status is written by this operator, maybe by an older one."""
+    failure = status.get("lastFailure") or {}
     return Record(
         attempt=status.get("attempt", 0),
         num_nodes=status.get("numNodes"),
@@ -214,7 +217,8 @@ def read_record(status: Body) -> Record:
         losses=status.get("lossesWithoutCheckpoint", 0),
         not_before=_time(status.get("nextAttemptTime")),
         excluded_nodes=tuple(status.get("excludedNodes") or ()),
-        step_at_last_failure=(status.get("lastFailure") or {}).get("checkpointStep", -1),
+        step_at_last_failure=failure.get("checkpointStep", -1),
+        out_of_memory_attempt=failure.get("attempt") if failure.get("cause") == KILLED_FOR_MEMORY else None,
         checkpoint=_read_checkpoint(status.get("checkpoint")),
         finished=next((kind for kind in ("Succeeded", "Failed") if is_true(status, kind)), ""),
         completed_at=_time(status.get("completionTime")),

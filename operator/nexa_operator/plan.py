@@ -13,6 +13,7 @@ from nexa_train.config.protocol import (
     ENV_IMAGE,
     ENV_JOB,
     ENV_NUM_NODES,
+    ENV_OUT_OF_MEMORY,
 )
 from nexa_train.config.spec import ClusterSpec
 
@@ -56,12 +57,14 @@ def make_plan(
     defaults: Defaults,
     num_nodes: int | None = None,
     excluded_nodes: tuple[str, ...] = (),
+    out_of_memory_attempt: int | None = None,
 ) -> RunPlan:
     """The same job and attempt always give the same plan.
 
     Args:
         num_nodes: pods of this attempt; None: as many as the job asks for.
         excluded_nodes: names of nodes where no pod may go.
+        out_of_memory_attempt: the one before, if it was killed for memory.
 
     Raises:
         RuntimeUnavailableError: see `image_of`.
@@ -84,6 +87,7 @@ def make_plan(
             (ENV_ATTEMPT, str(attempt)),
             (ENV_NUM_NODES, str(job.spec.cluster.num_nodes)),
             (ENV_IMAGE, image),
+            *(() if out_of_memory_attempt is None else ((ENV_OUT_OF_MEMORY, str(out_of_memory_attempt)),)),
         ),
         storage=_storage(job, defaults),
         priority_class=job.spec.schedule.priority,

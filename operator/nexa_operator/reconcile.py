@@ -268,6 +268,7 @@ class Reconciler:
             defaults=self.defaults,
             num_nodes=record.num_nodes,
             excluded_nodes=record.excluded_nodes,
+            out_of_memory_attempt=record.out_of_memory_attempt,
         )
 
     async def _ask_for_room(self, key: Key, body: Body, job: Job, seen: Observed, decision: Probe) -> None:

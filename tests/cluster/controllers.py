@@ -10,6 +10,7 @@ import base64
 import json
 import shutil
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,10 @@ def start_training_operator(plane: ControlPlane) -> Process:
     mounted.touch()
     second = start(plane.ledger, name, command, env=environment)
     _wait_ready(second, probe)
+    mounted.unlink(missing_ok=True)  # it looked when it started
+    for parent in mounted.parents[:2]:
+        with suppress(OSError):  # somebody else's, or another start's
+            parent.rmdir()
     return second
 
 

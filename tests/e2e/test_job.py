@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -252,6 +253,38 @@ def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: P
         product.nexa("run", str(job), "--set", f"artifacts.uri={tmp_path}/artifacts", "-o", "json").stdout
     )
     assert outcome["checkpoint"]["weights_digest"] == status["checkpoint"]["weightsDigest"]
+
+
+def test_a_container_killed_for_memory_goes_on_with_fewer_sequences_at_once(product: Product) -> None:
+    """The limit is the namespace's, of which the estimate knows nothing; the kernel kills the whole container."""
+    texts = [" ".join(str(number * factor) for factor in range(1, 400)) for number in range(65)]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    product.minio.client.put_object("nexa-data", "long.jsonl", io.BytesIO(rows), len(rows))
+    limited = {"type": "Container", "default": {"memory": "1200Mi"}, "defaultRequest": {"memory": "1200Mi"}}
+    product.apply(
+        {"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "tight"}, "spec": {"limits": [limited]}}
+    )
+    try:
+        document = example("starved")
+        document["spec"] |= {
+            "method": {"type": "pretrain"},
+            "model": {"name": "tiny", "dModel": 128, "nLayers": 4, "nHeads": 4, "maxSeqLen": 512},
+            "data": {"remoteUri": "s3://nexa-data/long.jsonl", "format": "text", "validation": {"rows": 1}},
+            "training": {"globalBatchSize": 64, "maxSteps": 2, "saveEverySteps": 1},
+            "optimizer": {"name": "adamw", "lr": 0.003},
+            "cluster": {"threadsPerRank": 1},
+        }
+        name = product.apply(document)
+        status = wait_ended(product.cluster, name)
+    finally:
+        product.cluster.kubectl("delete", "limitrange/tight")
+    assert condition(status, "Succeeded")["status"] == "True", status
+    assert status["restarts"] > 0
+    assert status["lastFailure"]["cause"] == "OOMKilled"
+    key = status["checkpoint"]["uri"].removeprefix("s3://nexa-models/")
+    world = json.loads(product.minio.client.get_object("nexa-models", key).read())["world"]
+    assert world["microbatch"] * world["accumulation"] == 64
+    assert world["microbatch"] == 64 >> status["restarts"]
 
 
 def test_a_suspended_job_commits_its_last_step_and_goes_on_with_another_number_of_pods(product: Product) -> None:

@@ -283,6 +283,7 @@ def plan_of(job: Job, body: dict[str, Any]) -> RunPlan:
         defaults=DEFAULTS,
         num_nodes=record.num_nodes if job.spec.cluster.min_nodes else None,
         excluded_nodes=record.excluded_nodes,
+        out_of_memory_attempt=record.out_of_memory_attempt,
     )
 
 

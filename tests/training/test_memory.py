@@ -96,6 +96,26 @@ def test_what_would_help_is_said_where_no_smaller_microbatch_will_be_tried(
     assert advice in message
 
 
+def test_what_was_too_much_for_a_container_that_could_not_say_so_is_noted_once_by_the_next_attempt(
+    tmp_path: Path, rows: Path
+) -> None:
+    training = {"microbatch_size_per_gpu": "auto", "max_steps": 2}
+    values = job(rows, artifacts={"uri": str(tmp_path)}, cluster={"num_nodes": 2}, training=training)
+    described = Job.model_validate({"metadata": {"name": "test"}, "spec": values})
+
+    def microbatches(out_of_memory_attempt: int | None) -> list[int]:
+        nodes = [Node(index, 2, out_of_memory_attempt=out_of_memory_attempt) for index in range(2)]
+        ready = [make_ready(described, node) for node in nodes]
+        return [work.plan.microbatch for work in ready if isinstance(work, RankWork)]
+
+    assert microbatches(None) == [4, 4]
+    for _ in range(2):  # another attempt may end of something else, and be told of the same one again
+        assert microbatches(0) == [2, 2]
+    assert microbatches(2) == [1, 1]
+    assert microbatches(3) == [1, 1]
+    assert len([*tmp_path.glob("checkpoints/*/out-of-memory/*")]) == 2, "one sequence is never noted"
+
+
 def test_nodes_that_hear_at_different_times_of_what_did_not_fit_agree(
     tmp_path: Path, rows: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,8 +57,9 @@ def test_the_environment_says_which_node_of_which_attempt_this_is() -> None:
         "NEXA_NUM_NODES": "2",
         "JOB_COMPLETION_INDEX": "1",
         "NEXA_RDZV_ENDPOINT": "demo-0:29500",
+        "NEXA_OUT_OF_MEMORY_ATTEMPT": "2",
     }
-    assert read_environment(environment) == (job(), Node(1, 2, 1, "demo-0:29500", 3))
+    assert read_environment(environment) == (job(), Node(1, 2, 1, "demo-0:29500", 3, 2))
 
 
 def test_a_pod_alone_needs_nothing_but_its_job() -> None:

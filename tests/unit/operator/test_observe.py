@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 
 from nexa_operator.observe import Record, newest, observe, read_record
+from nexa_operator.plan import Defaults, make_plan
 from tests.unit.operator.builders import (
     GANG_UID,
     NOW,
+    UID,
     body,
     checkpoint,
     condition,
     ended,
     gang_job,
+    job,
     pod,
     progress,
     words,
@@ -122,6 +125,16 @@ def test_a_status_of_an_older_operator_is_read_as_far_as_it_goes():
     assert read_record({}) == Record()
     assert read_record({"conditions": None, "lastFailure": None, "unknown": 1}) == Record()
     assert read_record({"conditions": [condition("Failed")]}).finished == "Failed"
+
+
+@pytest.mark.parametrize(("cause", "known"), [("OOMKilled", 2), ("OutOfMemory", None)])
+def test_an_attempt_that_was_killed_for_memory_as_a_whole_is_told_of_to_the_next(cause, known):
+    record = read_record({"attempt": 3, "lastFailure": {"attempt": 2, "cause": cause}})
+    assert record.out_of_memory_attempt == known
+    plan = make_plan(
+        job(), owner_uid=UID, attempt=3, defaults=Defaults(image="i"), out_of_memory_attempt=record.out_of_memory_attempt
+    )
+    assert dict(plan.environment).get("NEXA_OUT_OF_MEMORY_ATTEMPT") == (known and str(known))
 
 
 def test_why_a_pod_waits_is_known():
