@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Cut(Exception):
     """Leaves a connection where it is."""
 
 
-class HttpProxy:
+class HttpProxy(ABC):
     """Serves from `listen` until `close`."""
 
     def listen(self, port: int = 0) -> None:
@@ -67,9 +68,9 @@ class HttpProxy:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
+    @abstractmethod
     def one(self, connection: socket.socket, request: Request) -> None:
         """What becomes of a request: an answer is sent, or `Cut` raised."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Returns when nothing is on its way to the server any more."""
