@@ -16,6 +16,7 @@ from nexa_operator.runtimes import job as job_runtime
 from nexa_train.config import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from nexa_train.config.load import job_from_object
 from tests.cluster.control_plane import ControlPlane
+from tests.cluster.controllers import start_training_operator
 from tests.cluster.process import Process, start
 from tests.cluster.run import run
 from tests.cluster.tools import TOOLS, binary
@@ -25,6 +26,7 @@ OPERATOR_USER = f"system:serviceaccount:{OPERATOR_NAMESPACE}:nexa"
 IMAGE = "trainer:benchmark"
 
 _JOBS, _SERVICES = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/services"
+_PYTORCH_JOBS = "/apis/kubeflow.org/v1/namespaces/{}/pytorchjobs"
 _TRAINING_JOBS = f"/apis/{GROUP}/{VERSION}/namespaces/{{}}/{PLURAL}"
 
 
@@ -66,11 +68,10 @@ def nexa() -> Side:
 
 
 def training_operators() -> tuple[list[Side], list[str]]:
-    """The training-operator as it ships and with its limits raised, or the reason why not."""
-    tool = TOOLS.get("training-operator")
-    if tool is None or not tool.built:
-        return [], ["training-operator: left out, not built (python -m tests.cluster.tools training-operator)"]
-    return [], []
+    """The training-operator as it ships (its client's limits are no setting), or the reason why not."""
+    if not TOOLS["trainingoperator"].built:
+        return [], ["training-operator: left out, not built (python -m tests.cluster.tools trainingoperator)"]
+    return [Side("training-operator", _PYTORCH_JOBS, _pytorch_job, _succeeded, begin=start_training_operator)], []
 
 
 def _complete(body: Object) -> bool:
@@ -83,6 +84,13 @@ def _succeeded(body: Object) -> bool:
 
 def _named(name: str, **more: object) -> Object:
     return {**more, "metadata": {"name": name, "namespace": NAMESPACE}}
+
+
+def _pytorch_job(name: str) -> Object:
+    pod = {"containers": [{"name": "pytorch", "image": IMAGE}]}
+    replicas = {role: {"replicas": 1, "template": {"spec": pod}} for role in ("Master", "Worker")}
+    spec = {"pytorchReplicaSpecs": replicas}
+    return _named(name, apiVersion="kubeflow.org/v1", kind="PyTorchJob", spec=spec)
 
 
 def _training_job(name: str) -> Object:

@@ -11,9 +11,17 @@ from typing import Any
 
 import kopf
 
-from nexa_operator.kinds import JOBS
+from nexa_operator.kinds import JOBS, PODS
 from nexa_operator.naming import LABEL_JOB_NAME, LABEL_JOB_UID
-from nexa_operator.news import LATER_SECONDS, News, sign_of_gang, sign_of_training_job
+from nexa_operator.news import (
+    LATER_SECONDS,
+    NEWBORN_GANG,
+    NEWBORN_POD,
+    News,
+    sign_of_gang,
+    sign_of_pod,
+    sign_of_training_job,
+)
 from nexa_operator.reconcile import Key, key_of
 from nexa_train.config import GROUP, PLURAL, VERSION
 
@@ -32,7 +40,8 @@ def registry_of(
         heard: told of which kind there was an event.
     """
     registry = kopf.OperatorRegistry()
-    jobs, gangs = News(sign_of_training_job), News(sign_of_gang)
+    jobs = News(sign_of_training_job)
+    children = {JOBS.plural: News(sign_of_gang, NEWBORN_GANG), PODS.plural: News(sign_of_pod, NEWBORN_POD)}
 
     def put(key: Key, *, new: bool) -> None:
         if new:
@@ -52,8 +61,8 @@ def registry_of(
 
     async def child_changed(event: Event, resource: kopf.Resource, **_: Any) -> None:
         heard(resource.plural)
-        new = resource.plural != JOBS.plural or gangs.is_new(event["type"], event["object"])
-        put(_key_of_owner(event["object"]), new=new)
+        news = children[resource.plural]
+        put(_key_of_owner(event["object"]), new=news.is_new(event["type"], event["object"]))
 
     labelled = {LABEL_JOB_UID: kopf.PRESENT, LABEL_JOB_NAME: kopf.PRESENT}
     heard(PLURAL)

@@ -1,8 +1,9 @@
 """Which events tell something new. Between kopf's handlers and the queue.
 
-Objects change more often than what a look sees of them: the Job controller counts its pods in the status, and every
-status of ours comes back as an event. One that tells nothing new is still answered, for the look before it may have
-failed or seen the past, but later, and by the same look as all others of its kind.
+Objects change more often than what a look sees of them: the Job controller counts its pods in the status, every
+status of ours comes back as an event, and a child that was just made is what its look expected. An event that tells
+nothing new is still answered, for the look before it may have failed or seen the past, but later, and by the same
+look as all others of its kind.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from nexa_operator.naming import LABEL_ROLE, ROLE_ROOM
+from nexa_operator.reading import condition_of, label_of
 
 Body = Mapping[str, Any]
 
@@ -22,6 +26,8 @@ class News:
     """What was last heard of each object of one kind, as far as a look would see it."""
 
     sign: Callable[[Body], object]
+    newborn: object = None
+    """The sign of one that was just made as it was asked for; None: each is news."""
     _heard: dict[str, object] = field(default_factory=dict)
 
     def is_new(self, change: str | None, body: Body) -> bool:
@@ -30,7 +36,7 @@ class News:
         if change == "DELETED":
             self._heard.pop(uid, None)
             return True
-        sign, before = self.sign(body), self._heard.get(uid)
+        sign, before = self.sign(body), self._heard.get(uid, self.newborn)
         self._heard[uid] = sign
         return sign != before
 
@@ -46,3 +52,31 @@ def sign_of_gang(body: Body) -> object:
     conditions = (body.get("status") or {}).get("conditions") or []
     told = tuple((each["type"], each["status"], each.get("reason"), each.get("message")) for each in conditions)
     return sign_of_training_job(body), told
+
+
+NEWBORN_GANG = sign_of_gang({"metadata": {"generation": 1}})
+
+
+def sign_of_pod(body: Body) -> object:
+    """That it found a node is awaited by nobody, but of those that look for room."""
+    status = body.get("status") or {}
+    scheduled = condition_of(status, "PodScheduled")
+    states = [entry.get("state") or {} for entry in status.get("containerStatuses") or []]
+    return (
+        status.get("phase", "Pending"),
+        status.get("reason"),
+        body["metadata"].get("deletionTimestamp"),
+        condition_of(status, "DisruptionTarget").get("status"),
+        scheduled.get("message") if scheduled.get("status") == "False" else None,
+        label_of(body, LABEL_ROLE) == ROLE_ROOM and scheduled.get("status") == "True",
+        tuple(str(state["terminated"]) for state in states if state.get("terminated")),
+        tuple(
+            (waiting.get("reason"), waiting.get("message"))
+            for state in states
+            if (waiting := state.get("waiting")) and waiting.get("reason") not in _STARTING
+        ),
+    )
+
+
+_STARTING = ("ContainerCreating", "PodInitializing")
+NEWBORN_POD = sign_of_pod({"metadata": {}})

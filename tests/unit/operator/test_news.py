@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexa_operator.news import News, sign_of_gang, sign_of_training_job
-from tests.unit.operator.builders import body, condition, gang_job
+from nexa_operator.news import NEWBORN_GANG, NEWBORN_POD, News, sign_of_gang, sign_of_pod, sign_of_training_job
+from tests.unit.operator.builders import body, condition, ended, gang_job, pod
 
 
 def test_the_operator_s_own_status_is_no_news_but_a_change_of_the_spec_or_a_deletion_is() -> None:
@@ -20,12 +20,14 @@ def test_the_operator_s_own_status_is_no_news_but_a_change_of_the_spec_or_a_dele
 
 
 def test_a_gang_s_counters_are_no_news_but_its_conditions_are() -> None:
-    news = News(sign_of_gang)
+    news = News(sign_of_gang, NEWBORN_GANG)
 
     def seen(**status: Any) -> bool:
-        return news.is_new("MODIFIED", gang_job(**status))
+        job = gang_job(**status)
+        job["metadata"]["generation"] = 1
+        return news.is_new("MODIFIED", job)
 
-    assert seen()
+    assert not seen(), "it was made as it was asked for"
     assert not seen(active=2, ready=1)
     assert seen(conditions=[condition("FailureTarget", reason="BackoffLimitExceeded")])
     assert not seen(failed=1, conditions=[condition("FailureTarget", reason="BackoffLimitExceeded")])
@@ -41,3 +43,35 @@ def test_each_object_has_its_own_news_and_a_deleted_one_is_forgotten() -> None:
     assert news.is_new("DELETED", body())
     assert news.is_new("ADDED", body())
     assert not news.is_new("MODIFIED", other)
+
+
+def test_a_pod_on_its_way_is_no_news_but_what_holds_it_up_and_what_becomes_of_it_is() -> None:
+    news = News(sign_of_pod, NEWBORN_POD)
+
+    def seen(phase: str = "Pending", **status: Any) -> bool:
+        body = pod(0, phase=phase, **status)
+        body["metadata"]["uid"] = "a-pod"
+        return news.is_new("MODIFIED", body)
+
+    def waits(reason: str) -> list[dict[str, Any]]:
+        return [{"name": "trainer", "state": {"waiting": {"reason": reason}}}]
+
+    assert not seen()
+    assert not seen(conditions=[condition("PodScheduled")])
+    assert not seen(containerStatuses=waits("ContainerCreating"))
+    assert seen(containerStatuses=waits("ImagePullBackOff"))
+    assert seen(conditions=[condition("PodScheduled", status="False", message="0/3 nodes")])
+    assert seen("Running", conditions=[condition("PodScheduled")])
+    assert not seen("Running", conditions=[condition("Ready")])
+    assert seen("Running", conditions=[condition("DisruptionTarget")])
+    assert seen("Failed", containerStatuses=ended(1))
+    assert seen("Failed", containerStatuses=ended(2))
+
+
+def test_a_pod_that_looks_for_room_is_news_once_it_has_found_a_node() -> None:
+    news, asking = News(sign_of_pod, NEWBORN_POD), pod(0, phase="Pending")
+    asking["metadata"]["uid"] = "a-pod"
+    asking["metadata"]["labels"]["train.nexa.dev/role"] = "room"
+    assert not news.is_new("ADDED", asking)
+    asking["status"]["conditions"] = [condition("PodScheduled")]
+    assert news.is_new("MODIFIED", asking)
