@@ -28,6 +28,7 @@ from tests.integration.harness import (
 
 pytestmark = pytest.mark.integration
 
+
 @dataclass(frozen=True)
 class Stage:
     ns: Namespace

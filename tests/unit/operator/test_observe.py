@@ -132,7 +132,11 @@ def test_an_attempt_that_was_killed_for_memory_as_a_whole_is_told_of_to_the_next
     record = read_record({"attempt": 3, "lastFailure": {"attempt": 2, "cause": cause}})
     assert record.out_of_memory_attempt == known
     plan = make_plan(
-        job(), owner_uid=UID, attempt=3, defaults=Defaults(image="i"), out_of_memory_attempt=record.out_of_memory_attempt
+        job(),
+        owner_uid=UID,
+        attempt=3,
+        defaults=Defaults(image="i"),
+        out_of_memory_attempt=record.out_of_memory_attempt,
     )
     assert dict(plan.environment).get("NEXA_OUT_OF_MEMORY_ATTEMPT") == (known and str(known))
 
