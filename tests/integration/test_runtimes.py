@@ -348,6 +348,22 @@ def test_a_user_s_suspension_frees_the_quota_and_is_not_undone_by_kueue(queue):
 def test_the_rights_over_others_kinds_are_the_ones_that_are_used(queue):
     if queue.runtime == "job":
         pytest.skip("tests/integration/test_rights.py")
+    template = {"spec": {"containers": [{"name": "pytorch", "image": "example.invalid/none"}]}}
+    job = {"template": {**template, "spec": {**template["spec"], "restartPolicy": "Never"}}}
+    another_s: dict[str, dict[str, Any]] = {
+        "jobset": {
+            "apiVersion": "jobset.x-k8s.io/v1alpha2",
+            "kind": "JobSet",
+            "metadata": {"name": "taken-a0"},
+            "spec": {"suspend": True, "replicatedJobs": [{"name": "w", "template": {"spec": job}}]},
+        },
+        "pytorchjob": {
+            "apiVersion": "kubeflow.org/v1",
+            "kind": "PyTorchJob",
+            "metadata": {"name": "taken-a0"},
+            "spec": {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Master": {"template": template}}},
+        },
+    }
     queued(queue, "waiting")
     queue.run("waiting")
     queue.begin("whole")
@@ -358,6 +374,9 @@ def test_the_rights_over_others_kinds_are_the_ones_that_are_used(queue):
     queue.play(queue.run("whole", attempt=1)[:1], "Failed", code=1)
     queue.wait_ranks("whole", attempt=2)
     queue.wait(lambda: queue.gang("whole-a1") is None, "the attempt before is gone")
+    queue.kubectl("create", "--filename=-", input=json.dumps(another_s[queue.runtime]))
+    queue.begin("taken")
+    queue.wait(lambda: queue.condition("taken", "Queued").get("reason") == "Refused", "the name is taken", "taken")
     groups = {RUNTIMES[queue.runtime].KIND.group, WORKLOADS.group}
     ours = lambda rights: {right for right in rights if right[0] in groups}  # noqa: E731
     assert ours(asked(queue.cluster).used()) == ours(granted())
