@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 ENV_JOB = "NEXA_JOB"
 ENV_ATTEMPT = "NEXA_ATTEMPT"
@@ -51,6 +51,10 @@ def _sayable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""What every reader of JSON can hold, and the CRD's int64: a larger one would be refused with the whole status."""
+
+
 class Message(BaseModel):
     """Read leniently: an older operator must understand a newer trainer."""
 
@@ -60,7 +64,7 @@ class Message(BaseModel):
 class CheckpointRef(Message):
     """A committed checkpoint, named by its manifest."""
 
-    step: int
+    step: Count
     uri: str
     digest: str
     """SHA-256 of the manifest's canonical bytes, hex."""
@@ -71,11 +75,11 @@ class Progress(Message):
     """What `GET /progress` of a pod answers; None: not known yet."""
 
     run_id: str
-    attempt: int = 0
+    attempt: Count = 0
     phase: str = "starting"
     """starting | preparing | validating | training | saving | finished"""
-    step: int = 0
-    total_steps: int | None = None
+    step: Count = 0
+    total_steps: Count | None = None
     loss: float | None = None
     validation_loss: float | None = None
     tokens_per_second: float | None = None
@@ -92,16 +96,16 @@ class Termination(Message):
     """A pod's last words, written to its termination message (JSON, at most 4 KiB)."""
 
     run_id: str
-    attempt: int = 0
-    exit_code: int
+    attempt: Count = 0
+    exit_code: Annotated[int, Field(ge=-255, le=255)]
     cause: str
     """Succeeded, Stopped, Stalled, Killed, OutOfMemory, or the name of the error's class."""
     message: Annotated[str, AfterValidator(_sayable)] = ""
     log: Annotated[str, AfterValidator(_sayable)] = ""
     """The last lines that the ranks wrote, where they failed: only those are left of a rank that was killed."""
     retryable: bool = True
-    step: int = 0
-    total_steps: int | None = None
+    step: Count = 0
+    total_steps: Count | None = None
     loss: float | None = None
     validation_loss: float | None = None
     trained_seconds: float | None = None

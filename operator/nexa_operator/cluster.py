@@ -91,7 +91,7 @@ class KubernetesCluster:
             answer = await self._call("list", kind.path(namespace), query=page)
             for item in _items(answer):
                 yield item
-            token = answer["metadata"].get("continue")
+            token = (answer.get("metadata") or {}).get("continue")
             page = [page[0], ("continue", token)] if token else []
 
     async def create(self, kind: Kind, body: Object) -> bool:
@@ -160,11 +160,15 @@ class KubernetesCluster:
         )
         try:
             response = await self._api.call_api(*signed, _request_timeout=_TIMEOUT_SECONDS)
-            answer = _parsed(await response.read())
+            raw = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
             self._on_call(verb, 0)
             raise ApiError(f"{method} {path}", status=0, message=f"no answer: {exc!r}") from exc
         self._on_call(verb, response.status)
+        answer = _parsed(raw)
+        if response.status < 300 and answer is None:
+            raise ApiError(f"{method} {path}", status=0, message=f"not the API server's answer: {raw[:200]!r}")
+        answer = answer or {"message": raw[:200].decode(errors="replace")}
         if response.status >= 300:
             kind = _ERRORS.get(response.status, ApiError)
             message = answer.get("message") or response.reason
@@ -179,17 +183,19 @@ def as_yaml(body: Object) -> str:
 
 
 def _items(answer: Object) -> list[Object]:
-    items: list[Object] = answer["items"]
+    items = answer.get("items")
+    if not isinstance(items, list):
+        raise ApiError("list", status=0, message=f"not a list: {str(answer)[:200]}")
     return items
 
 
-def _parsed(raw: bytes) -> Object:
+def _parsed(raw: bytes) -> Object | None:
+    """None where something in front of the API server answered, a load balancer for example."""
     try:
         answer = json.loads(raw)
     except ValueError:
-        # Something in front of the API server answered, a load balancer for example.
-        return {"message": raw[:200].decode(errors="replace")}
-    return answer if isinstance(answer, dict) else {}
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 @asynccontextmanager

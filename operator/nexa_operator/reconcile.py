@@ -375,8 +375,13 @@ def _summary(status: Body) -> Body:
 
 
 def _rests_for_good(body: Body) -> bool:
-    schedule = (body.get("spec") or {}).get("schedule") or {}
-    return schedule.get("ttlSecondsAfterFinished") is None and bool(read_record(body.get("status") or {}).finished)
+    return _ttl_seconds(body) is None and bool(read_record(body.get("status") or {}).finished)
+
+
+def _ttl_seconds(body: Body) -> int | None:
+    """Also of a job that this operator does not understand."""
+    ttl = ((body.get("spec") or {}).get("schedule") or {}).get("ttlSecondsAfterFinished")
+    return ttl if type(ttl) is int and ttl >= 0 else None
 
 
 def judge(
@@ -396,7 +401,7 @@ def judge(
                 raise ConfigError(invalid)
     except (ConfigError, RuntimeUnavailableError) as exc:
         if seen.record.finished:
-            return None, rest(seen, ttl_seconds=None, now=now)
+            return None, rest(seen, ttl_seconds=_ttl_seconds(body), now=now)
         reason = "ConfigRejected" if isinstance(exc, ConfigError) else "RuntimeUnavailable"
         return None, Fail(reason=reason, message=str(exc))
     return job, decision

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
-from nexa_operator.decide import Create, Decision, Fail, Succeed, Watch
-from nexa_operator.observe import Observed
+from nexa_operator.decide import Create, Decision, Expire, Fail, Rest, Succeed, Watch
+from nexa_operator.observe import Observed, Record
 from nexa_operator.plan import Defaults
 from nexa_operator.reconcile import judge
 from tests.unit.operator.builders import NOW, body, failed, gang, rank, seen
@@ -37,6 +39,13 @@ def test_pods_that_run_go_on_when_the_image_of_their_backend_is_no_longer_named(
 
 def test_a_lost_attempt_is_not_followed_by_one_without_an_image() -> None:
     assert isinstance(judged(seen(gang(failed())), NO_HEAVY), Fail)
+
+
+def test_a_job_that_cannot_be_understood_is_deleted_when_its_time_to_live_is_over() -> None:
+    broken = body(schedule={"ttlSecondsAfterFinished": 60}, artifacts={"uri": "pod-local/folder"})
+    for seconds, expected in ((30, Rest(remaining_seconds=30)), (60, Expire())):
+        ended = Record(finished="Failed", completed_at=NOW - timedelta(seconds=seconds))
+        assert judge(broken, seen(record=ended), defaults=HEAVY, now=NOW) == (None, expected)
 
 
 def test_what_the_server_can_never_take_is_not_tried_again_but_what_runs_goes_on() -> None:

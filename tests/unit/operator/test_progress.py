@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import itertools
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
@@ -22,9 +25,10 @@ TARGET = Target(ip="127.0.0.1", run_id="r", attempt=1)
 
 
 class Pod:
-    """Answers with `answer`; None: breaks the connection off."""
+    """Answers with `answer`; None: breaks the connection off; an iterator: part by part, as slowly as it likes."""
 
     answer: Any = None
+    headers: dict[str, str] = {}
     port: int = 0
 
 
@@ -38,7 +42,15 @@ def pod() -> Iterator[Pod]:
                 self.close_connection = True
                 return
             self.send_response(200)
+            for name, value in pod.headers.items():
+                self.send_header(name, value)
             self.end_headers()
+            if isinstance(pod.answer, Iterator):
+                with suppress(OSError):
+                    for part in pod.answer:
+                        self.wfile.write(part)
+                        self.wfile.flush()
+                return
             self.wfile.write(pod.answer if isinstance(pod.answer, bytes) else json.dumps(pod.answer).encode())
 
         def log_message(self, *_: Any) -> None:
@@ -83,10 +95,20 @@ async def test_news_wakes_the_reconciler_and_the_same_again_does_not(pod):
         {"run_id": "another", "attempt": 1, "step": 5},
         {"run_id": "r", "attempt": 0, "step": 5},
         {"step": 5},
+        {"run_id": "r", "attempt": 1, "step": 10**25},
+        {"run_id": "r", "attempt": 1, "step": -1},
         b"<html>",
         None,
     ],
-    ids=["another run on the same address", "an older attempt", "no run id", "no JSON", "no answer"],
+    ids=[
+        "another run on the same address",
+        "an older attempt",
+        "no run id",
+        "a step that no status can hold",
+        "a step before the first",
+        "no JSON",
+        "no answer",
+    ],
 )
 async def test_what_is_not_this_run_s_word_is_no_progress_and_after_some_looks_unknown(pod, answer):
     news: list[str] = []
@@ -132,3 +154,37 @@ async def test_many_gangs_are_read_side_by_side(pod):
             reader.watch(f"job-{index}", TARGET)
         await asyncio.wait_for(reader.read_all(), 20)
     assert len(news) == 100
+
+
+def drops() -> Iterator[bytes]:
+    """Each within any time that a read may take."""
+    for _ in range(50):
+        time.sleep(0.1)
+        yield b" "
+
+
+async def test_a_pod_that_never_comes_to_an_end_holds_up_nobody(pod, monkeypatch):
+    monkeypatch.setattr("nexa_operator.progress._TIMEOUT_SECONDS", 0.3)
+    pod.answer = drops()
+    async with reading(pod, []) as reader:
+        reader.watch("job", TARGET)
+        await asyncio.wait_for(reader.read_all(), 2)
+        assert reader.latest("job") is None
+
+
+async def test_of_an_endless_answer_only_so_much_is_read(pod):
+    sent = itertools.count()
+    pod.answer = (b"x" * 65_536 for _ in iter(lambda: next(sent), 100_000))
+    async with reading(pod, []) as reader:
+        reader.watch("job", TARGET)
+        await reader.read_all()
+        assert reader.latest("job") is None
+    assert next(sent) < 1_000, "the connection is closed, not drained"
+
+
+async def test_nothing_is_unpacked(pod):
+    pod.headers, pod.answer = {"Content-Encoding": "gzip"}, gzip.compress(b'{"run_id": "r", "attempt": 1}')
+    async with reading(pod, []) as reader:
+        reader.watch("job", TARGET)
+        await reader.read_all()
+        assert reader.latest("job") is None
