@@ -34,7 +34,7 @@ from tests.e2e.fire import (
 )
 from tests.integration.harness import Operator, kubeconfig_of_operator
 
-pytestmark = [pytest.mark.e2e, pytest.mark.soak]
+pytestmark = pytest.mark.e2e
 
 SAVE_EVERY = 10
 NEXT_STEP_SECONDS = 30
@@ -152,6 +152,7 @@ def test_a_rank_that_hangs_costs_one_restart_and_leaves_its_stacks(ground: Field
     assert job.wait_succeeded()["restarts"] == 1
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_dozens_of_kills_cost_no_bit_and_half_a_minute_each(ground: Field, tmp_path: Path) -> None:
     steps, struck = 600, []

@@ -255,12 +255,15 @@ def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: P
     assert outcome["checkpoint"]["weights_digest"] == status["checkpoint"]["weightsDigest"]
 
 
-def test_a_container_killed_for_memory_goes_on_with_fewer_sequences_at_once(product: Product) -> None:
-    """The limit is the namespace's, of which the estimate knows nothing; the kernel kills the whole container."""
+def test_pods_without_memory_for_so_many_sequences_go_on_with_fewer(product: Product) -> None:
+    """The limit is the namespace's, of which the estimate knows nothing.
+
+    With cgroup v1 the kernel kills the rank alone, and its launcher goes on; with v2 the whole container.
+    """
     texts = [" ".join(str(number * factor) for factor in range(1, 400)) for number in range(65)]
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     product.minio.client.put_object("nexa-data", "long.jsonl", io.BytesIO(rows), len(rows))
-    limited = {"type": "Container", "default": {"memory": "1200Mi"}, "defaultRequest": {"memory": "1200Mi"}}
+    limited = {"type": "Container", "default": {"memory": "1Gi"}, "defaultRequest": {"memory": "1Gi"}}
     product.apply(
         {"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "tight"}, "spec": {"limits": [limited]}}
     )
@@ -279,12 +282,11 @@ def test_a_container_killed_for_memory_goes_on_with_fewer_sequences_at_once(prod
     finally:
         product.cluster.kubectl("delete", "limitrange/tight")
     assert condition(status, "Succeeded")["status"] == "True", status
-    assert status["restarts"] > 0
-    assert status["lastFailure"]["cause"] == "OOMKilled"
+    assert status.get("lastFailure", {}).get("cause") == ("OOMKilled" if status["restarts"] else None)
     key = status["checkpoint"]["uri"].removeprefix("s3://nexa-models/")
     world = json.loads(product.minio.client.get_object("nexa-models", key).read())["world"]
     assert world["microbatch"] * world["accumulation"] == 64
-    assert world["microbatch"] == 64 >> status["restarts"]
+    assert world["microbatch"] < 64
 
 
 def test_a_suspended_job_commits_its_last_step_and_goes_on_with_another_number_of_pods(product: Product) -> None:

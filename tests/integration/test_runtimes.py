@@ -361,7 +361,10 @@ def test_the_rights_over_others_kinds_are_the_ones_that_are_used(queue):
             "apiVersion": "kubeflow.org/v1",
             "kind": "PyTorchJob",
             "metadata": {"name": "taken-a0"},
-            "spec": {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Master": {"template": template}}},
+            "spec": {
+                "runPolicy": {"suspend": True},
+                "pytorchReplicaSpecs": {"Master": {"replicas": 1, "template": template}},
+            },
         },
     }
     queued(queue, "waiting")
