@@ -204,7 +204,7 @@ def _run(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> D
         return Resume(attempt=gang.attempt + 1, num_nodes=current, forgives=True)
     missing = spec.cluster.num_nodes - current
     if _is_outdated(spec, current):
-        return Suspend(gang=gang.name, resizes=True)
+        return Suspend(gang=gang.name, withdraw=spec.schedule.queue_name is not None, resizes=True)
     if spec.cluster.min_nodes is None or missing <= 0 or gang.num_up < current:
         return Watch()
     if elastic.larger(seen, spec, now) is not None:
@@ -213,9 +213,7 @@ def _run(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> D
 
 
 def _is_outdated(spec: JobSpec, current: int) -> bool:
-    """Whether numNodes was changed and nobody saw the suspension in between. A queue's gang is not ours to stop."""
-    if spec.schedule.queue_name is not None:
-        return False
+    """Whether numNodes was changed and nobody saw the suspension in between."""
     return current > spec.cluster.num_nodes or (spec.cluster.min_nodes is None and current < spec.cluster.num_nodes)
 
 

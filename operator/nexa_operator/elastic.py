@@ -18,10 +18,8 @@ def smaller(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -
     """Pods to go on with instead of those that have no room; None: as it is."""
     if patience_seconds(gang, spec, now) != 0.0:
         return None
-    placed = sum(rank.node != "" and not rank.deleting for rank in gang.ranks)
-    return next(
-        (nodes for nodes in range(min(placed, size(seen, spec) - 1), least(spec) - 1, -1) if divides(spec, nodes)), None
-    )
+    most = min(gang.num_placed, size(seen, spec) - 1)
+    return next((nodes for nodes in range(most, least(spec) - 1, -1) if divides(spec, nodes)), None)
 
 
 def larger(seen: Observed, spec: JobSpec, now: datetime.datetime) -> int | None:

@@ -17,8 +17,9 @@ from nexa_train.config.protocol import Progress, Termination
 QUEUE, STARTUP, RESTART = "queue", "startup", "restart"
 PRODUCTIVE, LOST, STALL, SUSPENDED = "productive", "lost", "stall", "suspended"
 STATES = (QUEUE, STARTUP, PRODUCTIVE, RESTART, LOST, STALL, SUSPENDED)
-"""queue: pods wait for room, or for their queue. startup: all run, no step yet. restart: from a loss to the next step.
-lost: steps that had to be taken again. stall: ranks stood still until they were ended. suspended counts for nothing."""
+"""queue: pods wait for room, or for their queue. startup: all have a node, no step yet. restart: from a loss to the
+next step. lost: steps that had to be taken again. stall: ranks stood still until they were ended. suspended counts for
+nothing."""
 IDLE = (QUEUE, SUSPENDED)
 """In which nothing of the job's own goes on."""
 

@@ -17,6 +17,8 @@ from nexa_operator.runtimes import Runtime, runtime_of
 from nexa_operator.runtimes.base import resumed_at
 from nexa_train.config.protocol import KILLED_FOR_MEMORY, CheckpointRef, Progress, Termination
 
+_MOST_DIGITS = 9
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
@@ -75,6 +77,11 @@ class Gang:
     def num_up(self) -> int:
         """Pods that run or have ended well."""
         return sum(rank.phase in ("Running", "Succeeded") and not rank.deleting for rank in self.ranks)
+
+    @property
+    def num_placed(self) -> int:
+        """Pods that have a node."""
+        return sum(rank.node != "" and not rank.deleting for rank in self.ranks)
 
     @property
     def rank_zero(self) -> Rank | None:
@@ -193,8 +200,7 @@ def _strays(body: Body, pods: Sequence[Body], attempt: int) -> tuple[Rank, ...]:
 
 
 def _size(gang: Body) -> int | None:
-    label = label_of(gang, naming.LABEL_NODES)
-    return int(label) if label.isdecimal() else None
+    return _number(label_of(gang, naming.LABEL_NODES))
 
 
 def observe_unavailable(body: Body) -> Observed:
@@ -322,5 +328,10 @@ def _last_words(message: str) -> Termination | None:
 
 
 def _attempt(child: Body) -> int:
-    label = label_of(child, naming.LABEL_ATTEMPT)
-    return int(label) if label.isdecimal() else -1
+    attempt = _number(label_of(child, naming.LABEL_ATTEMPT))
+    return -1 if attempt is None else attempt
+
+
+def _number(label: str) -> int | None:
+    """None where it is not one that a status can hold: whoever may change children may write anything."""
+    return int(label) if label.isascii() and label.isdecimal() and len(label) <= _MOST_DIGITS else None

@@ -166,8 +166,8 @@ def _state(account: goodput.Account, seen: Observed, decision: Decision, context
         return goodput.QUEUE
     if account.state in (goodput.RESTART, goodput.PRODUCTIVE):
         return account.state
-    runs = seen.gang is not None and seen.gang.num_up >= context.num_nodes
-    return goodput.STARTUP if runs else goodput.QUEUE
+    begun = seen.gang is not None and max(seen.gang.num_up, seen.gang.num_placed) >= context.num_nodes
+    return goodput.STARTUP if begun else goodput.QUEUE  # what has its nodes keeps others off them: its deadline runs
 
 
 def _queued(seen: Observed) -> bool:

@@ -419,7 +419,8 @@ def test_room_for_some_is_not_held_for_nothing() -> None:
 def test_only_a_job_that_may_be_smaller_asks_for_room() -> None:
     fewer = seen(gang(rank(0)), record=Record(num_nodes=1))
     assert decision(fewer) == Suspend(gang="demo-a0", resizes=True), "numNodes was changed while nobody looked"
-    assert decision(fewer, schedule={"queue_name": "q"}) == Watch()
+    withdrawn = Suspend(gang="demo-a0", withdraw=True, resizes=True)
+    assert decision(fewer, schedule={"queue_name": "q"}) == withdrawn, "its queue's owner alone suspends it"
     more = seen(gang(*placed(5)), record=Record(num_nodes=5))
     assert decision(more, cluster=ELASTIC) == Suspend(gang="demo-a0", resizes=True)
 

@@ -55,6 +55,12 @@ def test_a_quiet_life() -> None:
     }
 
 
+def test_pods_that_have_their_nodes_and_never_start_are_on_the_job_s_clock() -> None:
+    held_up = gang(*(rank(index, phase="Pending", node=f"n{index}", reason="ImagePullBackOff") for index in (0, 1)))
+    got = story(BEGIN[0], BEGIN[1], (5.0, seen(held_up), Watch()))
+    assert (got["queueSeconds"], got["state"]) == (5.0, "startup")
+
+
 def test_a_run_that_was_never_asked_tells_at_its_end() -> None:
     ended = gang(rank(0, phase="Succeeded", termination=words(exit_code=0, cause="Succeeded", trained_seconds=30.0)))
     got = story(*BEGIN[:3], (45.0, seen(ended), Succeed()))

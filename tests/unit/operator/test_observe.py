@@ -127,6 +127,14 @@ def test_a_status_of_an_older_operator_is_read_as_far_as_it_goes():
     assert read_record({"conditions": [condition("Failed")]}).finished == "Failed"
 
 
+@pytest.mark.parametrize("label", ["9" * 20, "\u0663", "-1", "x", ""])
+def test_a_number_that_no_status_can_hold_is_no_attempt(label: str) -> None:
+    forged = gang_job(attempt=0)
+    forged["metadata"]["labels"]["train.nexa.dev/attempt"] = label
+    observed = observe(body(), children=[forged], pods=[])
+    assert (observed.gang, observed.record.attempt, observed.leftovers) == (None, 0, ("demo-a0",))
+
+
 @pytest.mark.parametrize(("cause", "known"), [("OOMKilled", 2), ("OutOfMemory", None)])
 def test_an_attempt_that_was_killed_for_memory_as_a_whole_is_told_of_to_the_next(cause, known):
     record = read_record({"attempt": 3, "lastFailure": {"attempt": 2, "cause": cause}})
