@@ -11,6 +11,12 @@ one of a week. SIGTERM has the ranks commit a checkpoint and ends with 75.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # The first process of a container has no default action: what comes before there is a handler would be lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
 import json
 import os
 import sys
@@ -62,6 +68,7 @@ def main() -> int:
 
 def _run(job: Job, node: Node, rundir: RunDir, *, port: int) -> Termination:
     rundir.stop_on_signals()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         server = serve(rundir, job, node, port=port)
         with Tail(sys.stdout.buffer) as output:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -19,6 +22,7 @@ from nexa_train.entrypoint import read_environment, read_port, serve
 from nexa_train.errors import ConfigError
 from nexa_train.launch.node import Node
 from nexa_train.rundir import RunDir
+from tests.cluster.run import wait_until
 from tests.unit.config.builders import job
 
 JOB = json.dumps({"metadata": {"name": "demo"}, "spec": {"data": {"remoteUri": "train.jsonl"}}})
@@ -193,3 +197,23 @@ def test_what_nobody_foresaw_is_in_the_last_words_and_its_place_in_the_log(servi
     said = Termination.model_validate_json(done.stdout)
     assert (done.returncode, said.exit_code, said.cause, said.retryable) == (1, 1, "OSError", True)
     assert "in serve" in done.stderr
+
+
+def test_a_stop_that_is_asked_for_while_it_imports_is_not_lost() -> None:
+    body = {"metadata": {"name": "demo"}, "spec": {"data": {"remoteUri": "rows.jsonl"}}}
+    own = {"NEXA_JOB": json.dumps(body), "NEXA_PROGRESS_PORT": "0"}
+    started = subprocess.Popen(
+        [sys.executable, "-m", "nexa_train.entrypoint"],
+        env={**os.environ, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: holds_back_sigterm(started.pid), timeout_seconds=20, what="its first lines", interval_seconds=0)
+    started.send_signal(signal.SIGTERM)
+    said = Termination.model_validate_json(started.communicate(timeout=30)[0])
+    assert (started.returncode, said.exit_code, said.cause, said.retryable) == (75, 75, "Stopped", True)
+
+
+def holds_back_sigterm(pid: int) -> bool:
+    blocked = re.search(r"^SigBlk:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return blocked is not None and bool(int(blocked[1], 16) >> signal.SIGTERM - 1 & 1)
