@@ -54,6 +54,9 @@ def _sayable(text: str) -> str:
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """What every reader of JSON can hold, and the CRD's int64: a larger one would be refused with the whole status."""
 
+Seconds = Annotated[float, Field(ge=0, le=1e10)]
+"""Three hundred years: what is no length of time for a clock is not read."""
+
 
 class Message(BaseModel):
     """Read leniently: an older operator must understand a newer trainer."""
@@ -85,9 +88,9 @@ class Progress(Message):
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     seconds_since_last_step: float | None = None
-    trained_seconds: float | None = None
+    trained_seconds: Seconds | None = None
     """Of this attempt, from its first step; None: it has not come so far."""
-    uncommitted_seconds: float | None = None
+    uncommitted_seconds: Seconds | None = None
     """Of these, those that would be lost now."""
     checkpoint: CheckpointRef | None = None
 
@@ -108,8 +111,8 @@ class Termination(Message):
     total_steps: Count | None = None
     loss: float | None = None
     validation_loss: float | None = None
-    trained_seconds: float | None = None
-    uncommitted_seconds: float | None = None
+    trained_seconds: Seconds | None = None
+    uncommitted_seconds: Seconds | None = None
     checkpoint: CheckpointRef | None = None
 
     def as_bytes(self) -> bytes:

@@ -237,14 +237,19 @@ def _time(text: str | None) -> datetime.datetime | None:
 
 
 def _read_checkpoint(seen: Body | None) -> CheckpointRef | None:
-    if not seen:
+    try:
+        return (
+            None
+            if not seen
+            else CheckpointRef(
+                step=seen["step"],
+                uri=seen.get("uri", ""),
+                digest=seen.get("digest", ""),
+                weights_digest=seen.get("weightsDigest", ""),
+            )
+        )
+    except (KeyError, ValidationError):
         return None
-    return CheckpointRef(
-        step=seen["step"],
-        uri=seen.get("uri", ""),
-        digest=seen.get("digest", ""),
-        weights_digest=seen.get("weightsDigest", ""),
-    )
 
 
 def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) -> Gang:

@@ -72,12 +72,15 @@ def next_step(
     Args:
         gangs: what carries its attempts. jobs: the Jobs beside them. pods: all of its pods.
     """
+    removal = next((job for job in jobs if label_of(job, naming.LABEL_ROLE) == naming.ROLE_REMOVAL), None)
+    outcome = Await() if removal is None else _outcome(removal)
+    if isinstance(outcome, LetGo):
+        return outcome
     since = datetime.datetime.fromisoformat(body["metadata"]["deletionTimestamp"])
     if (now - since).total_seconds() > PATIENCE_SECONDS:
         return LetGo(problem=f"not done within {PATIENCE_SECONDS} s")
-    removal = next((job for job in jobs if label_of(job, naming.LABEL_ROLE) == naming.ROLE_REMOVAL), None)
     if removal is not None:
-        return _outcome(removal)
+        return outcome
     standing = tuple(gang["metadata"]["name"] for gang in gangs if not is_deleting(gang))
     if standing:
         return Clear(gangs=standing)
@@ -85,7 +88,7 @@ def next_step(
     return Await() if any(_may_write(pod, now) for pod in pods) else Remove()
 
 
-def _outcome(removal: Body) -> Step:
+def _outcome(removal: Body) -> LetGo | Await:
     if first_true(removal, "SuccessCriteriaMet", "Complete"):
         return LetGo()
     failed = first_true(removal, "FailureTarget", "Failed")

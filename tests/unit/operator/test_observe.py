@@ -124,6 +124,7 @@ def test_progress_of_another_attempt_is_dropped():
 def test_a_status_of_an_older_operator_is_read_as_far_as_it_goes():
     assert read_record({}) == Record()
     assert read_record({"conditions": None, "lastFailure": None, "unknown": 1}) == Record()
+    assert read_record({"checkpoint": {"step": 10**17}}) == read_record({"checkpoint": {"uri": "x"}}) == Record()
     assert read_record({"conditions": [condition("Failed")]}).finished == "Failed"
 
 

@@ -74,6 +74,7 @@ def test_a_job_is_held_for_a_bounded_time_whatever_happens() -> None:
         got = step(**world, now=late)
         assert isinstance(got, LetGo)
         assert got.problem
+    assert step(jobs=[removal(condition("Complete"))], now=late) == LetGo(), "it was done while nobody looked"
 
 
 def test_the_pod_that_removes_has_the_store_and_no_gpu() -> None:
