@@ -90,11 +90,12 @@ _UNITS = {
 
 
 def _amount(quantity: Any) -> float:
+    """In thousandths, as the server rounds them up."""
     text = str(quantity)
     unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), "")
     try:
-        return float(text.removesuffix(unit)) * _UNITS.get(unit, 1)
-    except ValueError:
+        return math.ceil(round(float(text.removesuffix(unit)) * _UNITS.get(unit, 1) * 1000, 6))
+    except (ValueError, OverflowError):
         return math.nan
 
 
