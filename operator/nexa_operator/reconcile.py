@@ -44,7 +44,15 @@ from nexa_operator.progress import ProgressReader, Target
 from nexa_operator.reading import Body, condition_of, is_deleting, label_of
 from nexa_operator.runtimes import beside, runtime_of
 from nexa_operator.spec import is_ours, parse
-from nexa_operator.status import WAITING_FOR_ADMISSION, Context, Happening, happenings, next_status, timestamp
+from nexa_operator.status import (
+    WAITING_FOR_ADMISSION,
+    Context,
+    Happening,
+    caught_up,
+    happenings,
+    next_status,
+    timestamp,
+)
 from nexa_operator.workqueue import WorkQueue
 from nexa_train.config import API_VERSION, KIND, Job
 from nexa_train.errors import ConfigError
@@ -158,6 +166,7 @@ class Reconciler:
         job, decision = judge(body, seen, defaults=self.defaults, now=self.clock(), invalid=self._invalid.get(key, ""))
         if isinstance(decision, Rest | Expire):
             self._forget(key)
+            await self._write_status(body, caught_up(body.get("status") or {}, body["metadata"].get("generation", 0)))
             await self._clear(key, body, seen, decision)
             await self._end(key, decision)
             return

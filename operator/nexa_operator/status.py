@@ -108,6 +108,12 @@ def next_status(previous: Body, *, seen: Observed, decision: Decision, context: 
     return {key: value for key, value in status.items() if value is not None}
 
 
+def caught_up(previous: Body, generation: int) -> dict[str, Any]:
+    """What a finished job says of a later spec: the same, for what may still change of it changes nothing."""
+    conditions = [{**each, "observedGeneration": generation} for each in previous.get("conditions") or []]
+    return {**previous, "observedGeneration": generation, "conditions": conditions}
+
+
 def _counts(previous: Body, seen: Observed, decision: Decision) -> dict[str, int]:
     restarts, charged = previous.get("restarts", 0), previous.get("chargedRestarts", 0)
     if isinstance(decision, Restart):

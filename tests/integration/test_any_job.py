@@ -90,11 +90,12 @@ _UNITS = {
 
 
 def _amount(quantity: Any) -> float:
-    """In thousandths, as the server rounds them up."""
+    """In thousandths, as the server rounds them up; it holds no more than 63 bits."""
     text = str(quantity)
     unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), "")
     try:
-        return math.ceil(round(float(text.removesuffix(unit)) * _UNITS.get(unit, 1) * 1000, 6))
+        amount = min(float(text.removesuffix(unit)) * _UNITS.get(unit, 1), 2.0**63)
+        return math.ceil(round(amount * 1000, 6))
     except (ValueError, OverflowError):
         return math.nan
 

@@ -105,6 +105,9 @@ def test_a_job_of_one_second_reports_its_checkpoint_step_and_loss_from_last_word
     assert ns.condition("quick", "CheckpointReady")["status"] == "True"
     reasons = {event["reason"] for event in ns.list("events") if event["involvedObject"]["kind"] == "NexaTrainingJob"}
     assert {"Created", "CheckpointCommitted", "Succeeded"} <= reasons
+    ns.kubectl("patch", "ntj/quick", "--type=merge", '--patch={"spec":{"schedule":{"suspend":true}}}')
+    ns.wait(lambda: ns.status("quick")["observedGeneration"] == 2, "the generation is seen, and nothing more", "quick")
+    assert ns.condition("quick", "Succeeded")["status"] == "True"
 
 
 def test_printed_columns_say_what_a_person_wants_to_know(ns):

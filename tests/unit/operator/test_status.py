@@ -9,7 +9,7 @@ import pytest
 from nexa_operator.classify import Loss
 from nexa_operator.decide import Create, Fail, Hold, Restart, Resume, Shrink, Succeed, Suspend, Wait, Watch
 from nexa_operator.observe import Observed, Record
-from nexa_operator.status import Context, duration, happenings, next_status
+from nexa_operator.status import Context, caught_up, duration, happenings, next_status
 from tests.unit.operator.builders import LATER, NOW, checkpoint, failed, gang, progress, rank, seen, words
 
 
@@ -289,3 +289,10 @@ def test_another_size_is_told_and_on_record() -> None:
     assert (growing["phase"], truths(growing)["Queued"]) == ("Restarting", "Resizing")
     assert "Suspended" not in truths(growing)
     assert [h.reason for h in happenings(status, growing, resizes)] == ["Resizing"]
+
+
+def test_a_finished_job_has_seen_a_later_generation_and_says_the_same() -> None:
+    before = {"phase": "Failed", "observedGeneration": 1, "conditions": [{"type": "Failed", "observedGeneration": 1}]}
+    after = {"phase": "Failed", "observedGeneration": 2, "conditions": [{"type": "Failed", "observedGeneration": 2}]}
+    assert caught_up(before, 2) == after
+    assert caught_up(after, 2) == after
