@@ -349,7 +349,7 @@ def test_any_job_and_any_change(lane: Lane) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_a_thousand_changes(lane: Lane) -> None:
-    counts = run_machine(lane, num_runs=TRANSITIONS * 3 // (2 * STEPS))  # most runs are shorter than they may be
+    counts = run_machine(lane, num_runs=TRANSITIONS * 3 // STEPS)  # most runs are shorter than they may be
     alive = counts.pop("with a live gang")
     print(f"{counts.total()} transitions, {alive} of them ended with a live gang: {dict(counts)}")
     assert counts.total() >= TRANSITIONS
