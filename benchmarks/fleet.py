@@ -14,7 +14,7 @@ import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,10 +125,11 @@ def _control_plane(*, audit: bool) -> Iterator[ControlPlane]:
 def _processor_seconds(plane: ControlPlane) -> dict[str, float]:
     """User and system time so far of each program (proc(5))."""
     names = [str(entry["name"]) for entry in plane.ledger.entries("process")]
-    seconds = {}
+    seconds: dict[str, float] = {}
     for name, process in zip(names, plane.ledger.processes(), strict=True):
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        seconds[name] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        with suppress(FileNotFoundError):  # the training-operator is started once only to make its certificate
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            seconds[name] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return seconds
 
 
