@@ -15,6 +15,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -177,12 +178,11 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir()
     except FileExistsError:
-        if folder.is_dir():
-            return
-        # A concurrent delete pruned it in between, which is no answer about the object: `_link` tries again.
-        if folder.exists():
+        # One look, or a folder that a concurrent delete prunes and another write makes again would pass for a file.
+        # Not found is no answer about the object: `_link` tries again.
+        if not stat.S_ISDIR(folder.stat().st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "a file is in the way of a folder", str(folder)) from None
-        raise FileNotFoundError(errno.ENOENT, "the folder was deleted", str(folder)) from None
+        return
     _sync_folder(folder.parent)
 
 

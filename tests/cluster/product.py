@@ -45,6 +45,12 @@ def make_storage_profile(cluster: Cluster, minio: MinioServer, *, namespace: str
     cluster.kubectl("apply", "--filename=-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
 
 
+def remove_storage_profile(cluster: Cluster, *, namespace: str, name: str = "default") -> None:
+    """Take it back: whoever uses the cluster next makes their own."""
+    selected = ("configmap,secret", f"nexa-storage-{name}", f"--namespace={namespace}", "--ignore-not-found")
+    cluster.kubectl("delete", *selected)
+
+
 def install_operator(cluster: Cluster, *, operator_image: str, trainer_image: str, **values: str | int) -> None:
     """`helm upgrade --install`, and wait until the operator says that it is ready."""
     repository, _, tag = operator_image.rpartition(":")

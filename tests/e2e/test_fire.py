@@ -19,7 +19,14 @@ from tests.cluster.cluster import ExternalCluster
 from tests.cluster.minio import MinioServer
 from tests.cluster.node import RealCluster
 from tests.cluster.paths import REPOSITORY
-from tests.cluster.product import EXAMPLE, MODEL_BUCKET, OPERATOR_NAMESPACE, fill_buckets, make_storage_profile
+from tests.cluster.product import (
+    EXAMPLE,
+    MODEL_BUCKET,
+    OPERATOR_NAMESPACE,
+    fill_buckets,
+    make_storage_profile,
+    remove_storage_profile,
+)
 from tests.cluster.run import run
 from tests.cluster.tools import binary
 from tests.e2e.fire import (
@@ -79,6 +86,7 @@ def ground(
     real_cluster.kubectl("delete", "ntj", "--all", "--wait=true", "--timeout=60s", check=False)
     operator.kill()
     run([*helm, "uninstall", "nexa", "--wait"], check=False)
+    remove_storage_profile(real_cluster, namespace="default")
 
 
 def undisturbed(ground: Field, steps: int, folder: Path) -> str:

@@ -26,6 +26,7 @@ from tests.cluster.product import (
     condition,
     fill_buckets,
     job_status,
+    remove_storage_profile,
     wait_ended,
 )
 from tests.cluster.run import wait_until
@@ -95,6 +96,7 @@ def product(
         product.shell(command)
     yield product
     real_cluster.kubectl("delete", "ntj", "--all", "--wait=true", "--timeout=60s", check=False)
+    remove_storage_profile(real_cluster, namespace="default")
 
 
 def example(name: str | None = None, **groups: dict[str, Any] | str) -> dict[str, Any]:
