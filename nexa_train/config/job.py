@@ -49,8 +49,11 @@ class Job(Strict):
     def run_id(self) -> str:
         """namespace-name-HASH10; equal for equal identities."""
         canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        digest = hashlib.sha256(canonical.encode()).hexdigest()
-        return f"{self.metadata.namespace}-{self.metadata.name}-{digest[:10]}"
+        namespace, name = self.metadata.namespace, self.metadata.name
+        # Job a-x of team and job x of team-a are two, and must not go on from each other's checkpoints.
+        told_apart = f"{canonical}\n{namespace}" if "-" in namespace else canonical
+        digest = hashlib.sha256(told_apart.encode()).hexdigest()
+        return f"{namespace}-{name}-{digest[:10]}"
 
     def as_manifest(self) -> dict[str, Any]:
         """The object that `kubectl apply` takes; defaults left out."""

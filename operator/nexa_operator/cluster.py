@@ -42,8 +42,8 @@ class Cluster(Protocol):
         """The object, or None if there is none."""
         ...
 
-    async def list(self, kind: Kind, namespace: str, labels: str = "") -> list[Object]:
-        """All objects with these labels; an empty namespace means all of them."""
+    async def list(self, kind: Kind, namespace: str, labels: str = "", *, fields: str = "") -> list[Object]:
+        """All objects with these labels and fields; an empty namespace means all of them."""
         ...
 
     def walk(self, kind: Kind, namespace: str) -> AsyncIterator[Object]:
@@ -80,8 +80,8 @@ class KubernetesCluster:
                 return None
             raise
 
-    async def list(self, kind: Kind, namespace: str, labels: str = "") -> list[Object]:
-        query = [("labelSelector", labels)] if labels else []
+    async def list(self, kind: Kind, namespace: str, labels: str = "", *, fields: str = "") -> list[Object]:
+        query = [(key, said) for key, said in (("labelSelector", labels), ("fieldSelector", fields)) if said]
         answer = await self._call("list", kind.path(namespace), query=query)
         return _items(answer)
 

@@ -19,6 +19,8 @@ from nexa_train.config.spec import JobSpec, RecoverySpec
 DEADLINE = "DeadlineExceeded"
 FORGIVE_SECONDS = 300.0
 """A pod that finds no node for so long while nodes are excluded may find one among those."""
+LAST_WORDS_SECONDS = 3.0
+"""After the first loss that was seen, for ranks that are still ending: one of them may know why, and say that later."""
 LOOK_SECONDS = 2.0
 """Until the controller of a gang that is to stop has asked its pods to."""
 BACKING_OFF, STOPPING = "BackingOff", "Stopping"
@@ -75,6 +77,15 @@ class Probe:
     """It runs with fewer pods than were asked for: see whether there is room for the others."""
 
     num_pods: int
+    forgives: bool = False
+    """Nodes that were excluded may be taken again: there is no room on others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linger:
+    """A rank was lost, and others are ending: what they say may explain it."""
+
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +139,7 @@ class Expire:
 
 
 Decision: TypeAlias = (
-    Create | Restart | Resume | Shrink | Watch | Probe | Wait | Suspend | Hold | Succeed | Fail | Rest | Expire
+    Create | Restart | Resume | Shrink | Watch | Probe | Linger | Wait | Suspend | Hold | Succeed | Fail | Rest | Expire
 )
 Starting = Create | Restart | Resume | Shrink
 """Decisions that begin an attempt."""
@@ -209,7 +220,13 @@ def _run(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> D
         return Watch()
     if elastic.larger(seen, spec, now) is not None:
         return Suspend(gang=gang.name, resizes=True)
-    return Probe(num_pods=missing)
+    return Probe(num_pods=missing, forgives=_asks_in_vain(seen, now))
+
+
+def _asks_in_vain(seen: Observed, now: datetime.datetime) -> bool:
+    """Whether there may be room on excluded nodes alone."""
+    since = seen.room_wanted_since
+    return bool(seen.record.excluded_nodes) and since is not None and _seconds_until(now, since) >= FORGIVE_SECONDS
 
 
 def _is_outdated(spec: JobSpec, current: int) -> bool:
@@ -231,11 +248,13 @@ def rest(seen: Observed, *, ttl_seconds: int | None, now: datetime.datetime) -> 
     return Rest(remaining_seconds=remaining) if remaining > 0 else Expire()
 
 
-def _after_loss(seen: Observed, gang: Gang, spec: JobSpec) -> Restart | Fail:
+def _after_loss(seen: Observed, gang: Gang, spec: JobSpec) -> Restart | Fail | Linger:
     recovery, record = spec.recovery, seen.record
     loss = classify(gang, rules=recovery.rules, ran=record.ran)
     if loss.action == "fail":
         return Fail(reason=loss.cause, message=loss.message or f"{loss.cause} is not retried", loss=loss)
+    if seen.lost_seconds < LAST_WORDS_SECONDS and any(rank.phase == "Running" for rank in gang.ranks):
+        return Linger(seconds=LAST_WORDS_SECONDS - seen.lost_seconds)
     refilled = _refilled(seen)
     charged = (0 if refilled else record.charged) + loss.charged
     if charged > recovery.max_restarts:

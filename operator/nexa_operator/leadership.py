@@ -18,7 +18,6 @@ import structlog
 from nexa_operator.cluster import Cluster, Object
 from nexa_operator.errors import ApiError, ConflictError
 from nexa_operator.kinds import LEASES
-from nexa_operator.naming import FIELD_MANAGER
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +36,7 @@ class Lease:
 
     cluster: Cluster
     namespace: str
+    name: str
     identity: str
     clock: Callable[[], float] = time.monotonic
     _seen: object = None
@@ -44,7 +44,7 @@ class Lease:
 
     async def hold(self) -> bool:
         """Take or renew it; False if another holds it. Raises ApiError."""
-        lease = await self.cluster.read(LEASES, self.namespace, FIELD_MANAGER)
+        lease = await self.cluster.read(LEASES, self.namespace, self.name)
         if lease is None:
             return await self.cluster.create(LEASES, self._document(""))
         if not self._may_take(lease):
@@ -55,6 +55,12 @@ class Lease:
             return False
         return True
 
+    async def release(self) -> None:
+        """Let it go if it is held here, so that the next one need not wait. Raises ApiError."""
+        lease = await self.cluster.read(LEASES, self.namespace, self.name) if self.namespace else None
+        if lease is not None and (lease.get("spec") or {}).get("holderIdentity") == self.identity:
+            await self.cluster.patch(LEASES, self._document(lease["metadata"]["resourceVersion"], holder=""))
+
     def _may_take(self, lease: Object) -> bool:
         spec = lease.get("spec") or {}
         if spec.get("holderIdentity") in (None, "", self.identity):
@@ -64,16 +70,16 @@ class Lease:
             self._seen, self._seen_at = seen, self.clock()
         return self.clock() - self._seen_at > float(spec.get("leaseDurationSeconds", LEASE_SECONDS))
 
-    def _document(self, version: str) -> Object:
+    def _document(self, version: str, holder: str | None = None) -> Object:
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         # With its version, so that of two candidates only one succeeds.
         known = {"resourceVersion": version} if version else {}
         return {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
-            "metadata": {"name": FIELD_MANAGER, "namespace": self.namespace, **known},
+            "metadata": {"name": self.name, "namespace": self.namespace, **known},
             "spec": {
-                "holderIdentity": self.identity,
+                "holderIdentity": self.identity if holder is None else holder,
                 "leaseDurationSeconds": LEASE_SECONDS,
                 "renewTime": now,
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -34,6 +35,7 @@ log = structlog.get_logger(__name__)
 _CRD_WAIT_SECONDS = 2.0
 _LIST_SECONDS = 60
 _END_SECONDS = 20
+_RELEASE_SECONDS = 4
 _BEGIN_AGAIN_SECONDS = 2.0
 
 
@@ -85,7 +87,12 @@ async def run(settings: Settings) -> None:
             image=settings.trainer_image, heavy_image=settings.trainer_heavy_image, storage=settings.default_storage
         )
         reconciler = Reconciler(cluster=cluster, queue=queue, progress=reader, metrics=metrics, defaults=defaults)
-        lease = Lease(cluster=cluster, namespace=settings.lease_namespace, identity=settings.identity)
+        lease = Lease(
+            cluster=cluster,
+            namespace=settings.lease_namespace,
+            name=settings.lease_name,
+            identity=settings.identity,
+        )
         gate = asyncio.Event()
         namespace = settings.watch_namespace
         beside = [
@@ -95,6 +102,9 @@ async def run(settings: Settings) -> None:
             *(reconciler.work_forever(may_act=gate) for _ in range(settings.num_workers)),
         ]
         await _until_first_ends([*beside, _watch(settings, cluster, queue, metrics)])
+        # Nothing is done any more. Left to expire, the Lease would hold up the next operator for 15 seconds.
+        with contextlib.suppress(ApiError, TimeoutError):
+            await asyncio.wait_for(lease.release(), _RELEASE_SECONDS)
 
 
 async def _until_first_ends(coroutines: list[Coroutine[Any, Any, None]]) -> None:

@@ -6,6 +6,8 @@ Children are bucketed once, here; nothing after this module sees a Kubernetes ob
 from __future__ import annotations
 
 import datetime
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +20,8 @@ from nexa_operator.runtimes.base import resumed_at
 from nexa_train.config.protocol import KILLED_FOR_MEMORY, CheckpointRef, Progress, Termination
 
 _MOST_DIGITS = 9
+_LATE_SECONDS = 3.0
+"""A controller with nothing in its way has made a gang's pods long before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,9 @@ class Gang:
     """Why it failed, in one word."""
     failure_message: str = ""
     ranks: tuple[Rank, ...] = ()
+    owners: tuple[str, ...] = ()
+    """UIDs of what should make its pods."""
+    created_at: datetime.datetime | None = None
 
     @property
     def lost_ranks(self) -> tuple[Rank, ...]:
@@ -126,6 +133,8 @@ class Observed:
     """What is missing for the job's runtime to be seen at all, and what to do; empty: nothing."""
     admission: str = ""
     """What a suspended gang waits for in its queue."""
+    refusal: str = ""
+    """Why pods of this gang cannot be made, in the words of what should make them."""
     rooms: tuple[str, ...] = ()
     """Names of Jobs whose pods ask for nothing but room."""
     room: int = 0
@@ -134,20 +143,27 @@ class Observed:
     """When the last of these found it."""
     strays: tuple[Rank, ...] = ()
     """Pods of the attempt on record that outlive its gang: somebody deleted that, and they end by and by."""
+    room_wanted_since: datetime.datetime | None = None
+    """Since when pods that ask for room have found none, all of them; None: none asks in vain."""
     progress: Progress | None = None
     """What pod 0 of the gang said last; None: nothing that is of this run and attempt."""
+    lost_seconds: float = math.inf
+    """Since this gang was first seen to have failed, or to have lost a rank."""
 
     @property
     def checkpoint(self) -> CheckpointRef | None:
-        """The newest one known, from status, progress or the last words of any rank."""
+        """The newest one known, from status, progress or the last words of any rank.
+
+        Of equal steps the one told of last: after a damaged checkpoint its step is committed once more.
+        """
         ranks = self.gang.ranks if self.gang else ()
         told = [rank.termination.checkpoint for rank in ranks if rank.termination]
-        return newest(self.record.checkpoint, *told, self.progress.checkpoint if self.progress else None)
+        return newest(self.record.checkpoint, self.progress.checkpoint if self.progress else None, *told)
 
 
 def newest(*checkpoints: CheckpointRef | None) -> CheckpointRef | None:
-    """The one of the highest step; the first of equals."""
-    known = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
+    """The one of the highest step; the last of equals."""
+    known = [checkpoint for checkpoint in reversed(checkpoints) if checkpoint is not None]
     return max(known, key=lambda checkpoint: checkpoint.step, default=None)
 
 
@@ -170,7 +186,9 @@ def observe(
     current = ours.get(record.attempt)
     if current is not None:
         record = replace(record, num_nodes=_size(current) or record.num_nodes)
-    placed = [at for pod in pods if (at := _found_room(pod, record.attempt))]
+    asking = [pod for pod in pods if _asks_for_room(pod, rooms, record.attempt)]
+    placed = [at for pod in asking if (at := _scheduled_at(pod, "True"))]
+    refused = [at for pod in asking if (at := _scheduled_at(pod, "False"))]
     others = (child for attempt, child in sorted(ours.items()) if attempt != record.attempt)
     return Observed(
         record=record,
@@ -179,19 +197,23 @@ def observe(
         rooms=tuple(child["metadata"]["name"] for child in rooms),
         room=len(placed),
         room_since=max(placed, default=None),
+        room_wanted_since=max(refused, default=None),
         strays=() if current else _strays(body, pods, record.attempt),
         progress=progress if progress is not None and progress.attempt == record.attempt else None,
     )
 
 
-def _found_room(pod: Body, attempt: int) -> datetime.datetime | None:
-    """When a pod found a node for the rest of the gang; None: it has not, or holds it no more."""
-    asks = label_of(pod, naming.LABEL_ROLE) == naming.ROLE_ROOM and _attempt(pod) == attempt
-    status = pod.get("status") or {}
-    if not asks or is_deleting(pod) or status.get("phase", "Pending") not in ("Pending", "Running"):
-        return None
-    scheduled = condition_of(status, "PodScheduled")
-    return _time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None
+def _asks_for_room(pod: Body, rooms: Sequence[Body], attempt: int) -> bool:
+    """Whether a pod asks for a node, or holds one, for the rest of the gang."""
+    asks = owner_uid(pod) in {room["metadata"]["uid"] for room in rooms} and _attempt(pod) == attempt
+    phase = (pod.get("status") or {}).get("phase", "Pending")
+    return asks and not is_deleting(pod) and phase in ("Pending", "Running")
+
+
+def _scheduled_at(pod: Body, answer: str) -> datetime.datetime | None:
+    """Since when that has been the scheduler's answer; None: it is not."""
+    scheduled = condition_of(pod.get("status") or {}, "PodScheduled")
+    return _time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == answer else None
 
 
 def _strays(body: Body, pods: Sequence[Body], attempt: int) -> tuple[Rank, ...]:
@@ -271,7 +293,30 @@ def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) 
         failure=state.failure,
         failure_message=state.failure_message,
         ranks=tuple(sorted(ranks, key=_rank_order)),
+        owners=tuple(sorted(owners)) or (child["metadata"]["uid"],),
+        created_at=_time(child["metadata"].get("creationTimestamp")),
     )
+
+
+def lacks_pods(seen: Observed, now: datetime.datetime) -> bool:
+    """Whether pods of the gang should have been made by now, and were not."""
+    gang = seen.gang
+    if gang is None or gang.suspended or gang.deleting or gang.complete or gang.failure or gang.created_at is None:
+        return False
+    late = (now - gang.created_at).total_seconds() >= _LATE_SECONDS
+    return late and len(gang.ranks) < (seen.record.num_nodes or 0)
+
+
+def refusal_in(events: Iterable[Body], gang: Gang) -> str:
+    """The last warning of what should make a gang's pods; empty: it gave none."""
+    said = max(events, key=_told_at, default={}).get("message", "")
+    # Every try is for a pod of another name, and is none the less the same.
+    return re.sub(rf'pods "{re.escape(gang.name)}[^"]*"', "pods", said)
+
+
+def _told_at(event: Body) -> str:
+    """As the API server writes times, which compare as texts."""
+    return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp", ""))
 
 
 def _is_of_before(pod: Body, resumed: str) -> bool:

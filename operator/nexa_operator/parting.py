@@ -65,18 +65,25 @@ def wants_hold(body: Body) -> bool:
 
 
 def next_step(
-    body: Body, *, gangs: Sequence[Body], jobs: Sequence[Body], pods: Sequence[Body], now: datetime.datetime
+    body: Body,
+    *,
+    gangs: Sequence[Body],
+    jobs: Sequence[Body],
+    pods: Sequence[Body],
+    began: datetime.datetime,
+    now: datetime.datetime,
 ) -> Step:
     """What to do for a job that is being deleted and holds.
 
     Args:
         gangs: what carries its attempts. jobs: the Jobs beside them. pods: all of its pods.
+        began: when this operator did: before, nobody may have been there to do anything.
     """
     removal = next((job for job in jobs if label_of(job, naming.LABEL_ROLE) == naming.ROLE_REMOVAL), None)
     outcome = Await() if removal is None else _outcome(removal)
     if isinstance(outcome, LetGo):
         return outcome
-    since = datetime.datetime.fromisoformat(body["metadata"]["deletionTimestamp"])
+    since = max(began, datetime.datetime.fromisoformat(body["metadata"]["deletionTimestamp"]))
     if (now - since).total_seconds() > PATIENCE_SECONDS:
         return LetGo(problem=f"not done within {PATIENCE_SECONDS} s")
     if removal is not None:

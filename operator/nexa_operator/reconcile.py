@@ -22,6 +22,7 @@ from nexa_operator.decide import (
     Decision,
     Expire,
     Fail,
+    Linger,
     Probe,
     Rest,
     Restart,
@@ -38,7 +39,15 @@ from nexa_operator.decide import (
 from nexa_operator.errors import ApiError, ConflictError, InvalidError, RuntimeUnavailableError
 from nexa_operator.kinds import EVENTS, JOBS, PODS, TRAINING_JOBS, WORKLOADS
 from nexa_operator.metrics import Metrics
-from nexa_operator.observe import Gang, Observed, observe, observe_unavailable, read_record
+from nexa_operator.observe import (
+    Gang,
+    Observed,
+    lacks_pods,
+    observe,
+    observe_unavailable,
+    read_record,
+    refusal_in,
+)
 from nexa_operator.plan import Defaults, RunPlan, image_of, make_plan
 from nexa_operator.progress import ProgressReader, Target
 from nexa_operator.reading import Body, condition_of, is_deleting, label_of
@@ -95,9 +104,12 @@ class Reconciler:
     _children: Children = field(init=False)
     _trouble: dict[Key, str] = field(default_factory=dict)
     _invalid: dict[Key, str] = field(default_factory=dict)
+    _losses: dict[Key, tuple[int, datetime.datetime]] = field(default_factory=dict)
+    _began: datetime.datetime = field(init=False)
 
     def __post_init__(self) -> None:
         self._children = Children(cluster=self.cluster)
+        self._began = self.clock()
 
     async def work_forever(self, *, may_act: asyncio.Event) -> None:
         """Take jobs from the queue while this operator is the one that acts."""
@@ -170,6 +182,9 @@ class Reconciler:
             await self._clear(key, body, seen, decision)
             await self._end(key, decision)
             return
+        if isinstance(decision, Linger):
+            self.queue.add_after(key, decision.seconds + _LATE_SECONDS)
+            return
         self._follow(key, job, seen, decision)
         self._look_again(key, body, job, seen, decision)
         context = self._context(key, body, job, seen)
@@ -194,22 +209,49 @@ class Reconciler:
     async def _observe(self, key: Key, body: Body) -> Observed:
         runtime = runtime_of(body)
         besides = (JOBS,) if ((body.get("spec") or {}).get("cluster") or {}).get("minNodes") else ()
-        kinds = (*dict.fromkeys((runtime.KIND, *runtime.PARTS, *besides)), PODS)
-        listed = await asyncio.gather(*(_if_served(self._children.of(kind, key.namespace, key.uid)) for kind in kinds))
-        if listed[0] is None:
-            return observe_unavailable(body)
-        *children, pods = (items or [] for items in listed)
-        seen = observe(
-            body, children=[child for each in children for child in each], pods=pods, progress=self.progress.latest(key)
-        )
+        children: list[Object] = []
+        # Pods last: a gang that has failed is then never seen beside ranks that are said to run.
+        for kind in dict.fromkeys((runtime.KIND, *runtime.PARTS, *besides)):
+            listed = await _if_served(self._children.of(kind, key.namespace, key.uid))
+            if listed is None and kind == runtime.KIND:
+                return observe_unavailable(body)
+            children += listed or []
+        # Without a gang only a job that had one can have pods.
+        has_pods = bool(children or body.get("status"))
+        pods = await self._children.of(PODS, key.namespace, key.uid) if has_pods else []
+        seen = observe(body, children=children, pods=pods, progress=self.progress.latest(key))
+        seen = replace(seen, lost_seconds=self._lost_seconds(key, seen.gang))
         queue = ((body.get("spec") or {}).get("schedule") or {}).get("queueName")
         if queue and seen.gang and seen.gang.suspended:
             return replace(seen, admission=await self._admission(key.namespace, queue, seen.gang))
+        if seen.gang and lacks_pods(seen, self.clock()):
+            return replace(seen, refusal=await self._refusal(key.namespace, seen.gang))
         return seen
+
+    def _lost_seconds(self, key: Key, gang: Gang | None) -> float:
+        """By this operator's clock, since it first saw that this gang cannot go on; 0: it can."""
+        if gang is None or not (gang.failure or gang.lost_ranks):
+            self._losses.pop(key, None)
+            return 0.0
+        attempt, since = self._losses.get(key, (-1, self.clock()))
+        if attempt != gang.attempt:
+            since = self.clock()
+        self._losses[key] = (gang.attempt, since)
+        return (self.clock() - since).total_seconds()
 
     async def _admission(self, namespace: str, queue: str, gang: Gang) -> str:
         labels = f"{queueing.LABEL_GANG_UID}={gang.uid}"
         return queueing.waits_for(queue, await _if_served(self.cluster.list(WORKLOADS, namespace, labels)))
+
+    async def _refusal(self, namespace: str, gang: Gang) -> str:
+        try:
+            asked = [f"involvedObject.uid={uid},type=Warning" for uid in gang.owners]
+            told = [event for each in asked for event in await self.cluster.list(EVENTS, namespace, fields=each)]
+        except ApiError as exc:
+            # It explains, and decides nothing.
+            log.warning("events not read", gang=gang.name, namespace=namespace, error=str(exc))
+            return ""
+        return refusal_in(told, gang)
 
     def _context(self, key: Key, body: Body, job: Job | None, seen: Observed) -> Context:
         return Context(
@@ -296,7 +338,7 @@ class Reconciler:
         kinds = (runtime.KIND, JOBS, PODS)
         listed = [await _if_served(self._children.of(kind, key.namespace, key.uid)) or [] for kind in kinds]
         gangs = [gang for gang in listed[0] if not label_of(gang, naming.LABEL_ROLE)]
-        step = parting.next_step(body, gangs=gangs, jobs=listed[1], pods=listed[2], now=self.clock())
+        step = parting.next_step(body, gangs=gangs, jobs=listed[1], pods=listed[2], began=self._began, now=self.clock())
         if isinstance(step, parting.Clear):
             for name in step.gangs:
                 await self.cluster.delete(runtime.KIND, key.namespace, name)
@@ -360,6 +402,7 @@ class Reconciler:
         self.progress.forget(key)
         self._trouble.pop(key, None)
         self._invalid.pop(key, None)
+        self._losses.pop(key, None)
 
 
 def key_of(body: Body) -> Key:
@@ -443,7 +486,9 @@ def _to_remove(seen: Observed, decision: Decision) -> tuple[str, ...]:
 def _rooms_to_remove(key: Key, seen: Observed, decision: Decision) -> list[str]:
     """All but what is asked for, or kept free until the gang that it is for stands in line for it."""
     resizes = isinstance(decision, Suspend) and decision.resizes
-    kept = naming.room_name(key.name, seen.record.attempt) if resizes or isinstance(decision, Probe | Wait) else ""
+    forgives = isinstance(decision, Probe) and decision.forgives  # those asked for room elsewhere
+    keeps = resizes or isinstance(decision, Probe | Wait)
+    kept = naming.room_name(key.name, seen.record.attempt) if keeps and not forgives else ""
     return [name for name in seen.rooms if name != kept]
 
 

@@ -12,6 +12,7 @@
 | NEXA_METRICS_PORT | of /metrics and /healthz; 0: a free one on loopback | 8081 |
 | NEXA_LOG_LEVEL | debug, info, warning, error | info |
 | NEXA_LEASE_NAMESPACE | where the Lease lies that only one operator holds; empty: no Lease | empty |
+| NEXA_LEASE_NAME | what it is called: one for each release | nexa |
 | NEXA_IDENTITY | who holds it; the same after a restart of the container in its pod | host name |
 """
 
@@ -40,6 +41,7 @@ class Settings:
     metrics_port: int = 8081
     log_level: int = logging.INFO
     lease_namespace: str = ""
+    lease_name: str = "nexa"
     identity: str = ""
     num_workers: int = 8
 
@@ -60,6 +62,7 @@ class Settings:
             metrics_port=int(_number(environment, "NEXA_METRICS_PORT", 8081)),
             log_level=_level(environment.get("NEXA_LOG_LEVEL", "info")),
             lease_namespace=environment.get("NEXA_LEASE_NAMESPACE", ""),
+            lease_name=environment.get("NEXA_LEASE_NAME") or "nexa",
             identity=environment.get("NEXA_IDENTITY") or socket.gethostname(),
         )
 

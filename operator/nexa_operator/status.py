@@ -22,6 +22,7 @@ from nexa_operator.decide import (
     Decision,
     Fail,
     Hold,
+    Probe,
     Restart,
     Resume,
     Shrink,
@@ -130,7 +131,7 @@ def _recovery(previous: Body, seen: Observed, decision: Decision, context: Conte
         status["numNodes"] = None  # as many as the job asks for by the time it goes on
     if isinstance(decision, Starting):
         status |= {"numNodes": decision.num_nodes, "nextAttemptTime": None}
-    if isinstance(decision, Resume) and decision.forgives:
+    if isinstance(decision, Resume | Probe) and decision.forgives:
         status["excludedNodes"] = None
     if isinstance(decision, Restart):
         status["lossesWithoutCheckpoint"] = decision.losses
@@ -166,7 +167,7 @@ def _state(account: goodput.Account, seen: Observed, decision: Decision, context
         return goodput.RESTART
     if isinstance(decision, Wait) and decision.reason == STOPPING:
         return account.state
-    if isinstance(decision, Create) and account.state == goodput.PRODUCTIVE:
+    if isinstance(decision, Create | Resume) and account.state == goodput.PRODUCTIVE:
         return goodput.RESTART  # somebody deleted its gang
     if isinstance(decision, Watch) and _queued(seen):
         return goodput.QUEUE
@@ -321,6 +322,9 @@ def _watching(previous: Body, seen: Observed, context: Context) -> _Verdict:
         said = ("Running", f"{context.num_nodes} of {context.num_nodes} pods of attempt {seen.record.attempt}")
         return _Verdict(phase="Running", true={"Running": said, "Ready": said})
     held_up = next((rank for rank in ranks if rank.phase == "Pending" and _is_held_up(rank)), None)
+    if seen.refusal:
+        refused = ("PodsRefused", _shortened(f"{up} of {context.num_nodes} pods run: {seen.refusal}"))
+        return _Verdict(phase="Pending", true=dict.fromkeys(_QUEUED, refused))
     before = condition_of(previous, "Queued")
     if held_up is None and before.get("status") == "True" and before["reason"] in _STARTING:
         # A write for every pod that comes up would tell nobody anything.

@@ -438,6 +438,8 @@ def a_pod(name: str = "forged", *, labels: dict[str, str] | None = None, **spec:
 
 OURS = {"train.nexa.dev/job-uid": "11111111-2222-3333-4444-555555555555", "train.nexa.dev/job-name": "victim"}
 
+OWNER = {"apiVersion": "batch/v1", "kind": "Job", "name": "other", "uid": OURS["train.nexa.dev/job-uid"]}
+
 MINE = {"app": "mine"}
 """A Job without labels is given its template's."""
 
@@ -496,12 +498,17 @@ def test_nobody_changes_a_child_or_takes_it_away_from_its_job(arena: Arena):
         (f"{arena.jobs}/child", {"spec": {"suspend": False}}),
         (f"{arena.jobs}/child", {"metadata": {"labels": {"train.nexa.dev/job-uid": None}}}),
         (f"{arena.core}/pods/child", {"metadata": {"labels": {"train.nexa.dev/job-uid": "another"}}}),
+        (f"{arena.core}/pods/child", {"metadata": {"labels": {"train.nexa.dev/attempt": "7"}}}),
+        (f"{arena.core}/pods/child", {"metadata": {"labels": {"batch.kubernetes.io/job-completion-index": "7"}}}),
+        (f"{arena.core}/pods/child", {"metadata": {"labels": {"train.nexa.dev/job-name": None}}}),
+        (f"{arena.core}/pods/child", {"metadata": {"ownerReferences": [OWNER]}}),
         (f"{arena.core}/pods/child", {"spec": {"containers": [{**container, "image": "docker.io/evil/miner"}]}}),
         (f"{arena.core}/pods/child", {"spec": {"activeDeadlineSeconds": 1}}),
     ):
         with pytest.raises(Refused, match=ALONE):
             arena.mallory.merge(path, change)
-    arena.mallory.merge(f"{arena.core}/pods/child", {"metadata": {"annotations": {"note": "seen"}}})
+    noted = {"annotations": {"note": "seen"}, "labels": {"seen-by": "mallory"}}
+    arena.mallory.merge(f"{arena.core}/pods/child", {"metadata": noted})
     arena.mallory.delete(f"{arena.core}/pods/child")
 
 

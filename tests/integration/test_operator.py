@@ -299,6 +299,20 @@ def test_a_name_that_is_taken_is_said_and_waited_for(ns):
     ns.wait(lambda: (ns.get("job/taken-a0") or {}).get("spec", {}).get("completions") == 2, "our Job", "taken")
 
 
+def test_pods_that_nobody_may_make_are_explained_and_begun_once_they_may_be(ns):
+    ns.kubectl("create", "quota", "crowded", "--hard=pods=1", "--scopes=BestEffort")
+    ns.submit("crowded")
+    why = lambda: ns.condition("crowded", "Queued")  # noqa: E731
+    ns.wait(lambda: why().get("reason") == "PodsRefused", "what is said of the quota", "crowded")
+    assert "of 2 pods run: Error creating: pods is forbidden" in why()["message"]
+    assert "quota" in why()["message"]
+    ns.kubectl("delete", "quota/crowded")
+    for pod in ns.wait_pods("crowded-a0", 2):
+        ns.play_kubelet(pod, "Running")
+    ns.wait_true("crowded", "Running")
+    ns.kubectl("delete", "ntj/crowded")
+
+
 def test_the_time_to_live_ends_a_finished_job(ns):
     ns.submit("brief", nodes=1, schedule={"ttlSecondsAfterFinished": 1})
     (pod,) = ns.wait_pods("brief-a0", 1)
@@ -339,9 +353,15 @@ def test_jobs_end_by_themselves_on_fake_nodes(ns, control_plane):
     ns.wait_true("fake", "Succeeded")
 
 
-def test_sigterm_ends_the_operator_cleanly_within_seconds(operator):
+def test_sigterm_ends_the_operator_cleanly_within_seconds_and_lets_the_next_one_act_at_once(ns, operator):
     assert operator.stop() == 0
+    (lease,) = [each for each in _leases(ns) if each["metadata"]["name"] == "nexa"]
+    assert not lease["spec"].get("holderIdentity")
     operator.start()
+
+
+def _leases(ns):
+    return json.loads(ns.cluster.kubectl("get", "leases", f"-n={RELEASE_NAMESPACE}", "-o=json").stdout)["items"]
 
 
 def test_a_second_operator_waits_for_the_lease_and_takes_over(ns, operator, tmp_path):

@@ -56,7 +56,7 @@ def stage(request, control_plane: Cluster, tmp_path_factory: pytest.TempPathFact
         if alone:
             control_plane.kubectl("delete", "clusterrolebinding/nexa")
             install_chart(control_plane, f"watchNamespace={ns.namespace}")
-        control_plane.kubectl("-n", RELEASE_NAMESPACE, "delete", "lease/nexa-operator", "--ignore-not-found")
+        control_plane.kubectl("-n", RELEASE_NAMESPACE, "delete", "lease/nexa", "--ignore-not-found")
         start = control_plane.audit_log.stat().st_size
         operator = Operator(
             kubeconfig,
@@ -72,7 +72,7 @@ def stage(request, control_plane: Cluster, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def played(stage: Stage) -> Stage:
-    """All that an operator does: start, suspend, resume, restart, succeed, expire, hold, and find a name taken."""
+    """All an operator does: start, suspend, resume, restart, succeed, expire, hold, find a name taken, explain."""
     ns = stage.ns
     ns.submit("whole", schedule={"ttlSecondsAfterFinished": 1}, recovery={"maxRestarts": 3})
     for pod in ns.wait_pods("whole-a0", 2):
@@ -92,6 +92,9 @@ def played(stage: Stage) -> Stage:
     ns.kubectl("create", "--filename=-", input=json.dumps(_another_s_job("taken-a0")))
     ns.submit("taken")
     ns.wait(lambda: ns.condition("taken", "Queued").get("reason") == "Refused", "the name is taken", "taken")
+    ns.kubectl("create", "quota", "none", "--hard=pods=0")
+    ns.submit("crowded")
+    ns.wait(lambda: ns.condition("crowded", "Queued").get("reason") == "PodsRefused", "no pod is allowed", "crowded")
     return stage
 
 

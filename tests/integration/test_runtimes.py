@@ -15,6 +15,7 @@ from nexa_operator.kinds import WORKLOADS
 from nexa_operator.runtimes import RUNTIMES
 from nexa_train.config.protocol import CheckpointRef, Termination
 from tests.cluster import host
+from tests.cluster.api import Api, Refused
 from tests.cluster.cluster import Cluster
 from tests.cluster.control_plane import ControlPlane, start_control_plane
 from tests.cluster.controllers import start_jobset, start_kueue, start_training_operator
@@ -383,6 +384,73 @@ def test_the_rights_over_others_kinds_are_the_ones_that_are_used(queue):
     groups = {RUNTIMES[queue.runtime].KIND.group, WORKLOADS.group}
     ours = lambda rights: {right for right in rights if right[0] in groups}  # noqa: E731
     assert ours(asked(queue.cluster).used()) == ours(granted())
+
+
+def test_a_jobset_s_job_that_somebody_deletes_ends_the_attempt_without_a_charge(team, jobset):
+    team.runtime = "jobset"
+    team.begin("robbed")
+    team.run("robbed")
+    team.kubectl("delete", "job/robbed-a0-r-0")
+    team.run("robbed", attempt=1)
+    status = team.status("robbed")
+    assert (status["restarts"], status["chargedRestarts"], status["lastFailure"]["cause"]) == (1, 0, "PodDeleted")
+
+
+KUBEFLOW = {
+    "TFJob": ("tfReplicaSpecs", "tensorflow"),
+    "PyTorchJob": ("pytorchReplicaSpecs", "pytorch"),
+    "XGBoostJob": ("xgbReplicaSpecs", "xgboost"),
+    "PaddleJob": ("paddleReplicaSpecs", "paddle"),
+    "MPIJob": ("mpiReplicaSpecs", "mpi"),
+}
+
+
+@pytest.mark.parametrize("kind", KUBEFLOW)
+def test_nobody_has_training_operator_make_pods_that_look_like_a_job_s(team, pytorchjob, kind):
+    plural = f"{kind.lower()}s"
+    team.kubectl("create", "role", "kubeflow", "--verb=create", f"--resource={plural}.kubeflow.org")
+    team.kubectl("create", "rolebinding", "kubeflow", "--role=kubeflow", "--user=mallory")
+    key, container = KUBEFLOW[kind]
+    path = f"/apis/kubeflow.org/v1/namespaces/{team.namespace}/{plural}?dryRun=All"
+    mallory, admin = Api(team.cluster, as_user="mallory"), Api(team.cluster)
+    if kind != "PyTorchJob":  # of the others nothing but their group and the shape of their spec is of interest
+        said(admin, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", kubeflow_kind(kind))
+
+    def asked(labels: dict[str, str]) -> str:
+        pod = {"containers": [{"name": container, "image": "example.invalid/none"}]}
+        roles = {"Worker": {"replicas": 1, "template": {"metadata": {"labels": labels}, "spec": pod}}}
+        body = {"apiVersion": "kubeflow.org/v1", "kind": kind, "metadata": {"name": "forged"}, "spec": {key: roles}}
+        return said(mallory, path, body)
+
+    wait_until(lambda: not asked({"app": "mine"}), timeout_seconds=20, what=f"{kind}s of one's own are taken")
+    assert "made by the Nexa operator alone" in asked({"train.nexa.dev/job-uid": "another's"})
+    mallory.close()
+    admin.close()
+
+
+def said(api: Api, path: str, body: dict[str, Any]) -> str:
+    try:
+        api.create(path, body)
+    except Refused as refused:
+        return refused.message
+    return ""
+
+
+def kubeflow_kind(kind: str) -> dict[str, Any]:
+    plural = f"{kind.lower()}s"
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    version = {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.kubeflow.org"},
+        "spec": {
+            "group": "kubeflow.org",
+            "scope": "Namespaced",
+            "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
+            "versions": [version],
+        },
+    }
 
 
 def test_the_operator_asked_for_nothing_that_its_role_does_not_grant_and_nothing_went_wrong_inside(operator):

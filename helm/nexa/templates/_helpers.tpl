@@ -61,7 +61,7 @@ app.kubernetes.io/component: operator
   verbs: [get, create]
 - apiGroups: [""]
   resources: [events]
-  verbs: [create]
+  verbs: [create, list] # list: why a controller makes no pods
 {{- end -}}
 
 

@@ -65,10 +65,18 @@ def failure_of(body: Body, *kinds: str) -> tuple[str, str]:
     return (condition.get("reason") or "Failed", condition.get("message", "")) if condition else ("", "")
 
 
+def is_suspended(gang: Body, asked: object) -> bool:
+    """Whether it is to be, or was and its controller has not let it go yet: until then old pods may be ending.
+
+    All runtimes say so by a condition of that one name.
+    """
+    return bool(asked) or bool(first_true(gang, "Suspended"))
+
+
 def resumed_at(gang: Body) -> str:
     """When a gang that was suspended was last let go, as the API server writes times; empty: never.
 
-    All runtimes say so by a condition of that one name. Only Kueue lets gangs go.
+    Only Kueue lets gangs go.
     """
     suspended = condition_of(gang.get("status") or {}, "Suspended")
     return str(suspended.get("lastTransitionTime", "")) if suspended.get("status") == "False" else ""

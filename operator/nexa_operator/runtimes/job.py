@@ -13,7 +13,7 @@ from nexa_operator.kinds import JOBS, SERVICES, Kind
 from nexa_operator.plan import RunPlan
 from nexa_operator.reading import Body, first_true, label_of
 from nexa_operator.runtimes import pod
-from nexa_operator.runtimes.base import Object, State, failure_of
+from nexa_operator.runtimes.base import Object, State, failure_of, is_suspended
 
 KIND = JOBS
 PARTS: tuple[Kind, ...] = ()
@@ -67,7 +67,7 @@ def state(gang: Body, parts: Sequence[Body], pods: Sequence[Body]) -> State:
     """By its conditions. Failed waits for terminating pods, FailureTarget does not; so for success."""
     failure, message = failure_of(gang, "FailureTarget", "Failed")
     return State(
-        suspended=bool(gang["spec"].get("suspend")),
+        suspended=is_suspended(gang, gang["spec"].get("suspend")),
         complete=bool(first_true(gang, "SuccessCriteriaMet", "Complete")),
         failure=failure,
         failure_message=message,

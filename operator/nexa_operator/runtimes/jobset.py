@@ -12,7 +12,7 @@ from nexa_operator.kinds import JOBS, JOBSETS, SERVICES, Kind
 from nexa_operator.plan import RunPlan
 from nexa_operator.reading import Body, first_true, owner_uid
 from nexa_operator.runtimes import job, pod
-from nexa_operator.runtimes.base import Object, State, failure_of
+from nexa_operator.runtimes.base import Object, State, failure_of, is_suspended
 
 KIND = JOBSETS
 PARTS: tuple[Kind, ...] = (JOBS,)
@@ -68,14 +68,27 @@ def owners(gang: Body, parts: Sequence[Body]) -> frozenset[str]:
 def state(gang: Body, parts: Sequence[Body], pods: Sequence[Body]) -> State:
     """By its Job, which knows earlier and says more; by its own conditions where there is none."""
     jobs = [job.state(part, (), ()) for part in _jobs(gang, parts)]
+    stands = is_suspended(gang, gang["spec"].get("suspend"))
     failures = [(each.failure, each.failure_message) for each in jobs if each.failure]
     failure, message = (failures or [failure_of(gang, "Failed")])[0]
     return State(
-        suspended=bool(gang["spec"].get("suspend")),
+        suspended=stands or any(each.suspended for each in jobs),
         complete=bool(first_true(gang, "Completed")) or any(each.complete for each in jobs),
         failure=failure,
         failure_message=message,
+        num_replaced=0 if any(_has_started(pod) for pod in pods) else _num_pods(gang),
     )
+
+
+def _has_started(pod: Body) -> bool:
+    phase: str = (pod.get("status") or {}).get("phase", "Pending")
+    return phase != "Pending"
+
+
+def _num_pods(gang: Body) -> int:
+    """All, for a Job that somebody deletes is made anew with all its pods; one that is gone its Job calls a failure."""
+    completions: int = gang["spec"]["replicatedJobs"][0]["template"]["spec"]["completions"]
+    return completions
 
 
 def _jobs(gang: Body, parts: Sequence[Body]) -> list[Body]:

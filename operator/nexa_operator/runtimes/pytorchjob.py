@@ -20,7 +20,7 @@ from nexa_operator.kinds import PYTORCHJOBS, Kind
 from nexa_operator.plan import RunPlan
 from nexa_operator.reading import Body, first_true, label_of
 from nexa_operator.runtimes import pod
-from nexa_operator.runtimes.base import Object, State, failure_of
+from nexa_operator.runtimes.base import Object, State, failure_of, is_suspended
 from nexa_train.config.protocol import ENV_NODE_INDEX
 
 KIND = PYTORCHJOBS
@@ -83,7 +83,7 @@ def state(gang: Body, parts: Sequence[Body], pods: Sequence[Body]) -> State:
     failure, message = failure_of(gang, "Failed")
     done = {index(pod) for pod in pods if (pod.get("status") or {}).get("phase") == "Succeeded"}
     return State(
-        suspended=bool((gang["spec"].get("runPolicy") or {}).get("suspend")),
+        suspended=is_suspended(gang, (gang["spec"].get("runPolicy") or {}).get("suspend")),
         complete=bool(first_true(gang, "Succeeded")) or len(done) == _num_workers(gang),
         failure=failure,
         failure_message=message,

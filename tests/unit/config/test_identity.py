@@ -62,6 +62,13 @@ def test_name_and_namespace_stand_in_the_run_id_before_the_hash() -> None:
     assert len(team.run_id.removeprefix("team-a-b-")) == 10
 
 
+def test_names_that_run_together_are_two_runs() -> None:
+    named = [("team", "a-x"), ("team-a", "x")]
+    ids = {Job.model_validate({"metadata": {"namespace": n, "name": j}, "spec": job().spec}).run_id for n, j in named}
+    assert len(ids) == 2
+    assert all(each.startswith("team-a-x-") for each in ids)
+
+
 def test_labels_and_annotations_do_not_make_another_run() -> None:
     metadata = {"name": "demo", "labels": {"a": "b"}, "annotations": {"c": "d"}}
     assert Job.model_validate({"metadata": metadata, "spec": job().spec}).run_id == job().run_id

@@ -13,6 +13,7 @@ from nexa_operator.decide import (
     Expire,
     Fail,
     Hold,
+    Linger,
     Probe,
     Rest,
     Restart,
@@ -453,3 +454,22 @@ def test_a_lost_rank_of_a_smaller_gang_is_followed_by_a_gang_of_that_size() -> N
     got = decision(seen(gang(rank(0), failed(1)), record=Record(num_nodes=2)), cluster=ELASTIC)
     assert isinstance(got, Restart)
     assert got.num_nodes == 2
+
+
+def test_a_smaller_gang_takes_excluded_nodes_again_when_it_asks_for_room_in_vain() -> None:
+    record = Record(num_nodes=2, excluded_nodes=("n1",))
+    short, long = (seen(gang(*placed(2)), record=record, room_wanted_since=ago(seconds)) for seconds in (299, 300))
+    assert decision(short, cluster=ELASTIC) == Probe(num_pods=2)
+    assert decision(long, cluster=ELASTIC) == Probe(num_pods=2, forgives=True)
+    assert grows(room_wanted_since=ago(900)) == Probe(num_pods=2), "no node is excluded"
+
+
+def test_ranks_that_are_still_ending_are_heard_before_the_cause_is_judged() -> None:
+    """The node of the rank that failed first may be the last to say so."""
+    first, ending = failed(0), rank(1)
+    assert decision(seen(gang(first, ending), lost_seconds=0.0)) == Linger(seconds=3.0)
+    assert decision(seen(gang(first, ending), lost_seconds=2.5)) == Linger(seconds=0.5)
+    assert isinstance(decision(seen(gang(first, ending), lost_seconds=3.0)), Restart), "a silent node says nothing more"
+    assert isinstance(decision(seen(gang(first), lost_seconds=0.0)), Restart), "nobody is left to say anything"
+    final = failed(0, exit_code=5)
+    assert isinstance(decision(seen(gang(final, ending), lost_seconds=0.0)), Fail), "nothing can be said against that"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from nexa_operator.observe import Record, newest, observe, read_record
+from nexa_operator.observe import Observed, Rank, Record, lacks_pods, newest, observe, read_record, refusal_in
 from nexa_operator.plan import Defaults, make_plan
 from tests.unit.operator.builders import (
     GANG_UID,
@@ -113,6 +114,13 @@ def test_the_newest_checkpoint_known_counts_wherever_it_was_said():
     observed = observe(body(status=status), children=[], pods=[], progress=progress(checkpoint=checkpoint(50)))
     assert observed.checkpoint.step == 60
     assert newest(None, checkpoint(5), checkpoint(7), None) == checkpoint(7)
+
+
+def test_of_one_step_the_checkpoint_told_of_last_counts_for_the_one_before_may_be_damaged() -> None:
+    again = checkpoint(50).model_copy(update={"digest": "e" * 64})
+    status = {"checkpoint": {"step": 50, "uri": "u", "digest": "d"}}
+    observed = observe(body(status=status), children=[], pods=[], progress=progress(checkpoint=again))
+    assert observed.checkpoint == again
     assert newest() is None
 
 
@@ -194,6 +202,52 @@ def test_room_that_an_evicted_pod_had_is_none() -> None:
     pods[0]["status"]["phase"] = "Failed"
     seen = observe(body(), children=[gang_job(), asking], pods=pods)
     assert (seen.room, seen.room_since) == (1, NOW)
+
+
+def test_pods_that_ask_for_room_in_vain_are_known_since_when() -> None:
+    asking, pods = room()
+    for second, each in enumerate(pods):
+        waits = {"type": "PodScheduled", "status": "False", "lastTransitionTime": f"2026-11-23T12:00:0{second}Z"}
+        each["status"]["conditions"] = [waits]
+    seen = observe(body(), children=[gang_job(), asking], pods=pods)
+    assert seen.room_wanted_since == NOW + datetime.timedelta(seconds=1)
+    assert observe(body(), children=[gang_job(), asking], pods=room(placed=2)[1]).room_wanted_since is None
+
+
+def test_room_that_somebody_else_s_pods_found_is_none() -> None:
+    asking, pods = room(placed=2)
+    pods[0]["metadata"]["ownerReferences"] = []
+    assert observe(body(), children=[gang_job(), asking], pods=pods).room == 1
+
+
+def crowded(**changes: Any) -> Observed:
+    made = gang_job()
+    made["metadata"] |= {"creationTimestamp": "2026-11-23T12:00:00Z"}
+    record = Record(num_nodes=2)
+    seen = observe(body(), children=[made], pods=[pod(0)])
+    assert seen.gang is not None
+    return replace(seen, record=record, gang=replace(seen.gang, **changes))
+
+
+def test_a_gang_lacks_pods_once_they_are_late_and_unless_it_stands_or_ends() -> None:
+    soon, late = NOW + datetime.timedelta(seconds=2), NOW + datetime.timedelta(seconds=3)
+    assert not lacks_pods(crowded(), soon)
+    assert lacks_pods(crowded(), late)
+    for stands in ({"suspended": True}, {"deleting": True}, {"complete": True}, {"failure": "Why"}):
+        assert not lacks_pods(crowded(**stands), late)
+    assert not lacks_pods(crowded(ranks=(Rank(index=0), Rank(index=1))), late)
+    assert not lacks_pods(observe(body(), children=[], pods=[]), late)
+
+
+def test_a_refusal_is_the_last_one_and_the_same_for_every_name_that_was_tried() -> None:
+    gang = crowded().gang
+    assert gang is not None
+    assert gang.owners == (GANG_UID,)
+    said = 'Error creating: pods "demo-a0-1-%s" is forbidden: exceeded quota: %s'
+    early = {"lastTimestamp": "2026-11-23T12:00:00Z", "message": said % ("abcde", "old"), "metadata": {}}
+    late = {"eventTime": "2026-11-23T12:00:01.5Z", "message": said % ("vwxyz", "new"), "metadata": {}}
+    assert refusal_in([late, early], gang) == "Error creating: pods is forbidden: exceeded quota: new"
+    assert refusal_in([], gang) == ""
 
 
 def test_a_gang_says_itself_how_large_it_is() -> None:

@@ -13,6 +13,7 @@ from nexa_operator.plan import Defaults, make_plan
 from nexa_operator.runtimes import beside
 from tests.unit.operator.builders import LATER, NOW, UID, body, condition, gang_job, job, pod
 
+LONG_AGO = NOW - datetime.timedelta(days=1)
 DELETED = "2026-11-23T12:00:00Z"
 
 
@@ -23,7 +24,7 @@ def deleted(**metadata: Any) -> dict[str, Any]:
 
 
 def step(**given: Any) -> parting.Step:
-    return next_step(deleted(), **{"gangs": [], "jobs": [], "pods": [], "now": NOW, **given})
+    return next_step(deleted(), **{"gangs": [], "jobs": [], "pods": [], "began": LONG_AGO, "now": NOW, **given})
 
 
 def removal(*conditions: dict[str, str]) -> dict[str, Any]:
@@ -105,3 +106,9 @@ def test_pods_that_ask_for_room_are_placed_like_those_of_the_gang_and_know_no_se
     assert "envFrom" not in container
     assert container["env"] == []
     assert spec["terminationGracePeriodSeconds"] == 0
+
+
+def test_time_without_an_operator_is_not_what_ends_its_patience() -> None:
+    late = NOW + datetime.timedelta(seconds=parting.PATIENCE_SECONDS + 1)
+    assert step(gangs=[gang_job()], began=late, now=late) == Clear(gangs=("demo-a0",))
+    assert step(began=late, now=late) == Remove()

@@ -233,6 +233,26 @@ def test_a_pod_that_is_gone_is_for_the_job_s_controller_to_call_a_failure(name):
     assert observed(name, live(name), [pod(name, 0)], conditions=RAN).lost_ranks == ()
 
 
+@pytest.mark.parametrize("pods", [[], [pod("jobset", 0, phase="Pending")]], ids=["no pods yet", "new pods"])
+def test_a_jobset_s_job_that_somebody_deleted_takes_all_ranks_along_once_all_have_run(pods):
+    child, part = live("jobset")
+    assert observed("jobset", [child, part], pods).lost_ranks == ()
+    assert len(observed("jobset", [child, part], pods, conditions=RAN).lost_ranks) == 2
+    assert len(observed("jobset", [child], [], conditions=RAN).lost_ranks) == 2, "it is not made anew yet"
+
+
+@every_runtime
+def test_a_gang_stands_until_its_controller_has_let_it_go(name):
+    """Kueue takes its suspension back before that, while pods of before still end."""
+    for gang_says in (True, False):
+        document, *parts = live(name)
+        says = document if gang_says or not parts else parts[0]
+        says["status"] = {"conditions": [condition("Suspended")]}
+        assert observed(name, [document, *parts], []).suspended
+        says["status"] = {"conditions": [condition("Suspended") | {"status": "False", "lastTransitionTime": "x"}]}
+        assert not observed(name, [document, *parts], []).suspended
+
+
 @every_runtime
 def test_pods_of_before_a_preemption_are_not_the_gang_s_once_it_is_let_go_again(name):
     resumed = {"type": "Suspended", "status": "False", "lastTransitionTime": "2026-11-23T12:05:00Z"}

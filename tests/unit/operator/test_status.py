@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nexa_operator.classify import Loss
-from nexa_operator.decide import Create, Fail, Hold, Restart, Resume, Shrink, Succeed, Suspend, Wait, Watch
+from nexa_operator.decide import Create, Fail, Hold, Probe, Restart, Resume, Shrink, Succeed, Suspend, Wait, Watch
 from nexa_operator.observe import Observed, Record
 from nexa_operator.status import Context, caught_up, duration, happenings, next_status
 from tests.unit.operator.builders import LATER, NOW, checkpoint, failed, gang, progress, rank, seen, words
@@ -187,6 +187,12 @@ def test_why_pods_wait_is_said():
     assert queued["message"] == "1 of 2 pods run: ImagePullBackOff no such image"
 
 
+def test_why_pods_are_not_made_is_said():
+    status = write({}, seen(gang(rank(0)), refusal="exceeded quota: team"), Watch())
+    (queued,) = [item for item in status["conditions"] if item["type"] == "Queued"]
+    assert (queued["reason"], queued["message"]) == ("PodsRefused", "1 of 2 pods run: exceeded quota: team")
+
+
 @pytest.mark.parametrize("kind", ["configmap", "secret"])
 def test_a_storage_profile_that_is_missing_is_said_with_what_would_help(kind: str):
     said = f'{kind} "nexa-storage-team-a" not found'
@@ -277,6 +283,8 @@ def test_excluded_nodes_are_kept_the_oldest_forgotten_and_told_once() -> None:
     assert (status["excludedNodes"][0], status["excludedNodes"][-1]) == ("n1", "n5")
     assert [h.message for h in happenings(before, status, decision) if h.reason == "NodeExcluded"]
     assert not [h for h in happenings(status, status, Watch()) if h.reason == "NodeExcluded"]
+    forgiven = write(status, seen(gang(rank(0))), Probe(num_pods=1, forgives=True))
+    assert "excludedNodes" not in forgiven
 
 
 def test_another_size_is_told_and_on_record() -> None:
