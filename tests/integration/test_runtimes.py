@@ -408,13 +408,14 @@ KUBEFLOW = {
 @pytest.mark.parametrize("kind", KUBEFLOW)
 def test_nobody_has_training_operator_make_pods_that_look_like_a_job_s(team, pytorchjob, kind):
     plural = f"{kind.lower()}s"
+    mallory, admin = Api(team.cluster, as_user="mallory"), Api(team.cluster)
+    if kind != "PyTorchJob":  # of the others nothing but their group and the shape of their spec is of interest
+        said(admin, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", kubeflow_kind(kind))
+        team.kubectl("wait", "--for=condition=Established", f"crd/{plural}.kubeflow.org")
     team.kubectl("create", "role", "kubeflow", "--verb=create", f"--resource={plural}.kubeflow.org")
     team.kubectl("create", "rolebinding", "kubeflow", "--role=kubeflow", "--user=mallory")
     key, container = KUBEFLOW[kind]
     path = f"/apis/kubeflow.org/v1/namespaces/{team.namespace}/{plural}?dryRun=All"
-    mallory, admin = Api(team.cluster, as_user="mallory"), Api(team.cluster)
-    if kind != "PyTorchJob":  # of the others nothing but their group and the shape of their spec is of interest
-        said(admin, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", kubeflow_kind(kind))
 
     def asked(labels: dict[str, str]) -> str:
         pod = {"containers": [{"name": container, "image": "example.invalid/none"}]}

@@ -103,7 +103,7 @@ def test_the_rights_are_exactly_those_that_are_used(helm):
         ("workloads", "list"),
         *(("pods", verb) for verb in ("list", "watch")),
         *(("services", verb) for verb in ("get", "create")),
-        ("events", "create"),
+        *(("events", verb) for verb in ("create", "list")),
         *(("leases", verb) for verb in ("get", "create", "patch")),
     }
 
