@@ -8,6 +8,7 @@
     │   └── SupersededError      4  another writer committed this step first
     ├── DataError                5  the rows cannot be trained on
     ├── DamagedError             1  bytes differ from what their manifest says
+    │   └── ForeignError         4  they do not, but the checkpoint is another run's or another model's
     ├── NonFiniteLossError       1  the loss is not a number; the optimiser did not move
     └── StoppedError            75  stopped on request with a checkpoint committed: run again to go on
 
@@ -72,6 +73,17 @@ class DataError(NexaError):
 
 class DamagedError(NexaError):
     """Bytes that do not match the manifest which committed them."""
+
+
+class ForeignError(DamagedError):
+    """A checkpoint whose every byte is as committed, but not one that this run can have made.
+
+    For who only lists what is wrong with a store, it is one more thing. Who goes on from checkpoints neither sets it
+    aside, as it may be somebody's only one, nor goes behind it; and another attempt would meet it again.
+    """
+
+    exit_code = 4
+    retryable = False
 
 
 class NonFiniteLossError(NexaError):

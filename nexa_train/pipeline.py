@@ -14,6 +14,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from nexa_train.checkpoint import Saved, Saver
 from nexa_train.config.job import Job
 from nexa_train.config.protocol import CheckpointRef, Progress
 from nexa_train.data.tokenizer import FILES as TOKENIZER_FILES
-from nexa_train.errors import DamagedError, NotFoundError, StoppedError
+from nexa_train.errors import DamagedError, ForeignError, NotFoundError, StoppedError
 from nexa_train.rundir import RunDir
 from nexa_train.store import Store
 
@@ -107,8 +108,9 @@ class TrainingPipeline:
             self.record.began = self.record.committed = time.monotonic()
             self.record.recent.append((self.record.began, 0))
             self._tell("training")
-            if not self.stop_agreed():
+            if not self.stop_agreed() and self.step < self.context.total_steps:
                 self.backend.train(self._after_step)
+            self._validate_what_was_committed()
         finally:
             self.saver.close()  # what was trained before a failure is worth keeping
         self._finish()
@@ -137,11 +139,22 @@ class TrainingPipeline:
         if newest is None:
             return
         self._barrier()
-        self.backend.restore(Saved(folder))
+        self._restore(newest, folder)
         self._barrier()
         if self.speaks:
             shutil.rmtree(folder)
         self._adopt(newest)
+
+    def _restore(self, newest: Committed, folder: Path) -> None:
+        try:
+            self.backend.restore(Saved(folder))
+        except ForeignError as exc:
+            # Not the one before it instead: that is most likely the same model's, and to go behind a whole checkpoint
+            # loses work without a word.
+            raise ForeignError(
+                f"{manifest_uri(self.store, newest)} is whole, but not a checkpoint of this job's model: {exc}; take "
+                "another --run-name or artifacts.uri, or the nexa and model that it was made with"
+            ) from exc
 
     def _newest(self) -> Committed | None:
         """Fetch the checkpoint to go on from, once a node.
@@ -189,6 +202,23 @@ class TrainingPipeline:
             self._collect_save()
         self._tell("training")
         return self.stopping
+
+    @property
+    def _lacks_validation(self) -> bool:
+        """Whether all is trained, but a stop came before the loss on the validation split was known."""
+        ended = self.step == self.context.total_steps
+        return ended and self.record.validation_loss is None and self.context.validation.num_sequences > 0
+
+    def _validate_what_was_committed(self) -> None:
+        """Take the last evaluation again that a stop cut short in an attempt before this one.
+
+        A stop commits what was trained within its grace period, so the last step is committed without its validation
+        loss, and stays as it is: what is committed never changes. The loss is told in how this attempt ends. To leave
+        the last step uncommitted would give up training for the sake of one number.
+        """
+        if self._lacks_validation and not self.stopping:
+            self._tell("validating")
+            self.record.validation_loss = self.backend.validate()
 
     def _save(self) -> None:
         """Hand the state over to the background, once the save before is committed."""
@@ -253,8 +283,7 @@ class TrainingPipeline:
         self.record.initial_validation_loss = metrics.get("initial_validation_loss")
 
     def _finish(self) -> None:
-        not_validated = self.record.validation_loss is None and self.context.validation.num_sequences
-        if self.stopping and (self.step < self.context.total_steps or not_validated):
+        if self.stopping and (self.step < self.context.total_steps or self._lacks_validation):
             where = self.checkpoint.uri if self.checkpoint else "no step was done yet"
             raise StoppedError(
                 f"stopped at step {self.step} of {self.context.total_steps}, {where}; run again to go on"

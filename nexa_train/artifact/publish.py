@@ -28,6 +28,7 @@ from nexa_train.artifact.manifest import (
     ManifestDraft,
     canonical_json,
     check_path,
+    parse_step_folder,
     run_folder,
     step_folder,
 )
@@ -36,6 +37,7 @@ from nexa_train.errors import (
     AlreadyExistsError,
     ConfigError,
     DamagedError,
+    ForeignError,
     NotFoundError,
     RefusedError,
     SupersededError,
@@ -48,6 +50,8 @@ _CHUNK_BYTES = 1 << 20
 _THREADS = min(8, 2 * (os.cpu_count() or 1))
 # Each further look means that another attempt has committed or deleted in the meantime.
 _LOOKS = 50
+# Characters of a value in an error.
+_SHOWN = 80
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -133,6 +137,7 @@ class Publisher:
             into: the folder that its files are downloaded to, checked on the way; None: they are checked alone.
 
         Raises:
+            ForeignError: another run's checkpoint is in this run's place; nothing was given up.
             RefusedError: the store could not be read or written: that says nothing about the checkpoints.
             ConfigError: a manifest was written by a later major version of Nexa.
         """
@@ -223,6 +228,7 @@ def read_manifest(store: Store, folder: str) -> Committed:
     Raises:
         NotFoundError: nothing is committed there.
         DamagedError: the manifest is not valid, not canonical, or belongs elsewhere.
+        ForeignError: it belongs to another run.
         ConfigError: it was written by a later major version of Nexa.
     """
     place = folder.strip("/")
@@ -241,7 +247,14 @@ def _read_manifest(store: Store, key: str) -> Committed:
     except DamagedError as exc:
         raise DamagedError(f"{key} in {store.uri}: {exc}") from exc
     if place and place != manifest.folder:
-        raise DamagedError(f"{key} in {store.uri} is the manifest of {manifest.folder}: it was moved or copied")
+        said = f"{key} in {store.uri} is the manifest of {manifest.folder}"
+        run_id, _ = parse_step_folder(place) or (manifest.run_id, 0)
+        if run_id != manifest.run_id:
+            raise ForeignError(
+                f"{said}, expected one of run {run_id}: it was moved or copied; move it away, or take another "
+                "--run-name or artifacts.uri"
+            )
+        raise DamagedError(f"{said}: it was moved or copied")
     return Committed(manifest=manifest, digest=hashlib.sha256(content).hexdigest(), key=key)
 
 
@@ -264,6 +277,7 @@ def newest_valid(store: Store, run_id: str) -> Found:
     """The newest checkpoint of the run that is whole, every byte of it read and checked. Changes nothing.
 
     Raises:
+        ForeignError: another run's checkpoint is in this run's place.
         RefusedError: the store could not be read: that says nothing about the checkpoints.
         ConfigError: a manifest was written by a later major version of Nexa.
     """
@@ -306,21 +320,26 @@ def _look(store: Store, run_id: str, read: _Read, *, give_up: bool) -> tuple[Fou
 
 def _look_once(store: Store, steps: Sequence[StepState], read: _Read, *, give_up: bool) -> tuple[Found, dict[int, int]]:
     damaged: list[str] = []
-    used: dict[int, int] = {}
+    later: list[StepState] = []
+    found = None
     for step in reversed(steps):
         if step.committed:
-            problem, committed = _examine(store, step, read)
-            if committed:
-                return Found(committed=committed, damaged=damaged), used
+            problem, found = _examine(store, step, read)
+            if found:
+                break
             damaged.append(problem)
-        used[step.number] = _give_up(store, step) if give_up and step.committed else step.generation
-    return Found(committed=None, damaged=damaged), used
+        later.append(step)
+    # Only now: where a checkpoint is refused, nothing has been touched.
+    used = {step.number: _give_up(store, step) if give_up and step.committed else step.generation for step in later}
+    return Found(committed=found, damaged=damaged), used
 
 
 def _examine(store: Store, step: StepState, read: _Read) -> tuple[str, Committed | None]:
     try:
         committed = _read_manifest(store, step.key)
         read(committed)
+    except ForeignError:
+        raise
     except (DamagedError, NotFoundError) as exc:
         _check_unmoved(store, step)
         return str(exc), None
@@ -428,7 +447,11 @@ _ABSENT = object()
 
 
 def _shown(value: object) -> str:
-    return "not set" if value is _ABSENT else json.dumps(value, ensure_ascii=False)[:80]
+    if value is _ABSENT:
+        return "not set"
+    text = json.dumps(value, ensure_ascii=False)
+    # Its end is kept: that of a model or a data set is its digest, after a path.
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}...{text[-_SHOWN // 2 :]}"
 
 
 def parallel(call: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nexa_train.errors import DamagedError
+from nexa_train.errors import DamagedError, ForeignError
 
 MODEL, ADAPTER, OPTIMIZER, STATE = "model", "adapter_model", "optimizer", "state.json"
 
@@ -170,8 +170,12 @@ class Saved:
     def __init__(self, folder: Path) -> None:
         """Open it; no tensor is read yet.
 
+        Its bytes were checked when it was fetched. So what is wrong with it now was committed like that, and another
+        attempt would meet it again; only a file that cannot be read may be this machine's fault.
+
         Raises:
-            DamagedError: a file is missing, or is not what its name says.
+            ForeignError: a file is missing, or is not what its name says.
+            DamagedError: a file cannot be read.
         """
         self.folder = folder
         self.step = _step(folder / STATE)
@@ -213,21 +217,23 @@ class Saved:
         files = [self.folder / f"{stem}.safetensors", *sorted(self.folder.glob(f"{stem}-*-of-*.safetensors"))]
         found = [file for file in files if file.is_file()]
         if not found:
-            raise DamagedError(f"checkpoint {self.folder}: {stem}.safetensors is not in it")
+            raise ForeignError(f"checkpoint {self.folder}: {stem}.safetensors is not in it")
         for path in found:
             try:
                 file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as exc:
-                raise DamagedError(f"checkpoint {self.folder}: {path.name} is not safetensors: {exc}") from exc
+            except SafetensorError as exc:
+                raise ForeignError(f"checkpoint {self.folder}: {path.name} is not safetensors: {exc}") from exc
+            except OSError as exc:
+                raise DamagedError(f"checkpoint {self.folder}: {path.name} cannot be read: {exc}") from exc
             names: list[str] = file.keys()  # type: ignore[no-untyped-call]
             for name in names:
                 if name in self._places:
-                    raise DamagedError(f"checkpoint {self.folder}: {name} is in it twice")
+                    raise ForeignError(f"checkpoint {self.folder}: {name} is in it twice")
                 self._places[name] = file
 
     def _file(self, name: str) -> Any:
         if name not in self._places:
-            raise DamagedError(f"checkpoint {self.folder}: {name} is not in it")
+            raise ForeignError(f"checkpoint {self.folder}: {name} is not in it")
         return self._places[name]
 
     def _slice(self, name: str) -> Any:
@@ -239,6 +245,8 @@ def _step(path: Path) -> int:
         step = json.loads(path.read_text(encoding="utf-8"))["step"]
         if type(step) is not int or step < 1:
             raise ValueError(f"step is {step!r}")
-    except (OSError, ValueError, TypeError, KeyError) as exc:
-        raise DamagedError(f"checkpoint {path.parent}: {path.name} does not hold the step: {exc!r}") from exc
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as exc:
+        raise ForeignError(f"checkpoint {path.parent}: {path.name} does not hold the step: {exc!r}") from exc
+    except OSError as exc:
+        raise DamagedError(f"checkpoint {path.parent}: {path.name} cannot be read: {exc}") from exc
     return step

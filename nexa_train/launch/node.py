@@ -20,7 +20,7 @@ from types import FrameType
 from typing import IO, Any
 
 from nexa_train.artifact.manifest import step_folder
-from nexa_train.artifact.publish import claim_run, committed_folders, manifest_uri, newest_valid
+from nexa_train.artifact.publish import Committed, claim_run, committed_folders, manifest_uri, newest_valid
 from nexa_train.backend_config import axolotl, backend_config
 from nexa_train.config.job import Job
 from nexa_train.config.protocol import EXIT_STALLED, NOT_MET, OUT_OF_MEMORY, CheckpointRef, Progress, Termination
@@ -41,6 +41,7 @@ from nexa_train.launch.work import RankWork, dataset_facts
 from nexa_train.models.locate import Located, architecture, check_model, locate
 from nexa_train.plan import TrainPlan, make_plan, parse_quantity
 from nexa_train.provenance import code_facts, has_bf16_units, processor
+from nexa_train.registry import Architecture
 from nexa_train.rundir import RunDir
 from nexa_train.store import Store, open_store
 
@@ -83,11 +84,8 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
     prepared = prepare(job.spec, tokenizer)
     for note in prepared.notes:
         print(f"nexa: {note}", file=sys.stderr, flush=True)
-    sizes, threads = architecture(job.spec.model, located), threads_of_a_rank(job, node)
-    precision = usable_precision(job)
-    plan = make_plan(
-        job.spec, num_sequences=prepared.num_sequences, architecture=sizes, threads=threads, precision=precision
-    )
+    sizes = architecture(job.spec.model, located)
+    plan = first_plan(job, node, sizes, num_sequences=prepared.num_sequences)
     backend_config(job.spec, plan)  # refuses what the backend's library has no words for
     found_out = {"microbatch": plan.microbatch, "threads": plan.threads}
     frozen = claim_run(store, job.run_id, _identity(job, prepared, located, tokenizer), frozen=found_out)
@@ -100,7 +98,7 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
             threads=frozen.get("threads", plan.threads),
             microbatch=frozen["microbatch"],
             too_large=smallest_too_large(store, job.run_id),
-            precision=precision,
+            precision=plan.precision,
         )
 
     work = RankWork(
@@ -117,6 +115,21 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
         remember_attempt_too_large(store, work, node.out_of_memory_attempt)
         work = replace(work, plan=fitting_plan())
     return _finished(work, store) or work
+
+
+def first_plan(job: Job, node: Node, sizes: Architecture | None, *, num_sequences: int | None = None) -> TrainPlan:
+    """The plan with which a run begins on this machine; later attempts keep its microbatch.
+
+    Args:
+        sizes: of the model, where known. num_sequences: see `make_plan`.
+    """
+    return make_plan(
+        job.spec,
+        num_sequences=num_sequences,
+        architecture=sizes,
+        threads=threads_of_a_rank(job, node),
+        precision=usable_precision(job),
+    )
 
 
 def run_node(
@@ -337,7 +350,10 @@ def rank_environment(work: RankWork, node: Node) -> dict[str, str]:
 
 
 def _finished(work: RankWork, store: Store) -> Termination | None:
-    """How the run ended, if its last step is committed and whole. Any other is read by the ranks, once."""
+    """How the run ended, if its last step is committed and whole. Any other is read by the ranks, once.
+
+    It has not ended where a stop cut the last evaluation short: the ranks take that again, and commit nothing.
+    """
     run_id, total = work.job.run_id, work.plan.total_steps
     if total is None or step_folder(run_id, total) not in committed_folders(store, run_id):
         return None
@@ -345,7 +361,7 @@ def _finished(work: RankWork, store: Store) -> Termination | None:
     for problem in found.damaged:
         _warn(f"a damaged checkpoint is not used: {problem}")
     newest = found.committed
-    if newest is None or newest.manifest.step != total:
+    if newest is None or newest.manifest.step != total or _lacks_validation(work, newest):
         return None
     manifest = newest.manifest
     uri = manifest_uri(store, newest)
@@ -363,6 +379,11 @@ def _finished(work: RankWork, store: Store) -> Termination | None:
             step=manifest.step, uri=uri, digest=newest.digest, weights_digest=manifest.weights_digest or ""
         ),
     )
+
+
+def _lacks_validation(work: RankWork, last: Committed) -> bool:
+    has_rows = work.dataset["audit"]["validation"]["sequences"] > 0
+    return has_rows and "validation_loss" not in last.manifest.metrics
 
 
 def _watch(

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import threading
@@ -21,7 +22,8 @@ import pytest
 
 from nexa_train.artifact.manifest import FileEntry, Manifest
 from nexa_train.config.load import load_job
-from nexa_train.errors import DamagedError, RefusedError, StoppedError
+from nexa_train.config.protocol import Termination
+from nexa_train.errors import ForeignError, RefusedError, StoppedError
 from nexa_train.launch.node import Node, make_ready
 from nexa_train.launch.work import RankWork
 from nexa_train.rundir import RunDir
@@ -160,6 +162,11 @@ def test_a_save_in_flight_is_committed_though_training_failed(runs: Runs) -> Non
     assert [manifest.step for manifest in run.manifests] == [2]
 
 
+def committed_bytes(run: Run) -> dict[Path, bytes]:
+    """All that is in the run's folder."""
+    return {path: path.read_bytes() for path in run.artifacts.glob("checkpoints/**/*") if path.is_file()}
+
+
 def stop_during_evaluation(pipeline: TrainingPipeline, *, step: int) -> list[int]:
     """Ask for a stop in the midst of the evaluation after `step`; the batches that were evaluated there."""
     seen: list[int] = []
@@ -190,6 +197,39 @@ def test_a_stop_during_evaluation_ends_it_at_the_next_batch_and_commits_what_was
     assert len(seen) == 1
     assert [manifest.step for manifest in run.manifests] == ([step] if step else [])
     assert all("validation_loss" not in manifest.metrics for manifest in run.manifests)
+
+
+def test_a_last_evaluation_that_was_cut_short_is_taken_again_and_what_was_committed_stays(runs: Runs) -> None:
+    values: dict[str, Any] = {"training": SHORT["training"], "data": {"validation": {"rows": 32}}}
+    run, plain = runs.make(**values), runs.make(**values)
+    pipeline_of(plain).run()
+    stopped = pipeline_of(run)
+    stop_during_evaluation(stopped, step=6)
+    with pytest.raises(StoppedError, match=r"stopped at step 6 of 6, .*; run again to go on"):
+        stopped.run()
+    before = committed_bytes(run)
+
+    again = pipeline_of(run)
+    stop_during_evaluation(again, step=6)
+    with pytest.raises(StoppedError, match="stopped at step 6 of 6"):
+        again.run()
+
+    last = pipeline_of(run)
+    last.run()
+    progress = last.rundir.read_progress()
+    assert progress is not None
+    assert (progress.phase, progress.step) == ("finished", 6)
+    assert progress.validation_loss == plain.manifests[-1].metrics["validation_loss"]
+    assert progress.checkpoint == stopped.checkpoint
+    assert committed_bytes(run) == before
+
+
+def test_a_run_without_rows_to_validate_on_has_ended_with_its_last_step(runs: Runs) -> None:
+    run = runs.make(training={"max_steps": 1}, data={"validation": {"rows": None}})
+    pipeline_of(run).run()
+    ended = make_ready(load_job(run.job), Node())
+    assert isinstance(ended, Termination)
+    assert (ended.cause, ended.validation_loss) == ("Succeeded", None)
 
 
 def test_a_stop_waits_for_the_save_in_flight_and_commits_one_more(runs: Runs) -> None:
@@ -332,11 +372,48 @@ def test_a_pickle_in_a_checkpoint_with_a_right_manifest_is_never_loaded(
         files |= {name: pickle.dumps(Bait(canary)) for name in pickles}
 
     tamper(run, change)
-    with pytest.raises(DamagedError, match=r"checkpoint .*"):
+    with pytest.raises(ForeignError, match=r"step-00000002/manifest.json is whole, but not .*: checkpoint .*"):
         pipeline_of(run).run()
     assert not canary.exists()
     pickle.loads(pickle.dumps(Bait(canary)))
     assert canary.exists(), "the bait is harmless: the test above proves nothing"
+
+
+def test_a_checkpoint_of_another_model_is_refused_once_and_for_all(runs: Runs, half_done: Run) -> None:
+    import torch
+    from safetensors.torch import load, save
+
+    run = runs.make(**SHORT)
+    shutil.copytree(half_done.artifacts, run.artifacts)
+
+    def widen(files: dict[str, bytes]) -> None:
+        tensors = load(files["model.safetensors"])
+        name = "model.norm.weight"
+        files["model.safetensors"] = save({**tensors, name: torch.ones(len(tensors[name]) + 1)})
+
+    tamper(run, widen)
+    before = committed_bytes(run)
+    outcome = run.finish()
+    assert (outcome["exit_code"], outcome["cause"], outcome["retryable"]) == (4, "ForeignError", False)
+    said = r".*/step-00000002/manifest.json is whole, but .*: model.norm.weight is \(33,\), the job's is \(32,\); .*"
+    assert re.fullmatch(said, outcome["message"])
+    assert committed_bytes(run) == before
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_checkpoint_of_another_run_is_refused_and_nothing_touched(runs: Runs, half_done: Run, step: int) -> None:
+    run = runs.make(**SHORT)
+    shutil.copytree(half_done.artifacts, run.artifacts)
+    own = next(run.artifacts.glob("checkpoints/*/step-00000002"))
+    folder = shutil.copytree(own, own.with_name(f"step-{step:08d}")) / "manifest.json"
+    theirs = replace(Manifest.from_bytes(folder.read_bytes()), run_id="another-run", step=step)
+    folder.chmod(0o644)
+    folder.write_bytes(theirs.to_bytes())
+    before = committed_bytes(run)
+    outcome = run.finish()
+    assert (outcome["exit_code"], outcome["cause"], outcome["retryable"]) == (4, "ForeignError", False)
+    assert f"is the manifest of {theirs.folder}, expected one of run {own.parent.name}" in outcome["message"]
+    assert committed_bytes(run) == before
 
 
 def test_pickles_beside_a_whole_checkpoint_are_not_looked_at(runs: Runs, half_done: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from nexa_train.artifact.retention import apply_retention
 from nexa_train.errors import (
     ConfigError,
     DamagedError,
+    ForeignError,
     NotFoundError,
     RefusedError,
     SupersededError,
@@ -242,6 +244,23 @@ def test_looking_changes_nothing(store: Store, tmp_path: Path) -> None:
     assert keys(store) == before
 
 
+def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_touched(store: Store, tmp_path: Path) -> None:
+    chain = publish_chain(store, tmp_path, 50, 100, 150)
+    theirs = draft().complete(run_id="another-run", step=100, files=chain[1].manifest.files)
+    replace(store, chain[1].key, theirs.to_bytes())
+    damage(store, chain[2].folder, "truncated")  # which would be set aside, if the run went on
+    before = {key: store.open(key).read() for key in keys(store)}
+
+    said = rf"step-00000100/manifest.json .* is the manifest of {theirs.folder}, expected one of run {RUN}: .*run-name"
+    for _ in range(2):
+        with pytest.raises(ForeignError, match=said):
+            newest_valid(store, RUN)
+        with pytest.raises(ForeignError, match=said):
+            Publisher(store, RUN, "a2").resume(tmp_path / "into")
+
+    assert {key: store.open(key).read() for key in keys(store)} == before
+
+
 def test_if_all_are_damaged_there_is_none_and_each_is_reported(store: Store, tmp_path: Path) -> None:
     for committed in publish_chain(store, tmp_path, 50, 100):
         damage(store, committed.folder, "truncated")
@@ -343,6 +362,21 @@ def test_another_identity_is_refused_with_every_key_that_differs(store: Store) -
     assert "training.seed was 7, is 8" in message
     assert "training.steps was not set, is 3" in message
     assert "betas" not in message
+
+
+def test_an_adapters_run_is_not_gone_on_with_over_another_base(store: Store) -> None:
+    folder = "/models/" + "deep/" * 20
+    config = {"tuning": {"type": "lora", "rank": 4}, "model": {"name": folder}}
+    before, after = (f"folder {folder} sha256:{digit * 16}" for digit in "ab")
+    claim_run(store, RUN, {"config": config, "base_model": before})
+
+    with pytest.raises(ConfigError) as caught:
+        claim_run(store, RUN, {"config": config, "base_model": after})
+
+    message = str(caught.value)
+    assert re.search(r'base_model was "folder /models/.*\.\.\..* sha256:a{16}", is "folder .* sha256:b{16}";', message)
+    assert "tuning" not in message
+    assert claim_run(store, RUN, {"config": config, "base_model": before})["base_model"] == before
 
 
 def test_one_and_true_are_not_the_same_identity(store: Store) -> None:

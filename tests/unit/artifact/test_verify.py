@@ -109,6 +109,13 @@ def test_a_checkpoint_in_another_step_s_folder_is_a_problem(root: Path, chain: l
     assert problem.endswith("it was moved or copied")
 
 
+def test_a_checkpoint_of_another_run_is_a_problem(root: Path, chain: list[Committed]) -> None:
+    shutil.copytree(root / chain[0].folder, root / step_folder("another-run", 50))
+
+    [problem] = verify(str(root)).problems
+    assert f"is the manifest of {chain[0].folder}, expected one of run another-run" in problem
+
+
 def test_a_checkpoint_in_a_folder_that_is_no_step_is_a_problem(root: Path, chain: list[Committed]) -> None:
     (root / chain[0].folder).rename(root / "checkpoints" / RUN / "best")
 

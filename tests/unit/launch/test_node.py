@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from nexa_train.errors import ConfigError, NexaError, RefusedError, StoppedError
-from nexa_train.launch.node import Node, failed_outcome, rank_command, threads_of_a_rank, visible_devices
+from nexa_train.errors import ConfigError, ForeignError, NexaError, RefusedError, StoppedError
+from nexa_train.launch.node import Node, failed_outcome, make_ready, rank_command, threads_of_a_rank, visible_devices
+from nexa_train.models.locate import TINY_TOKENIZER
 from tests.unit.config.builders import job
 
 FOLDER = Path("/run/nexa")
@@ -50,6 +53,7 @@ def test_the_command_of_a_node_does_not_depend_on_which_one_it_is() -> None:
     [
         (ConfigError("wrong"), "ConfigError", 2, False),
         (RefusedError("no"), "RefusedError", 4, True),
+        (ForeignError("theirs"), "ForeignError", 4, False),
         (StoppedError("stopped"), "Stopped", 75, True),
         (NexaError("failed"), "NexaError", 1, True),
     ],
@@ -88,3 +92,25 @@ def test_threads_are_what_the_job_asks_for_else_what_this_process_may_use() -> N
 def test_two_pods_and_two_ranks_of_one_machine_have_the_same_threads() -> None:
     two = job(cluster={"num_nodes": 2, "resources": {"cpu": "4"}})
     assert threads_of_a_rank(two, Node(count=2, ranks=1)) == threads_of_a_rank(two, Node(ranks=2)) == 4
+
+
+def test_an_adapters_run_is_refused_over_other_weights_before_a_rank_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEXA_CACHE", str(tmp_path / "cache"))
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    base = shutil.copytree(TINY_TOKENIZER, tmp_path / "base")
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (base / "model.safetensors").write_bytes(b"weights")
+    run = job(
+        model={"name": str(base)},
+        data={"remote_uri": str(tmp_path / "rows.jsonl")},
+        tuning={"type": "lora", "rank": 4},
+        artifacts={"uri": str(tmp_path / "artifacts")},
+    )
+    first = make_ready(run, Node())
+    assert make_ready(run, Node()) == first
+    (base / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(ConfigError, match=rf"run id {run.run_id} exists with another config: base_model was .*, is "):
+        make_ready(run, Node())
