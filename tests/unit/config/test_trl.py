@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nexa_train.backend_config.trl import trl_config
+from nexa_train.backend_config.trl import hf_config, trl_config
 from nexa_train.plan import make_plan
 from tests.unit.config.builders import spec
 
@@ -48,3 +48,34 @@ def test_trl_is_never_asked_to_save_or_to_report() -> None:
     found = given()
     assert {found[key] for key in ("save_strategy", "logging_strategy", "eval_strategy")} == {"no"}
     assert found["report_to"] == "none"
+
+
+def shown(**groups: Any) -> dict[str, Any]:
+    """What stands beside the arguments of TRL's configuration."""
+    job = spec(backend="hf", **groups)
+    plan = make_plan(job)
+    found = hf_config(job, plan)
+    assert found.items() >= trl_config(job, plan).items()
+    return {key: found[key] for key in found.keys() - trl_config(job, plan).keys()}
+
+
+def test_people_are_shown_the_optimiser_with_its_rates() -> None:
+    optimizer = {"lr": 0.1, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.01}
+    found = shown(optimizer={**optimizer, "scheduler": "wsd", "warmup_steps": 3})
+    assert found == {
+        "optimizer": {"name": "adamw", **optimizer, "weight_decay": {"matrices": 0.01, "vectors": 0.0}},
+        "lr_scheduler": {"name": "wsd", "warmup_steps": 3},
+    }
+    assert shown(optimizer={"name": "adafactor"})["optimizer"].keys() == {"name", "lr", "weight_decay"}
+
+
+def test_people_are_shown_adapters_and_quantisation_where_the_job_has_them() -> None:
+    assert shown(tuning={"type": "lora", "rank": 4}).keys() == {"optimizer", "lr_scheduler", "peft_config"}
+    found = shown(tuning={"type": "qlora", "rank": 4, "target_modules": ["q_proj"], "double_quant": False})
+    assert found["peft_config"]["target_modules"] == ["q_proj"]
+    assert found["quantization_config"] == {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "float32",
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,8 +14,8 @@ import pytest
 from nexa_train.config.spec import JobSpec, ModelSpec
 from nexa_train.data.tokenizer import load_tokenizer
 from nexa_train.errors import ConfigError, NotFoundError
-from nexa_train.models.locate import TINY_TOKENIZER, architecture, check_model, locate
-from nexa_train.registry import MODELS, TINY_VOCAB_SIZE, scratch
+from nexa_train.models.locate import TINY_TOKENIZER, architecture, architecture_here, check_model, locate
+from nexa_train.registry import MODELS, TINY_VOCAB_SIZE, Architecture, scratch
 
 
 def model_folder(path: Path, *, without: str = "", weights: str = "model.safetensors") -> Path:
@@ -27,7 +28,7 @@ def model_folder(path: Path, *, without: str = "", weights: str = "model.safeten
 def test_a_folder_with_config_tokenizer_and_weights_is_a_model(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     found = locate(ModelSpec(name=str(folder)))
-    assert (found.folder, found.scratch) == (folder, None)
+    assert (found.folder, found.scratch, found.loadable) == (folder, None, str(folder))
     assert found.origin.startswith(f"folder {folder} sha256:")
 
 
@@ -75,6 +76,123 @@ def test_an_empty_folder_lacks_everything(tmp_path: Path) -> None:
         locate(ModelSpec(name=str(tmp_path)))
 
 
+def adapter_folder(path: Path, config: str) -> Path:
+    path.mkdir(parents=True)
+    (path / "adapter_model.safetensors").write_bytes(b"")
+    (path / "adapter_config.json").write_text(config)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("config", "base"),
+    [
+        ('{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}', "meta-llama/Llama-3.2-1B"),
+        ('{"base_model_name_or_path": null}', "a model that it does not name"),
+        ("not JSON", "a model that it does not name"),
+        ("[]", "a model that it does not name"),
+    ],
+    ids=["of a model", "of none", "damaged", "of another kind"],
+)
+@pytest.mark.parametrize("beside", [[], ["tokenizer.json"], ["config.json", "tokenizer.json"]], ids=len)
+def test_an_adapter_is_refused_as_one_and_its_base_named(
+    tmp_path: Path, config: str, base: str, beside: list[str]
+) -> None:
+    folder = adapter_folder(tmp_path / "adapter", config)
+    for name in beside:
+        (folder / name).write_text("{}")
+    for look in (locate, architecture_here):
+        with pytest.raises(ConfigError) as caught:
+            look(ModelSpec(name=str(folder)))
+        assert str(caught.value) == (
+            f"model.name: {folder} is an adapter for {base}, not a whole model; give that model, or merge the adapter "
+            "into it first (PEFT: merge_and_unload) and give the folder of the result"
+        )
+
+
+def test_a_whole_model_with_an_adapter_beside_it_is_a_model(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    assert locate(ModelSpec(name=str(folder))).folder == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "longest"), [("falcon3-1b", 8192), ("falcon3-1b-base", 4096), ("qwen2.5-7b-instruct", 32768)]
+)
+def test_longer_sequences_than_a_known_model_takes_are_refused_before_it_is_looked_for(name: str, longest: int) -> None:
+    said = f"model.max_seq_len: {longest + 1} is more than the {longest} tokens {name} takes; set it to {longest} or"
+    for look in (locate, architecture_here):
+        with pytest.raises(ConfigError, match=said):
+            look(ModelSpec(name=name, max_seq_len=longest + 1))
+    assert architecture_here(ModelSpec(name=name, max_seq_len=longest)) == MODELS[name].architecture
+
+
+def test_a_folder_of_a_known_models_name_takes_what_its_own_config_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_folder(Path("falcon3-1b"))
+    assert locate(ModelSpec(name="falcon3-1b", max_seq_len=10_000)).folder == tmp_path / "falcon3-1b"
+
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 4096,
+}
+SIZES = Architecture(64, 2, 4, 4, 16, 96, 4096, tied_head=True)
+
+
+def test_sizes_here_are_those_of_the_folder(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    assert architecture_here(ModelSpec(name=str(folder))) == SIZES
+
+
+def test_sizes_here_are_those_of_a_gguf_file_that_was_converted_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEXA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "small.gguf").write_bytes(b"weights")
+    model = ModelSpec(name=str(tmp_path / "small.gguf"))
+    assert architecture_here(model) is None
+    digest = hashlib.sha256(b"weights").hexdigest()
+    folder = model_folder(tmp_path / "cache/models" / f"small-{digest[:16]}")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    assert architecture_here(model) == SIZES
+    assert locate(model).loadable == str(folder)
+
+
+# The hub's client reads its environment once, and knows nothing of a hub when told to stay offline.
+FROM_THE_CACHE = """
+from nexa_train.config.spec import ModelSpec
+from nexa_train.models.locate import architecture_here, locate
+model = ModelSpec(name="somebody/some-model")
+found = locate(model)
+print(architecture_here(model).d_model, found.loadable, found.revision, found.origin)
+print(architecture_here(ModelSpec(name="somebody/another-model")), architecture_here(ModelSpec(name="no name/at all")))
+"""
+
+
+def test_a_model_in_the_hubs_cache_is_known_by_id_and_commit(tmp_path: Path) -> None:
+    commit = "5" * 40
+    cached = tmp_path / "hub/models--somebody--some-model"
+    folder = model_folder(cached / "snapshots" / commit)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", FROM_THE_CACHE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [
+        f"64 somebody/some-model {commit} hub somebody/some-model@{commit}",
+        "None None",
+    ], done.stderr
+
+
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "model.pkl"])
 def test_pickled_weights_are_never_loaded(tmp_path: Path, weights: str) -> None:
     folder = model_folder(tmp_path / "model", weights=weights)
@@ -84,8 +202,9 @@ def test_pickled_weights_are_never_loaded(tmp_path: Path, weights: str) -> None:
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"model.bin is a file, but not a .gguf; give a folder or a GGUF file"):
-        locate(ModelSpec(name=str(tmp_path / "model.bin")))
+    for look in (locate, architecture_here):
+        with pytest.raises(ConfigError, match=r"model.bin is a file, but not a .gguf; give a folder or a GGUF file"):
+            look(ModelSpec(name=str(tmp_path / "model.bin")))
 
 
 @pytest.mark.parametrize("name", ["smollm", "a/b/c", "./a", "/nowhere/model", "~/nowhere"])
@@ -115,6 +234,7 @@ def test_weights_that_only_the_hub_has_are_asked_for_as_a_folder_when_offline(tm
 def test_tiny_needs_nothing_but_what_is_shipped() -> None:
     found = locate(ModelSpec(name="tiny"))
     assert (found.folder, found.scratch, found.origin) == (TINY_TOKENIZER, MODELS["tiny"].architecture, "scratch")
+    assert found.loadable is None, "its weights are in no file"
 
 
 def test_sizes_build_that_architecture_with_the_shipped_tokenizer() -> None:

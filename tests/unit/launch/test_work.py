@@ -27,6 +27,8 @@ def work(scratch: Architecture | None) -> RankWork:
 def test_work_comes_through_json_as_it_was(scratch: Architecture | None) -> None:
     given = work(scratch)
     assert RankWork.from_dict(json.loads(json.dumps(given.to_dict()))) == given
+    from_hub = replace(given, located=Located(Path("/cache/a"), scratch, "hub a/b@c", hub_id="a/b", revision="c"))
+    assert RankWork.from_dict(json.loads(json.dumps(from_hub.to_dict()))) == from_hub
 
 
 def test_the_world_of_a_manifest_is_what_the_bits_depend_on() -> None:
