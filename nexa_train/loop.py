@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nexa_train.backends.base import RankContext, StepMetrics
 from nexa_train.data.batches import Batch, Split
 from nexa_train.errors import NonFiniteLossError
 from nexa_train.optim import learning_rate
+from nexa_train.sharding import is_distributed
 
 NORM_ELEMENTS = 1 << 12
 """Elements whose norm is taken at once on a CPU, where torch adds them up in float32 one after the other: six digits
 are left of so many, three of an embedding's twelve million."""
+
+NAMED = 50
+"""Sequences or samples that an error names at most: with weights that are not finite, all of a step are at fault."""
 
 
 class Engine:
@@ -62,8 +66,7 @@ class Engine:
         tokens = sum(batch.tokens for batch in batches)
         loss, tokens = summed(torch.tensor([losses.sum(), tokens], dtype=torch.float64), self.context.world).tolist()
         norm = self._clip_and_move() if math.isfinite(loss) else math.nan
-        if not math.isfinite(norm):
-            raise NonFiniteLossError(self._not_finite(step, loss, norm, losses))
+        check_finite(self.context, step, loss / denominator, norm, losses.tolist())
         return StepMetrics(step + 1, loss / denominator, norm, rate, int(tokens))
 
     def _backward(self, batch: Batch, denominator: int) -> Tensor:
@@ -80,33 +83,53 @@ class Engine:
             self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _not_finite(self, step: int, loss: float, norm: float, losses: Tensor) -> str:
-        """Names the sequences of this rank's microbatches whose loss is not finite; where all are, all of them."""
-        micros, finite = self.context.microbatches(step), losses.isfinite().tolist()
-        named = [micro for micro, fine in zip(micros, finite, strict=True) if not fine] or micros
-        sequences = [sequence for micro in named for sequence in micro]
-        return (
-            f"step {step + 1}, rank {self.context.rank}: loss {loss}, gradient norm {norm}; the optimiser did not "
-            f"move. {len(finite) - sum(finite)} of this rank's {len(micros)} microbatches have such a loss; its "
-            f"sequences were {sequences}, samples {self.context.train.samples(sequences)}; look at them, or lower "
-            f"optimizer.lr ({self.optimizer.param_groups[0]['lr']:.3g})"
-        )
 
+def check_finite(context: RankContext, step: int, loss: float, norm: float, losses: Sequence[float]) -> None:
+    """Refuse a step before the optimiser moves, if loss or gradient norm is not finite; then a collective.
 
-def check_finite(context: RankContext, step: int, loss: float, norm: float) -> None:
-    """For other libraries' trainers, before their optimiser moves; `step` counts from 0.
+    Args:
+        step: from 0. loss, norm: over all ranks, and so the same on every rank.
+        losses: of this rank's microbatches, one each.
 
     Raises:
-        NonFiniteLossError: names step, rank and the samples of this rank.
+        NonFiniteLossError: on every rank in the same words, for whoever speaks first is taken for the cause. Names the
+            ranks and samples whose loss is not finite; where all are, no rank: gradients are added up over them.
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    sequences = context.step_sequences(step)
+    micros = [(rank, micro) for rank in range(context.world) for micro in _microbatches(context, step, rank)]
+    flags = _of_all_ranks(context, [not math.isfinite(each) for each in losses])
+    faulty = [each for each, is_faulty in zip(micros, flags, strict=True) if is_faulty]
+    sequences = [sequence for _, micro in faulty or micros for sequence in micro]
+    where = f"Of the step's {len(micros)} microbatches {len(faulty)} had such a loss; their"
+    rate = learning_rate(context.spec.optimizer, step, context.total_steps)
     raise NonFiniteLossError(
-        f"step {step + 1}, rank {context.rank}: loss {loss}, gradient norm {norm}; the optimiser did not move. This "
-        f"rank's sequences were {sequences}, samples {context.train.samples(sequences)}; look at them, or lower "
-        "optimizer.lr"
+        f"step {step + 1}{_named(rank for rank, _ in faulty)}: loss {loss}, gradient norm {norm}; the optimiser did "
+        f"not move. {where if faulty else 'All losses were finite, the gradient was not; the'} sequences were "
+        f"{_shown(sequences)}, samples {_shown(context.train.samples(sequences))}; look at them, or lower "
+        f"optimizer.lr ({rate:.3g})"
     )
+
+
+def _microbatches(context: RankContext, step: int, rank: int) -> list[list[int]]:
+    return replace(context, rank=rank).microbatches(step)
+
+
+def _of_all_ranks(context: RankContext, flags: Sequence[bool]) -> list[bool]:
+    """Each rank's flags, rank after rank; all have equally many."""
+    found = torch.zeros(context.world, len(flags), dtype=torch.int32)
+    found[context.rank] = torch.tensor(flags)
+    return [bool(flag) for flag in summed(found, context.world).flatten()]
+
+
+def _named(ranks: Iterable[int]) -> str:
+    found = sorted(set(ranks))
+    return f", rank{'s' * (len(found) > 1)} {', '.join(map(str, found))}" if found else ""
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    more = f", ... {len(numbers)} in all" if len(numbers) > NAMED else ""
+    return f"[{', '.join(map(str, numbers[:NAMED]))}{more}]"
 
 
 def mean_loss(module: nn.Module, split: Split, context: RankContext, *, padded: bool = False) -> float | None:
@@ -149,10 +172,10 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
     As `torch.nn.utils.clip_grad_norm_`, but exact, and so the same for any number of ranks.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    shards = [gradient.to_local() if is_distributed(gradient) else gradient for gradient in gradients]
     chunks = [chunk for shard in shards for chunk in (_chunks(shard) if shard.is_cpu else [shard])]
     squared = nn.utils.get_total_norm(chunks).double().square().cpu()
-    if any(isinstance(gradient, DTensor) for gradient in gradients):
+    if any(is_distributed(gradient) for gradient in gradients):
         dist.all_reduce(squared)
     norm = math.sqrt(float(squared))
     if limit and norm > limit:

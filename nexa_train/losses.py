@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from nexa_train.config.spec import DpoMethod, Method
 from nexa_train.models.attention import sample_edges
+
+if TYPE_CHECKING:
+    from nexa_train.models.build import Causal
 
 IGNORE = -100
 """Target id of tokens that do not count."""
@@ -33,7 +35,7 @@ class CausalLoss(nn.Module):
         bf16: whether matrix products run in bfloat16, weights staying as they are. Not where FSDP casts.
     """
 
-    def __init__(self, causal: PreTrainedModel, *, bf16: bool = False) -> None:
+    def __init__(self, causal: Causal, *, bf16: bool = False) -> None:
         super().__init__()
         self.causal, self.bf16 = causal, bf16
 
@@ -58,7 +60,7 @@ class TargetLogProbs(nn.Module):
         bf16: see `CausalLoss`.
     """
 
-    def __init__(self, causal: PreTrainedModel, *, bf16: bool = False) -> None:
+    def __init__(self, causal: Causal, *, bf16: bool = False) -> None:
         super().__init__()
         self.causal, self.bf16 = causal, bf16
 
@@ -79,9 +81,7 @@ class PreferenceLoss(nn.Module):
         beta: how strongly the reference pulls.
     """
 
-    def __init__(
-        self, causal: PreTrainedModel, reference: PreTrainedModel | None, beta: float, *, bf16: bool = False
-    ) -> None:
+    def __init__(self, causal: Causal, reference: Causal | None, beta: float, *, bf16: bool = False) -> None:
         super().__init__()
         self.beta, self.policy = beta, TargetLogProbs(causal, bf16=bf16)
         # A module of its own, so that FSDP holds its embedding and head whole only while it runs.
@@ -120,9 +120,7 @@ class PreferenceLoss(nn.Module):
         return found
 
 
-def make_loss(
-    method: Method, causal: PreTrainedModel, reference: PreTrainedModel | None, *, bf16: bool
-) -> CausalLoss | PreferenceLoss:
+def make_loss(method: Method, causal: Causal, reference: Causal | None, *, bf16: bool) -> CausalLoss | PreferenceLoss:
     """The loss of a method over a model; `reference` see `PreferenceLoss`."""
     if isinstance(method, DpoMethod):
         return PreferenceLoss(causal, reference, method.beta, bf16=bf16)
@@ -145,7 +143,7 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def hidden_states(causal: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def hidden_states(causal: Causal, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """What the head is applied to: float [batch, length, d_model]; see `CausalLoss.forward` for the arguments."""
     edges = sample_edges(position_ids)
     decoded = causal.base_model(
@@ -159,7 +157,7 @@ def hidden_states(causal: PreTrainedModel, input_ids: Tensor, position_ids: Tens
     return hidden
 
 
-def summed_loss(hidden: Tensor, targets: Tensor, causal: PreTrainedModel) -> Tensor:
+def summed_loss(hidden: Tensor, targets: Tensor, causal: Causal) -> Tensor:
     """Cross entropy summed over tokens, of logits that are the head's product, bent by the model's cap if it has one.
 
     Args:
@@ -223,7 +221,7 @@ class _HeadLoss(torch.autograd.Function):
         return hidden_grad.mul_(scale), weight_grad, None, None, None
 
 
-def log_probs(hidden: Tensor, targets: Tensor, causal: PreTrainedModel) -> Tensor:
+def log_probs(hidden: Tensor, targets: Tensor, causal: Causal) -> Tensor:
     """log p of each target, float32 [tokens]; see `summed_loss`.
 
     What each counts for in the end is not known yet, so the logits of a chunk are made again in the backward pass.

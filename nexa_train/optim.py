@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from inspect import unwrap
 
 import torch
 from torch import nn
@@ -12,6 +13,18 @@ from nexa_train.config.spec import OptimizerSpec
 
 WSD_DECAY_SHARE = 0.1
 """Part of the steps over which `wsd` decays (Hu et al. 2024, MiniCPM)."""
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's own, which need not import its compiler.
+
+    torch wraps these methods to keep its compiler out of them, and to know how it would it imports it: seconds of every
+    rank's start. What was wrapped is called here, without gradients, as the wrapper would have it.
+    """
+
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
 
 
 def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:
@@ -36,11 +49,16 @@ def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:
     return spec.lr * factor
 
 
-def make_optimizer(spec: OptimizerSpec, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+def make_optimizer(
+    spec: OptimizerSpec, named: Iterable[tuple[str, nn.Parameter]], *, adamw: type[torch.optim.AdamW] = AdamW
+) -> torch.optim.Optimizer:
     """torch's AdamW or Adafactor over the trainable parameters; no decay on vectors (norms, biases).
 
     Adafactor takes the learning rate as relative to the size of a weight: it moves by at most that part of its
     root mean square (Shazeer & Stern 2018, section 8).
+
+    Args:
+        adamw: torch's very class for a library that takes no other.
     """
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     groups = [
@@ -51,4 +69,4 @@ def make_optimizer(spec: OptimizerSpec, named: Iterable[tuple[str, nn.Parameter]
     if spec.name == "adafactor":
         return torch.optim.Adafactor(filled, lr=spec.lr)
     beta1, beta2 = spec.betas
-    return torch.optim.AdamW(filled, lr=spec.lr, betas=(beta1, beta2), eps=spec.eps, fused=True)
+    return adamw(filled, lr=spec.lr, betas=(beta1, beta2), eps=spec.eps, fused=True)

@@ -32,7 +32,8 @@ from nexa_train.checkpoint import model_files, trained_parameters
 from nexa_train.config.spec import FullTuning
 from nexa_train.errors import ConfigError
 from nexa_train.loop import mean_loss
-from nexa_train.models.build import build_model, keep_trainable
+from nexa_train.models.build import build_model
+from nexa_train.models.pretrained import keep_trainable
 
 
 class AxolotlBackend(TorchBackend):

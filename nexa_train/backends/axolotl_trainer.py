@@ -76,7 +76,8 @@ class _Planned(Trainer):
     def prepare(self, context: RankContext) -> None:
         """Make the optimiser and wrap the model now, so that a checkpoint can be put into them."""
         self.context = context
-        self.step_loss, self.step_norm, self.microbatches_done = 0.0, 0.0, 0
+        self.step_loss, self.step_norm, self.step_tokens = 0.0, 0.0, 0
+        self.losses: list[float] = []  # this rank's part of the step's, microbatch by microbatch
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)  # progress is told elsewhere
         for parameter in self.model.parameters():
@@ -120,14 +121,14 @@ class _Planned(Trainer):
         return self.context.step_weight(self.state.global_step) / self.context.world
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if self.microbatches_done == 0:
+        if not self.losses:
             self._begin_step()
-        self.microbatches_done += 1
         if self.is_deepspeed_enabled:  # before the forward pass, see `deepspeed.py`
-            last = self.microbatches_done == self.context.plan.accumulation
+            last = len(self.losses) + 1 == self.context.plan.accumulation
             self.deepspeed.set_gradient_accumulation_boundary(last)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.step_loss += loss.item()
+        # Times the ranks, whose gradients are averaged.
+        self.losses.append(loss.item() / self.context.world)
         return loss
 
     def _begin_step(self) -> None:
@@ -145,18 +146,18 @@ class _Planned(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called right before the optimiser moves: the last moment to refuse."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.step_norm = float(norm)
-        check_finite(self.context, self.state.global_step, self.step_loss, self.step_norm)
+        tokens = self.context.train.num_tokens(self.context.step_sequences(self.state.global_step))
+        sums = summed(torch.tensor([sum(self.losses), tokens], dtype=torch.float64), self.context.world)
+        self.step_loss, self.step_norm, self.step_tokens = float(sums[0]), float(norm), int(sums[1])
+        check_finite(self.context, self.state.global_step, self.step_loss, self.step_norm, self.losses)
         return norm
 
     def finished_step(self) -> StepMetrics:
         """The step that just ended; forgets its sums. The trainer has counted it already."""
         context, step = self.context, self.state.global_step - 1
-        tokens = context.train.num_tokens(context.step_sequences(step))
-        sums = summed(torch.tensor([self.step_loss / context.world, tokens], dtype=torch.float64), context.world)
         rate = learning_rate(context.spec.optimizer, step, context.total_steps)
-        self.step_loss, self.microbatches_done = 0.0, 0
-        return StepMetrics(step + 1, float(sums[0]), self.step_norm, rate, int(sums[1]))
+        self.losses.clear()
+        return StepMetrics(step + 1, self.step_loss, self.step_norm, rate, self.step_tokens)
 
     def summed_loss(self, input_ids: Tensor, position_ids: Tensor, targets: Tensor) -> Tensor:
         """Of one microbatch of the validation split, a scalar."""

@@ -1,4 +1,4 @@
-"""What backends have in common: all keep a transformers model, and its state as torch has it or ZeRO."""
+"""What backends have in common: all keep a causal language model, and its state as torch has it or ZeRO."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 from nexa_train.backends.base import RankContext, Staged, StepMetrics
 from nexa_train.checkpoint import Saved, TorchState, adapter_files, model_files
 from nexa_train.config.spec import LoraTuning
-from nexa_train.models.build import build_model, inject_adapters, lora_config
+from nexa_train.models.build import Causal, build_model, inject_adapters, lora_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedModel
 
 
 class State(Protocol):
@@ -31,11 +30,11 @@ class TorchBackend:
     """The calls of `base.Backend` that are the same for all of them, and what several of them begin with.
 
     Attributes:
-        causal: the transformers model, adapters within. lora: PEFT's configuration of them; None: all is trained.
+        causal: the model, adapters within. lora: PEFT's configuration of them; None: all is trained.
         state: of model and optimiser. done: optimiser steps. A subclass's `setup` makes the first three.
     """
 
-    causal: PreTrainedModel
+    causal: Causal
     state: State
 
     def __init__(self, context: RankContext) -> None:

@@ -204,7 +204,8 @@ def _initialize(module: CausalLoss, context: RankContext) -> Any:
     """DeepSpeed's engine around a loss module."""
     deepspeed, spec = library(), context.spec
     config = deepspeed_config(spec, context.plan)
-    optimizer = make_optimizer(spec.optimizer, module.named_parameters())  # while they have their shapes
+    # While they have their shapes; DeepSpeed trusts no subclass.
+    optimizer = make_optimizer(spec.optimizer, module.named_parameters(), adamw=torch.optim.AdamW)
     if not dist.is_initialized():  # one rank
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

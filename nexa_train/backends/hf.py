@@ -86,7 +86,8 @@ class _Planned(Trainer):
     def __init__(self, backend: HfBackend, after_step: Callable[[StepMetrics], bool], **given: Any) -> None:
         context = backend.context
         self.backend, self.context, self.start = backend, context, backend.done
-        self.step_loss, self.step_norm, self.step_tokens, self.microbatches_done = 0.0, 0.0, 0, 0
+        self.step_loss, self.step_norm, self.step_tokens = 0.0, 0.0, 0
+        self.losses: list[float] = []  # this rank's part of the step's, microbatch by microbatch
         spec = context.spec.optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(
             backend.optimizer,
@@ -118,13 +119,12 @@ class _Planned(Trainer):
         return torch.tensor(self.context.step_weight(self.state.global_step), device=device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.microbatches_done == 0:
+        if not self.losses:
             # As in `loop.py`: dropout draws the same in a resumed run.
             torch.manual_seed(derived_seed(self.context.spec.training.seed, self.state.global_step, self.context.rank))
-        self.microbatches_done += 1
         loss: Tensor = super().training_step(*args, **kwargs)
         # Times the ranks, because DDP averages over them.
-        self.step_loss += loss.item() / self.context.world
+        self.losses.append(loss.item() / self.context.world)
         return loss
 
     def _clip_grad_norm(self, model: Any) -> None:
@@ -134,9 +134,9 @@ class _Planned(Trainer):
         """Called right before the optimiser moves: the moment to clip, and the last one to refuse."""
         norm = clip_gradients(self.trained, self.context.spec.optimizer.max_grad_norm)
         tokens = self.context.train.num_tokens(self.context.step_sequences(self.state.global_step))
-        sums = summed(torch.tensor([self.step_loss, tokens], dtype=torch.float64), self.context.world)
+        sums = summed(torch.tensor([sum(self.losses), tokens], dtype=torch.float64), self.context.world)
         self.step_loss, self.step_norm, self.step_tokens = float(sums[0]), norm, int(sums[1])
-        check_finite(self.context, self.state.global_step, self.step_loss, self.step_norm)
+        check_finite(self.context, self.state.global_step, self.step_loss, self.step_norm, self.losses)
         return norm
 
     def finished_step(self) -> StepMetrics:
@@ -144,7 +144,7 @@ class _Planned(Trainer):
         step, context = self.state.global_step - 1, self.context
         rate = learning_rate(context.spec.optimizer, step, context.total_steps)
         metrics = StepMetrics(step + 1, self.step_loss, self.step_norm, rate, self.step_tokens)
-        self.step_loss, self.microbatches_done = 0.0, 0
+        self.losses.clear()
         self._metrics["train"].clear()  # TRL's own, which nobody would ever fetch
         return metrics
 

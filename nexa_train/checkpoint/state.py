@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from transformers import PreTrainedModel
 
 from nexa_train.backends.base import Piece, Staged
 from nexa_train.checkpoint.files import Saved
-from nexa_train.errors import DamagedError
+from nexa_train.errors import ForeignError
+from nexa_train.models.build import Causal
 from nexa_train.models.locate import Located
+from nexa_train.sharding import is_distributed, is_sharded
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -78,7 +78,7 @@ class TorchState:
     for every parameter.
 
     Args:
-        causal: the transformers model, adapters injected. adapter: whether only those are trained.
+        causal: the model, adapters injected. adapter: whether only those are trained.
         rank, world: tensors that are whole on every rank are staged by one of them.
     """
 
@@ -115,7 +115,7 @@ class TorchState:
         """See `Backend.restore`.
 
         Raises:
-            DamagedError: tensors, or shapes, are not those of this model and optimiser.
+            ForeignError: tensors, or shapes, are not those of this model and optimiser.
         """
         self._make_optimizer_state()
         places: dict[str, Tensor] = {}
@@ -132,7 +132,7 @@ class TorchState:
     def _pieces(self, tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
         sources, starts = {}, {}
         for number, (name, tensor) in enumerate(tensors.items()):
-            if self.world > 1 and not _is_sharded(tensor) and number % self.world != self.rank:
+            if self.world > 1 and not is_sharded(tensor) and number % self.world != self.rank:
                 continue
             sources[name], starts[name] = local_part(tensor)
         copies, self.copied = self.buffers.begin(sources)
@@ -166,14 +166,14 @@ def check_fits(saved: Saved, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Whether a checkpoint has the tensors of these names and shapes, and no others.
 
     Raises:
-        DamagedError: it has not.
+        ForeignError: it has not. Every byte is as committed: another attempt, or another download, changes nothing.
     """
     if differences := sorted(saved.names ^ shapes.keys()):
         shown = ", ".join(differences[:5])
-        raise DamagedError(f"{saved.folder}: the checkpoint and the job differ in {len(differences)} tensors: {shown}")
+        raise ForeignError(f"{saved.folder}: the checkpoint and the job differ in {len(differences)} tensors: {shown}")
     for name, shape in shapes.items():
         if saved.shape(name) != shape:
-            raise DamagedError(f"{saved.folder}: {name} is {saved.shape(name)}, the job's is {shape}")
+            raise ForeignError(f"{saved.folder}: {name} is {saved.shape(name)}, the job's is {shape}")
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:
@@ -182,30 +182,26 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
     Raises:
         TypeError: it is sharded otherwise than along dim 0 over one mesh dimension.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_distributed(tensor):
         return tensor, 0
-    if not _is_sharded(tensor):
+    if not is_sharded(tensor):
         return tensor.to_local(), 0
-    if tensor.placements != (Shard(0),):
+    if len(tensor.placements) != 1 or not tensor.placements[0].is_shard(0):
         raise TypeError(f"a tensor is placed as {tensor.placements}, expected shards along dim 0")
     rows = tensor.shape[0]
     first = min(rows, tensor.device_mesh.get_local_rank() * -(-rows // tensor.device_mesh.size()))
     return tensor.to_local(), first * (tensor.numel() // max(1, rows))
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor) and any(placement != Replicate() for placement in tensor.placements)
-
-
-def model_files(model: PreTrainedModel) -> dict[str, bytes]:
+def model_files(model: Causal) -> dict[str, bytes]:
     """config.json of a whole model."""
     return {"config.json": model.config.to_json_string(use_diff=True).encode()}
 
 
 def adapter_files(config: LoraConfig, located: Located) -> dict[str, bytes]:
-    """adapter_config.json of an adapter; sets serialise in stable order, the base by its origin."""
+    """adapter_config.json of an adapter; sets serialise in stable order, and PEFT can load the base it names."""
     values: dict[str, Any] = {key: _plain(value) for key, value in config.to_dict().items()}
-    values["base_model_name_or_path"] = located.origin
+    values["base_model_name_or_path"], values["revision"] = located.loadable, located.revision
     return {"adapter_config.json": json.dumps(values, indent=2, sort_keys=True).encode()}
 
 

@@ -1,19 +1,18 @@
 """Attention over samples that lie one after another, each seeing itself alone. Used by the native backends' models.
 
 A microbatch is then one row without padding, and all but attention runs on real tokens only; packed or not costs
-the same. Registered with transformers under two names; a model calls it with what `losses.py` hands through it.
+the same. `decoder.py` calls it; `build.py` registers it with transformers, whose models call it with what `losses.py`
+hands through them.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
 
 FUSED, EXPLICIT = "nexa-fused", "nexa-explicit"
 """Names for `attn_implementation`: torch's fused kernels, or the formula step by step."""
@@ -36,6 +35,53 @@ def sample_edges(position_ids: Tensor) -> Tensor:
     return torch.cat([begins, begins.new_tensor([len(flat)])]).int()
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How tokens in a row are shared out to samples, and how their scores are made.
+
+    Attributes:
+        edges: int32 [samples + 1] into the flattened tokens. lengths: the same as differences, on the host.
+        fuse: by torch's kernels, else by the formula step by step.
+    """
+
+    edges: Tensor
+    lengths: tuple[int, ...]
+    fuse: bool
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention of each sample alone; float [tokens, heads, head_dim].
+
+    Args:
+        query: float [tokens, heads, head_dim]. key, value: the same with kv_heads, which divide heads.
+        window: tokens that one sees, with itself. softcap: scores are bent by its tanh (Gemma 2), which none of torch's
+            kernels knows.
+    """
+    parts = [part.to(value.dtype) for part in (query, key, value)]
+    fuse = rows.fuse and softcap is None
+    if fuse and not dropout and _has_flash(value):
+        return _flash(parts, rows.edges, max(rows.lengths), scaling, window)
+    outputs = []
+    for split in zip(*(torch.split(part, list(rows.lengths)) for part in parts), strict=True):
+        sample = [part.transpose(0, 1) for part in split]  # [heads, length, head_dim]
+        if fuse:
+            found = _fused(sample, scaling, dropout, window)
+        else:
+            found = _explicit(sample, scaling, dropout, window, softcap)
+        outputs.append(found.transpose(0, 1))
+    return torch.cat(outputs)
+
+
 def row_attention(
     module: nn.Module,
     query: Tensor,
@@ -52,33 +98,30 @@ def row_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention as transformers calls it; equal to rounding to its eager attention of each sample alone.
+    """`attend` as transformers calls it; equal to rounding to its eager attention of each sample alone.
 
     Args:
         query: float [batch, heads, length, head_dim]. key, value: the same with kv_heads, which divide heads.
         attention_mask: None, as no mask is registered under our names.
-        fuse: by torch's kernels, but for scores that are bent, which none of them knows.
-        edges: int32 [samples + 1] into the flattened tokens. lengths: the same as differences, on the host.
-        sliding_window: tokens that one sees, with itself. softcap: scores are bent by its tanh (Gemma 2).
+        edges, lengths, fuse: see `Rows`. sliding_window, softcap: see `attend`.
 
     Returns:
         float [batch, length, heads, head_dim].
     """
     shape = query.transpose(1, 2).shape
-    # Autocast leaves rotated queries and keys in float32.
-    rows = [part.transpose(1, 2).flatten(0, 1).to(value.dtype) for part in (query, key, value)]
-    fuse = fuse and softcap is None
-    if fuse and not dropout and _has_flash(value):
-        return _flash(rows, edges, max(lengths), scaling, sliding_window).view(shape), None
-    outputs = []
-    for parts in zip(*(torch.split(row, list(lengths)) for row in rows), strict=True):
-        sample = [part.transpose(0, 1) for part in parts]  # [heads, length, head_dim]
-        if fuse:
-            found = _fused(sample, scaling, dropout, sliding_window)
-        else:
-            found = _explicit(sample, scaling, dropout, sliding_window, softcap)
-        outputs.append(found.transpose(0, 1))
-    return torch.cat(outputs).view(shape), None
+    # Autocast leaves rotated queries and keys in float32; `attend` takes them to what values are in.
+    queries, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+    found = attend(
+        queries,
+        keys,
+        values,
+        Rows(edges, lengths, fuse),
+        scaling=scaling,
+        dropout=dropout,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return found.view(shape), None
 
 
 def _fused(sample: list[Tensor], scaling: float, dropout: float, window: int | None) -> Tensor:
@@ -119,6 +162,8 @@ def _has_flash(value: Tensor) -> bool:
 
 def _flash(rows: list[Tensor], edges: Tensor, longest: int, scaling: float, window: int | None) -> Tensor:
     """All samples in one call of torch's flash attention; no GPU has run this yet."""
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - nothing on a CPU needs it
+
     query, key, value = rows
     seen = (-1 if window is None else window - 1, 0)
     found = varlen_attn(
@@ -132,7 +177,3 @@ def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
     """Which of a sample's tokens each sees: bool [length, length], at most `window` up to itself."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return seen if window is None else seen.triu(1 - window)
-
-
-AttentionInterface.register(FUSED, partial(row_attention, fuse=True))
-AttentionInterface.register(EXPLICIT, partial(row_attention, fuse=False))

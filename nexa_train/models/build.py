@@ -1,61 +1,78 @@
-"""Model folder or sizes -> a transformers module in float32, with adapters if asked. The only builder.
+"""Model folder or sizes -> a model in float32, with adapters if asked. The only builder.
 
-Comes after `locate.py`; the backends call it. The same seed gives the same fresh weights on every rank.
+Comes after `locate.py`; the backends call it. The same seed gives the same fresh weights on every rank and backend.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
 from nexa_train.config.spec import JobSpec, LoraTuning, QloraTuning
 from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.errors import ConfigError
-from nexa_train.models.attention import EXPLICIT, FUSED
+from nexa_train.models.decoder import Decoder, draw_weights, load_weights
+from nexa_train.models.decoder_config import read_config, scratch_config
 from nexa_train.models.locate import Located
 from nexa_train.registry import Architecture
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import PreTrainedModel
 
-ATTENTION = {"auto": "sdpa", "eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
-"""transformers' names for `model.attn`, where another library's trainer makes the batches."""
+Causal = Union["Decoder", "PreTrainedModel"]
+"""A causal language model: `decoder.py` answers to all that is asked of either."""
 
-ROW_ATTENTION = {"auto": FUSED, "eager": EXPLICIT, "sdpa": FUSED, "flash": FUSED}
-"""Ours, where microbatches are rows of samples."""
+NATIVE = ("fsdp", "deepspeed")
+"""Backends whose loop takes models of our own."""
 
 
-def build_model(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> PreTrainedModel:
-    """The base model, without adapters; `locate.check_model` has found it fit."""
+def build_model(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> Causal:
+    """The base model, without adapters; `locate.check_model` has found it fit.
+
+    Raises:
+        ConfigError: weights are missing, or not as config.json says.
+    """
+    model = _scratch(spec, located.scratch, tokenizer) if located.scratch is not None else _stored(spec, located.folder)
+    # So that adapters, which are drawn next, are the same on every backend.
     torch.manual_seed(spec.training.seed)
-    attention = (ROW_ATTENTION if _takes_rows(spec) else ATTENTION)[spec.model.attn]
-    if located.scratch is not None:
-        config = _llama_config(located.scratch, spec.model.max_seq_len, tokenizer)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            located.folder,
-            attn_implementation=attention,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            quantization_config=_quantization(spec),
-        )
-    model.config.use_cache = False
-    keep_trainable(model)
     return model
 
 
-def _takes_rows(spec: JobSpec) -> bool:
-    """Whether a microbatch is one row of samples: with our loss, and with TRL's for sft, which only reads labels."""
-    return spec.backend in ("fsdp", "deepspeed") or (spec.backend == "hf" and spec.method.type == "sft")
+def _scratch(spec: JobSpec, sizes: Architecture, tokenizer: ChatTokenizer) -> Causal:
+    length, ids = spec.model.max_seq_len, {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    config = read_config(scratch_config(sizes, length, **ids))
+    assert config is not None  # noqa: S101 - it is a llama
+    decoder = Decoder(config, explicit=_explicit(spec))
+    draw_weights(decoder, spec.training.seed)
+    return decoder if spec.backend in NATIVE else _pretrained().like(decoder, spec)
 
 
-def build_reference(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> PreTrainedModel | None:
+def _stored(spec: JobSpec, folder: Path) -> Causal:
+    config = read_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    if config is None or spec.backend not in NATIVE:
+        return _pretrained().load_pretrained(spec, folder)
+    decoder = Decoder(config, explicit=_explicit(spec))
+    load_weights(decoder, folder)
+    return decoder
+
+
+def _explicit(spec: JobSpec) -> bool:
+    return spec.model.attn == "eager"
+
+
+def _pretrained() -> ModuleType:
+    from nexa_train.models import pretrained  # noqa: PLC0415 - transformers takes seconds to import
+
+    return pretrained
+
+
+def build_reference(spec: JobSpec, located: Located, tokenizer: ChatTokenizer) -> Causal | None:
     """What method dpo compares with: the base model, built once more and frozen, whatever a checkpoint holds.
 
     None where it is not needed: another method, or adapters, without which the trained model is the base.
@@ -89,7 +106,7 @@ def lora_config(tuning: LoraTuning | QloraTuning, model: nn.Module) -> LoraConfi
     )
 
 
-def inject_adapters(config: LoraConfig, model: PreTrainedModel) -> None:
+def inject_adapters(config: LoraConfig, model: Causal) -> None:
     """Put the adapters into the model in place, fresh from the current random state; all else is frozen."""
     from peft import inject_adapter_in_model  # noqa: PLC0415 - see lora_config
 
@@ -99,42 +116,3 @@ def inject_adapters(config: LoraConfig, model: PreTrainedModel) -> None:
 def _linear_layers(model: nn.Module) -> list[str]:
     # bitsandbytes' 4-bit layer is a subclass of Linear, so this finds both.
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _llama_config(sizes: Architecture, max_seq_len: int, tokenizer: ChatTokenizer) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.d_model,
-        intermediate_size=sizes.d_ff,
-        num_hidden_layers=sizes.n_layers,
-        num_attention_heads=sizes.n_heads,
-        num_key_value_heads=sizes.n_kv_heads,
-        head_dim=sizes.head_dim,
-        max_position_embeddings=max_seq_len,
-        tie_word_embeddings=sizes.tied_head,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=None,
-    )
-
-
-def keep_trainable(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference the first time the model is validated.
-
-    On processors with AVX512-BF16 it does so, and the packed product has no backward pass: training would go
-    on without gradients to what lies below.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _quantization(spec: JobSpec) -> Any:
-    if not isinstance(spec.tuning, QloraTuning):
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=spec.tuning.double_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16 if spec.training.precision == "bf16" else torch.float32,
-    )

@@ -110,7 +110,7 @@ def main(folder: Path) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     jobs = json.loads((folder / "jobs.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ import pytest
 
 from nexa_train.artifact.manifest import ManifestDraft
 from nexa_train.artifact.publish import Publisher, committed_folders, fetch, read_manifest
-from nexa_train.errors import AlreadyExistsError, DamagedError, NexaError, RefusedError, SupersededError
+from nexa_train.errors import AlreadyExistsError, ForeignError, NexaError, RefusedError, SupersededError
 from nexa_train.rundir import RunDir
 from nexa_train.store import Store
 from nexa_train.store.base import Stored
@@ -202,6 +202,48 @@ def test_an_adapter_stays_in_the_one_file_that_peft_reads(tmp_path: Path) -> Non
     ]
 
 
+def test_peft_loads_an_adapter_by_itself_with_the_base_that_it_names(tmp_path: Path) -> None:
+    import torch
+    from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nexa_train.checkpoint import TorchState, adapter_files
+    from nexa_train.models.locate import Located
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    causal = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    causal.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted, ids = get_peft_model(causal, config), torch.arange(8)[None]
+    described = adapter_files(config, Located(tmp_path / "base", None, "folder base sha256:0"))
+    store = LocalStore(tmp_path / "store")
+    optimizer = torch.optim.SGD([weight for weight in causal.parameters() if weight.requires_grad])
+    state = TorchState(causal, optimizer, adapter=True, rank=0, world=1)
+    save(make_saver(tmp_path, store), state.stage(1), described)
+    folder = next((tmp_path / "store").glob("checkpoints/*/*/data/*"))
+    loaded = AutoPeftModelForCausalLM.from_pretrained(str(folder))
+    assert torch.equal(loaded(ids).logits, adapted.eval()(ids).logits)
+    with adapted.disable_adapter():
+        assert not torch.equal(loaded(ids).logits, adapted(ids).logits)
+
+
+def test_an_adapter_names_its_base_as_peft_looks_for_it() -> None:
+    from peft import LoraConfig
+
+    from nexa_train.checkpoint import adapter_files
+    from nexa_train.models.locate import TINY_TOKENIZER, Located
+    from nexa_train.registry import MODELS
+
+    bases = {
+        ("a/b", "c"): Located(Path("/cache/a"), None, "hub a/b@c", hub_id="a/b", revision="c"),
+        ("/models/a", None): Located(Path("/models/a"), None, "folder a sha256:0"),
+        (None, None): Located(TINY_TOKENIZER, MODELS["tiny"].architecture, "scratch"),
+    }
+    for expected, located in bases.items():
+        said = json.loads(adapter_files(LoraConfig(), located)["adapter_config.json"])
+        assert (said["base_model_name_or_path"], said["revision"]) == expected
+
+
 def test_training_goes_on_while_a_slow_store_saves_and_the_bits_are_those_of_the_moment(tmp_path: Path) -> None:
     import torch
 
@@ -336,14 +378,15 @@ def test_a_checkpoint_of_another_model_or_optimiser_is_refused_with_what_differs
     saved = fetched(store, 1, tmp_path / "fetched")
     larger = make_model()
     larger.add_module("extra", nn.Linear(2, 2))
-    with pytest.raises(DamagedError, match=r"differ in 6 tensors: .*exp_avg.extra.bias"):
+    with pytest.raises(ForeignError, match=r"differ in 6 tensors: .*exp_avg.extra.bias") as caught:
         make_state(larger, steps=0).restore(saved)
+    assert not caught.value.retryable
     wider = make_model()
     wider.last = nn.Linear(3, 3)  # type: ignore[assignment]
     del wider.last.weight
-    with pytest.raises(DamagedError, match=r"last.bias is \(7,\), the job's is \(3,\)"):
+    with pytest.raises(ForeignError, match=r"last.bias is \(7,\), the job's is \(3,\)"):
         make_state(wider, steps=0).restore(saved)
-    with pytest.raises(DamagedError, match=r"differ in \d+ tensors"):
+    with pytest.raises(ForeignError, match=r"differ in \d+ tensors"):
         make_state(make_model(), optimizer="Adafactor", steps=0).restore(saved)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,12 @@ import pytest
 
 from tests.cluster.run import wait_until
 from tests.training.harness import Runs, merged
+from tests.training.legs import Trained, fetched, save, train, whole
 from tests.training.nursery import Attempts, Nursery
 from tests.training.ranks import job, make_context
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from nexa_train.backends.base import StepMetrics
+    pass
 
 pytestmark = pytest.mark.training
 
@@ -59,59 +58,8 @@ SMALL_BUCKET = 1000
 """Elements: smaller than an embedding, and than a layer's gradients together."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What became of a job: of each step, loss, gradient norm, learning rate and tokens; whole tensors at the ends."""
-
-    steps: list[StepMetrics]
-    validation: list[float]
-    before: dict[str, Tensor]
-    after: dict[str, Tensor]
-
-
 def reference(name: str) -> str:
     return next((kind for kind in ("lora", "bf16") if name.startswith(kind)), "fsdp")
-
-
-def train(
-    values: dict[str, Any], rank: int, *, world: int = 2, saved: Any = None, until: int = 0
-) -> tuple[Trained, Any]:
-    """Train a job on from `saved`, to its end or `until` that step; with what staged it."""
-    from nexa_train.backends import make_backend
-
-    backend = make_backend(make_context(values, rank=rank, world=world))
-    backend.setup()
-    if saved is not None:
-        backend.restore(saved)
-    before, steps = whole(backend.stage().ready(), world), list[Any]()
-    validation = [backend.validate()]
-
-    def note(metrics: StepMetrics) -> bool:
-        steps.append(metrics)
-        return metrics.step == until
-
-    backend.train(note)
-    validation.append(backend.validate())
-    return Trained(steps, validation, before, whole(backend.stage().ready(), world)), backend  # type: ignore[arg-type]
-
-
-def whole(staged: Any, world: int) -> dict[str, Tensor]:
-    """All tensors, put together from the pieces of all ranks, which cover each element once."""
-    import torch
-    import torch.distributed as dist
-
-    held: list[Any] = [{**staged.weights, **staged.optimizer}]
-    if world > 1:
-        mine, held = held[0], [None] * world
-        dist.all_gather_object(held, mine)
-    tensors: dict[str, Tensor] = {}
-    covered: dict[str, int] = {}
-    for name, piece in (item for pieces in held for item in pieces.items()):
-        flat = tensors.setdefault(name, torch.empty(piece.shape)).view(-1)
-        flat[piece.start : piece.start + piece.tensor.numel()] = piece.tensor.flatten()
-        covered[name] = covered.get(name, 0) + piece.tensor.numel()
-    assert covered == {name: tensor.numel() for name, tensor in tensors.items()}
-    return tensors
 
 
 def two_ranks(rank: int, folder: str, rows: str) -> None:
@@ -121,7 +69,7 @@ def two_ranks(rank: int, folder: str, rows: str) -> None:
 
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found: dict[str, Any] = {}
     for name, change in JOBS.items():
@@ -130,13 +78,16 @@ def two_ranks(rank: int, folder: str, rows: str) -> None:
                 patch.setattr("nexa_train.backend_config.deepspeed.BUCKET_ELEMENTS", SMALL_BUCKET)
             found[name], _ = train(merged(job(Path(rows), **JOB), change), rank)
     found["passed on"] = pass_on(Path(folder), Path(rows), rank)
-    found["not finite"] = {name: not_finite(Path(rows), rank, stage) for name, stage in STAGES.items()}
+    found["not finite"] = {
+        (name, what): not_finite(Path(rows), rank, stage, what) for name, stage in STAGES.items() for what in SPOILT
+    }
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
 
 
 STAGES = {"zero 1": 1, "zero 2": 2, "zero 3": 3}
+SPOILT = ("loss", "gradient")
 
 
 def pass_on(folder: Path, rows: Path, rank: int) -> list[Trained]:
@@ -156,33 +107,9 @@ def pass_on(folder: Path, rows: Path, rank: int) -> list[Trained]:
     return trained  # type: ignore[return-value]
 
 
-def save(folder: Path, backend: Any, rank: int, world: int) -> None:
-    """Commit what a backend stages, as the pipeline does."""
-    from nexa_train.artifact.manifest import ManifestDraft
-    from nexa_train.artifact.publish import Publisher
-    from nexa_train.checkpoint import Saver
-    from nexa_train.rundir import RunDir
-    from nexa_train.store.local import LocalStore
-
-    publisher = Publisher(LocalStore(folder), "run", "a0", nonce="0000")
-    saver = Saver(publisher, RunDir(folder / "rundir"), rank=rank, world=world)
-    saver.start(backend.stage(), backend.describe(), ManifestDraft(config={}))
-    saver.wait()
-
-
-def fetched(folder: Path, step: int, rank: int) -> Any:
-    """A committed step, downloaded."""
-    from nexa_train.artifact.publish import fetch, read_manifest
-    from nexa_train.checkpoint import Saved
-    from nexa_train.store.local import LocalStore
-
-    store = LocalStore(folder / "store")
-    manifest = read_manifest(store, f"checkpoints/run/step-{step:08d}")
-    return Saved(fetch(store, manifest, folder / f"fetched-{step}-{rank}"))
-
-
-def not_finite(rows: Path, rank: int, stage: int) -> dict[str, Any]:
-    """One rank's gradient is infinite in the third step, though no loss is: what is said, and the state around it."""
+def not_finite(rows: Path, rank: int, stage: int, what: str) -> dict[str, Any]:
+    """The second rank's loss is infinite in the third step, or its gradient alone: what the first one says, and the
+    state around it."""
     from nexa_train.backends import make_backend
     from nexa_train.errors import NonFiniteLossError
 
@@ -194,7 +121,11 @@ def not_finite(rows: Path, rank: int, stage: int) -> dict[str, Any]:
         if metrics.step == 2:
             seen["before"] = whole(backend.stage().ready(), 2)
             if rank == 1:
-                backend.causal.base_model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+                norm = backend.causal.base_model.norm
+                if what == "loss":
+                    norm.register_forward_hook(lambda _module, _inputs, output: output * float("inf"))
+                else:
+                    norm.weight.register_hook(lambda gradient: gradient * float("inf"))
         return False
 
     with pytest.raises(NonFiniteLossError) as caught:
@@ -265,8 +196,15 @@ def test_a_checkpoint_passes_from_zero_2_to_fsdp_on_one_rank_to_zero_3(found: di
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_gradient_that_is_not_finite_stops_before_the_optimiser_moves(found: dict[str, Any], name: str) -> None:
-    seen = found["not finite"][name]
-    assert "step 3, rank 0: loss 8" in seen["said"] or "gradient norm inf" in seen["said"]
+    seen = found["not finite"][name, "gradient"]
+    assert re.match(r"step 3: loss \d.*All losses were finite, the gradient was not", seen["said"])
+    assert all(seen["before"][key].equal(tensor) for key, tensor in seen["after"].items())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_of_a_loss_that_is_not_finite_the_other_rank_says_whose_it_was(found: dict[str, Any], name: str) -> None:
+    seen = found["not finite"][name, "loss"]
+    assert re.match(r"step 3, rank 1: loss nan,.*Of the step's 4 microbatches 2 had such a loss", seen["said"])
     assert all(seen["before"][key].equal(tensor) for key, tensor in seen["after"].items())
 
 

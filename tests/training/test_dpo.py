@@ -41,16 +41,19 @@ def moved(causal: Any) -> None:
 
 def plain_log_prob(causal: Any, ids: Any, labels: Any) -> Any:
     """log p of an answer, from the model's own logits over one sample alone."""
-    logits = causal(input_ids=ids[None], edges=_edges(ids), lengths=(len(ids),)).logits[0, :-1]
+    from nexa_train.losses import hidden_states
+
+    hidden = hidden_states(causal, ids[None], _positions(ids)[None])[0, :-1]
+    logits = hidden @ causal.get_output_embeddings().weight.T
     wanted = labels[1:]
     counted = wanted >= 0
     return logits.log_softmax(-1)[counted].gather(1, wanted[counted, None]).sum()
 
 
-def _edges(ids: Any) -> Any:
+def _positions(ids: Any) -> Any:
     import torch
 
-    return torch.tensor([0, len(ids)], dtype=torch.int32)
+    return torch.arange(len(ids))
 
 
 @pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])

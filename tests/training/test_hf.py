@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
 """What both backends take."""
 
 QLORA: dict[str, dict[str, Any]] = {"sft with qlora": {}, "dpo with qlora": DPO}
+ADAFACTOR: dict[str, Any] = {"optimizer": {"name": "adafactor", "lr": 0.1}, "training": FEW}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
     """A model of linear layers wide enough to be quantised; quantising needs weights to load."""
     from nexa_train.models.build import build_model
 
-    context = make_context(job(rows, model={"d_model": 64}))
+    context = make_context(job(rows, model={"d_model": 64}, backend="hf"))
     folder = tmp_path_factory.mktemp("model")
     build_model(context.spec, context.located, context.tokenizer).save_pretrained(folder)
     for file in context.located.folder.iterdir():
@@ -56,6 +57,7 @@ def jobs(rows: Path, pairs: Path, model_folder: Path) -> dict[tuple[str, str], d
         for name, change in CASES.items()
         for backend in ("fsdp", "hf")
     }
+    made["sft with adafactor", "hf"] = job(rows, backend="hf", **ADAFACTOR)
     quantised = {
         "backend": "hf",
         "model": {"d_model": None, "n_layers": None, "n_heads": None, "name": str(model_folder)},
@@ -107,6 +109,15 @@ def test_one_rank_takes_the_steps_that_two_take(
     name: str, backend: str, jobs: dict[tuple[str, str], dict[str, Any]], on_two: dict[tuple[str, str], Trained]
 ) -> None:
     assert_same(train(jobs[name, backend]), on_two[name, backend])
+
+
+def test_adafactor_takes_the_same_steps_on_two_ranks_on_one_and_natively(
+    rows: Path, on_two: dict[tuple[str, str], Trained], jobs: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    found = on_two["sft with adafactor", "hf"]
+    assert_same(found, train(jobs["sft with adafactor", "hf"]))
+    assert_same(found, train(job(rows, backend="fsdp", **ADAFACTOR)))
+    assert found.losses[-1] < found.losses[0]
 
 
 @pytest.mark.parametrize("name", QLORA)

@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp": {"backend": "fsdp", **TRAINED},
     "fsdp with adafactor": {"backend": "fsdp", **TRAINED, **ADAFACTOR},
     "hf": {"backend": "hf", **TRAINED},
+    "hf with adafactor": {"backend": "hf", **TRAINED, **ADAFACTOR},
     "deepspeed": {"backend": "deepspeed", **TRAINED},
 }
 

@@ -145,7 +145,7 @@ def test_a_row_of_samples_has_the_loss_and_gradients_that_transformers_gives_eac
     from torch.nn.functional import cross_entropy
 
     from nexa_train import losses
-    from nexa_train.models.attention import EXPLICIT, FUSED
+    from nexa_train.models.pretrained import EXPLICIT, FUSED
 
     causal = family_model(kind)
     samples = [torch.randint(0, 97, (length,)) for length in LENGTHS]
@@ -195,7 +195,7 @@ def test_no_target_at_all_is_a_loss_of_zero_with_gradients_of_zero() -> None:
     import torch
 
     from nexa_train.losses import IGNORE, CausalLoss
-    from nexa_train.models.attention import FUSED
+    from nexa_train.models.pretrained import FUSED
 
     causal = family_model("llama")
     causal.set_attn_implementation(FUSED)
@@ -242,7 +242,7 @@ def test_qlora_trains_on_a_cpu_and_validating_first_changes_no_bit(rows: Path, t
     from nexa_train.backends import make_backend
     from nexa_train.models.build import build_model
 
-    base = make_context(rows, model={"d_model": 64})
+    base = make_context(rows, model={"d_model": 64}, backend="hf")
     folder = tmp_path / "model"
     build_model(base.spec, base.located, base.tokenizer).save_pretrained(folder)
     for file in base.located.folder.iterdir():

@@ -84,3 +84,20 @@ def test_adafactor_keeps_rows_and_columns_instead_of_whole_moments() -> None:
     optimizer.step()
     kept = [value for value in optimizer.state[layer.weight].values() if value.ndim]
     assert sum(tensor.numel() for tensor in kept) == 64 + 32
+
+
+def test_adafactors_state_of_a_matrix_is_a_small_part_of_adamws() -> None:
+    import torch
+
+    from nexa_train.optim import make_optimizer
+
+    def state_bytes(name: str) -> int:
+        layer = torch.nn.Linear(256, 128, bias=False)
+        optimizer = make_optimizer(OptimizerSpec.model_validate({"name": name}), layer.named_parameters())
+        layer(torch.ones(1, 256)).sum().backward()
+        optimizer.step()
+        return sum(value.nbytes for value in optimizer.state[layer.weight].values())
+
+    whole = 4 * 256 * 128
+    assert state_bytes("adamw") >= 2 * whole
+    assert state_bytes("adafactor") < whole / 50

@@ -1,0 +1,105 @@
+"""Models of every kind, as transformers has them: for its Trainer, and where `decoder.py` does not know the kind.
+
+Used by `build.py` alone, which imports it only then: transformers takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
+
+from nexa_train.config.spec import JobSpec, QloraTuning
+from nexa_train.errors import ConfigError
+from nexa_train.models.attention import EXPLICIT, FUSED, row_attention
+from nexa_train.models.decoder import Decoder, missing_weights
+
+AttentionInterface.register(FUSED, partial(row_attention, fuse=True))
+AttentionInterface.register(EXPLICIT, partial(row_attention, fuse=False))
+
+ATTENTION = {"auto": "sdpa", "eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
+"""transformers' names for `model.attn`, where another library's trainer makes the batches."""
+
+ROW_ATTENTION = {"auto": FUSED, "eager": EXPLICIT, "sdpa": FUSED, "flash": FUSED}
+"""Ours, where microbatches are rows of samples."""
+
+
+def quieten() -> None:
+    """Their bars and advice would land in the middle of ours."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_pretrained(spec: JobSpec, folder: Path) -> PreTrainedModel:
+    """The model of a folder, in float32 or quantised.
+
+    Raises:
+        ConfigError: the folder lacks weights.
+    """
+    quieten()
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation=_attention(spec),
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        quantization_config=_quantization(spec),
+        output_loading_info=True,
+    )
+    # transformers draws what is missing at random, and tells of it in a warning.
+    if told["missing_keys"]:
+        raise ConfigError(missing_weights(folder, sorted(told["missing_keys"])))
+    return _trainable(model)
+
+
+def like(decoder: Decoder, spec: JobSpec) -> PreTrainedModel:
+    """transformers' llama with the weights of a decoder that was built from scratch."""
+    quieten()
+    config = LlamaConfig(**decoder.config.to_dict())
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(spec), dtype=torch.float32)
+    model.load_state_dict(decoder.state_dict())
+    return _trainable(model)
+
+
+def _attention(spec: JobSpec) -> str:
+    return (ROW_ATTENTION if _takes_rows(spec) else ATTENTION)[spec.model.attn]
+
+
+def _takes_rows(spec: JobSpec) -> bool:
+    """Whether a microbatch is one row of samples: with our loss, and with TRL's for sft, which only reads labels."""
+    return spec.backend in ("fsdp", "deepspeed") or (spec.backend == "hf" and spec.method.type == "sft")
+
+
+def _trainable(model: PreTrainedModel) -> PreTrainedModel:
+    model.config.use_cache = False
+    keep_trainable(model)
+    return model
+
+
+def keep_trainable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference the first time the model is validated.
+
+    On processors with AVX512-BF16 it does so, and the packed product has no backward pass: training would go
+    on without gradients to what lies below.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quantization(spec: JobSpec) -> Any:
+    if not isinstance(spec.tuning, QloraTuning):
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=spec.tuning.double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16 if spec.training.precision == "bf16" else torch.float32,
+    )
