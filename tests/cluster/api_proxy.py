@@ -38,7 +38,7 @@ Fault = Literal[
     "409",
     "429",
     "500",  # answered so, and the server sees nothing
-    "stale",  # answered as an earlier time, when the answer was another
+    "stale",  # answered as an earlier time, when the answer was another; comes about where it ever was another
     "drop",  # the event never arrives
     "delay",  # it and all behind it arrive later
     "freeze",  # from it on the watch stays open and says nothing
@@ -58,6 +58,8 @@ FAULTS: dict[What, tuple[Fault, ...]] = {
 _DELAY_SECONDS = 1.5
 _REASONS = {401: "Unauthorized", 409: "Conflict", 410: "Expired", 429: "TooManyRequests", 500: "InternalError"}
 _LABEL_UID, _LABEL_NAME = f"{GROUP}/job-uid", f"{GROUP}/job-name"
+_OF_JOBS = re.compile(rf"{re.escape(_LABEL_UID)}(?:=(?P<one>[^,()]+)| in \((?P<many>[^()]+)\))")
+"""A selector that names jobs by their UIDs; what watches all children asks for the label alone."""
 _NOT_FORWARDED = ("host", "connection", "accept-encoding", "content-length")
 
 
@@ -69,7 +71,7 @@ class Story:
         job: name of the NexaTrainingJob; requests for others pass.
         strikes: what befalls the nth of its kind.
         counts: how many there were so far.
-        struck: how many strikes came about.
+        struck: how often which strike came about, at what.
         created: how often the server said 201, by the child's path.
         log: what was asked, in order, and what was done with it.
     """
@@ -77,7 +79,7 @@ class Story:
     job: str
     strikes: Mapping[tuple[What, int], Fault] = field(default_factory=dict)
     counts: Counter[What] = field(default_factory=Counter)
-    struck: int = 0
+    struck: Counter[tuple[What, Fault]] = field(default_factory=Counter)
     created: Counter[str] = field(default_factory=Counter)
     log: list[str] = field(default_factory=list)
 
@@ -166,7 +168,7 @@ class ApiProxy(HttpProxy):
             case "no answer":
                 _wait_until_closed(connection)
             case "stale":
-                answer = self._earlier(request, answer)
+                answer = self._earlier(request, answer) or answer
         connection.sendall(answer.content)
 
     @contextmanager
@@ -223,14 +225,14 @@ class ApiProxy(HttpProxy):
             story.counts[what] += 1
             number = story.counts[what]
             fault = story.strikes.get((what, number))
-            story.struck += fault is not None
+            if fault is not None and fault != "stale":
+                story.struck[what, fault] += 1
             story.log.append(f"{what} {number}: {asked}" + (f" <- {fault}" if fault else ""))
         return fault
 
     def _kind_of(self, request: Request) -> tuple[What | None, str]:
         """What the request counts as, and for which job; a watch counts for whatever job there is."""
-        target = urlsplit(request.target)
-        query, parts = parse_qs(target.query), target.path.split("/")
+        parts = urlsplit(request.target).path.split("/")
         if "events" in parts or "leases" in parts:
             return None, ""
         if request.writes:
@@ -238,9 +240,9 @@ class ApiProxy(HttpProxy):
             return "write", _job_of(body) or self._job_in(parts)
         if PLURAL in parts[:-1]:
             return "read", parts[-1]
-        uid = query.get("labelSelector", [""])[0].removeprefix(f"{_LABEL_UID}=")
-        if uid in self._names:
-            return "list", self._names[uid]
+        jobs = [self._names[uid] for uid in _uids_asked_for(request) if uid in self._names]
+        if jobs and not _is_watch(request):
+            return "list", self.story.job if self.story.job in jobs else jobs[0]
         # What remains is kopf's lists and watches, the list of the resync, and discovery.
         return (None, "") if re.fullmatch(r"v\d\w*|apis?|version", parts[-1]) else ("watch", self.story.job)
 
@@ -262,9 +264,15 @@ class ApiProxy(HttpProxy):
             name = json.loads(request.body)["metadata"]["name"]
             self.story.created[f"{_last(request)}/{name}"] += 1
 
-    def _earlier(self, request: Request, answer: Answer) -> Answer:
-        others = (old for old in reversed(self._answers[request.target]) if _items(old) != _items(answer))
-        return next(others, answer)
+    def _earlier(self, request: Request, answer: Answer) -> Answer | None:
+        """The last one that was another; None: there was none, and nothing is struck."""
+        told = self._answers.get(request.target, [])
+        others = (old for old in reversed(told) if _items(old) != _items(answer))
+        earlier = next(others, None)
+        with self._counting:
+            self.story.struck["list", "stale"] += earlier is not None
+            self.story.log.append("stale" if earlier else "not stale: it never was another")
+        return earlier
 
 
 def _job_of(body: Mapping[str, Any]) -> str:
@@ -276,7 +284,18 @@ def _job_of(body: Mapping[str, Any]) -> str:
 
 
 def _is_watch(request: Request) -> bool:
-    return "watch=true" in request.target
+    return _query(request).get("watch") == ["true"]
+
+
+def _uids_asked_for(request: Request) -> list[str]:
+    """Of one job or of several, as its selector spells them; none where it asks for no jobs in particular."""
+    found = _OF_JOBS.fullmatch(_query(request).get("labelSelector", [""])[0])
+    return re.split(r",\s*", found["one"] or found["many"]) if found else []
+
+
+def _query(request: Request) -> dict[str, list[str]]:
+    """Decoded."""
+    return parse_qs(urlsplit(request.target).query)
 
 
 def _last(request: Request) -> str:

@@ -40,6 +40,8 @@ class Strike:
     kind: str
     seconds: float
     """From the kill to the next step that was trained."""
+    waited_seconds: float
+    """How long of these what trained it waited for a processor: what other work on this machine took from it."""
     step: int
     lost_steps: int
     ended_attempt: bool
@@ -191,14 +193,20 @@ def processes_of(pod: dict[str, Any]) -> list[psutil.Process]:
     return found
 
 
-def process_of(pod: dict[str, Any], module: str) -> psutil.Process | None:
-    """The process of a pod that runs a module of ours; torchrun, which names the rank's too, is another."""
+def processes_running(pod: dict[str, Any], module: str) -> list[psutil.Process]:
+    """Those of a pod that run a module of ours: the first that they name, for torchrun names the rank's too."""
+    found = []
     for process in processes_of(pod):
         with suppress(psutil.Error):
             words = process.cmdline()
-            if module in words and "nexa_train.launch.torchrun" not in words:
-                return process
-    return None
+            if "-m" in words[:-1] and words[words.index("-m") + 1] == module:
+                found.append(process)
+    return found
+
+
+def process_of(pod: dict[str, Any], module: str) -> psutil.Process | None:
+    """The first of them, if there is any."""
+    return next(iter(processes_running(pod, module)), None)
 
 
 def wait_for_process(run: Run, chance: random.Random, module: str) -> psutil.Process:
@@ -210,6 +218,27 @@ def wait_for_process(run: Run, chance: random.Random, module: str) -> psutil.Pro
         return process_of(pods[index], module) if len(pods) == 2 else None
 
     return wait_until(there, timeout_seconds=120, what=module, detail=run.describe)
+
+
+CHAIN = ("nexa_train.entrypoint", "nexa_train.launch.torchrun", "nexa_train.rank")
+"""What starts what in a pod: each sleeps while the next comes up, so that their waits for a processor add up."""
+
+
+def waited_seconds(pods: Iterable[dict[str, Any]]) -> float:
+    """How long the first threads of a gang's processes have waited for a processor so far, in the pod that did most.
+
+    Of what made the pod ready nothing is known (its kubelet, containerd, the operator), so this is rather too little.
+    """
+    return max((sum(_run_delay(pod, module) for module in CHAIN) for pod in pods), default=0.0)
+
+
+def _run_delay(pod: dict[str, Any], module: str) -> float:
+    """Of the process of that pod which runs a module; of several the one that waited least."""
+    delays: list[float] = []
+    for process in processes_running(pod, module):
+        with suppress(OSError):
+            delays.append(int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[1]) / 1e9)
+    return min(delays, default=0.0)
 
 
 Kill = Callable[[], None]
@@ -269,7 +298,9 @@ def strike(run: Run, kind: str, chance: random.Random) -> Strike:
     after = run.wait_step(beyond=before, attempt=before.attempt + (kind in ENDS_ATTEMPT))
     seconds, ended = time.monotonic() - began, after.attempt > before.attempt
     lost = run.reached[before.attempt] - run.restored.get(after.attempt, 0) if ended else 0
-    return Strike(kind, seconds, before.step, lost, ended)
+    # All processes of a new attempt began after the kill; those of an old one had waited before.
+    waited = waited_seconds(run.pods()) if ended else 0.0
+    return Strike(kind, seconds, waited, before.step, lost, ended)
 
 
 def deck(rounds: int, chance: random.Random) -> list[str]:

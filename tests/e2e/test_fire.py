@@ -45,6 +45,7 @@ pytestmark = pytest.mark.e2e
 
 SAVE_EVERY = 10
 NEXT_STEP_SECONDS = 30
+ON_A_BUSY_MACHINE_SECONDS = 60
 
 
 def document(name: str, *, steps: int, **recovery: Any) -> dict[str, Any]:
@@ -120,9 +121,17 @@ def fought(
     return struck
 
 
+def own_seconds(struck: Strike) -> float:
+    """What it took on a machine with room."""
+    return struck.seconds - struck.waited_seconds
+
+
 def told(struck: list[Strike]) -> str:
     """One line for each kind."""
-    lines = [f"{len(struck)} kills, p95 {percentile([each.seconds for each in struck], 0.95):.1f} s"]
+    lines = [
+        f"{len(struck)} kills, p95 {percentile([each.seconds for each in struck], 0.95):.1f} s, "
+        f"{percentile([own_seconds(each) for each in struck], 0.95):.1f} s without waiting for a processor"
+    ]
     for kind in sorted({each.kind for each in struck}):
         seconds = sorted(each.seconds for each in struck if each.kind == kind)
         lost = max(each.lost_steps for each in struck if each.kind == kind)
@@ -132,13 +141,15 @@ def told(struck: list[Strike]) -> str:
 
 
 def test_some_kills_cost_no_bit(ground: Field, tmp_path: Path) -> None:
-    kinds = ["rank", "minio", "pod", "operator", "shim"]
     chance = random.Random(20)
-    chance.shuffle(kinds)
+    kinds = deck(1, chance)
     digest = undisturbed(ground, 300, tmp_path)
     struck = fought(ground, "under-fire", steps=300, kinds=kinds, chance=chance, digest=digest)
     print(told(struck))
     assert {each.kind for each in struck if each.ended_attempt} <= set(ENDS_ATTEMPT)
+    # Other tests may run beside this one: by the clock, half a minute is what the soak asks for.
+    assert max(own_seconds(each) for each in struck) <= NEXT_STEP_SECONDS
+    assert max(each.seconds for each in struck) <= ON_A_BUSY_MACHINE_SECONDS
 
 
 def test_a_rank_that_hangs_costs_one_restart_and_leaves_its_stacks(ground: Field) -> None:

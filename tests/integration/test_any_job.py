@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -63,15 +64,24 @@ def expected_of(body: dict[str, Any]) -> tuple[Job | None, str]:
 
 def difference(live: Any, wanted: Any, where: str = "") -> str:
     """Where something wanted is not there; the server adds defaults, drops what is empty, and respells quantities."""
-    if isinstance(wanted, dict):
-        parts = ((key, (live or {}).get(key), value) for key, value in wanted.items() if value)
+    if isinstance(wanted, dict) and wanted:
+        parts = ((key, (live or {}).get(key), value) for key, value in wanted.items())
     elif isinstance(wanted, list) and len(live or []) == len(wanted):
         parts = ((str(index), *pair) for index, pair in enumerate(zip(live or [], wanted, strict=True)))
-    elif live == wanted or (isinstance(wanted, str) and math.isclose(_amount(live), _amount(wanted))):
+    elif live == wanted or _is_respelt(live, wanted) or (live is None and _is_left_out(wanted, where)):
         return ""
     else:
         return f"{where} is {live!r}, expected {wanted!r}"
     return next(filter(None, (difference(has, wants, f"{where}.{key}") for key, has, wants in parts)), "")
+
+
+def _is_respelt(live: Any, wanted: Any) -> bool:
+    return isinstance(wanted, str) and math.isclose(_amount(live), _amount(wanted))
+
+
+def _is_left_out(wanted: Any, where: str) -> bool:
+    """Whether the server does not write this. It does write a false or 0 without which another default would hold."""
+    return wanted == "" or (not wanted and where.rpartition(".")[2] in ("annotations", "readOnly"))
 
 
 _UNITS = {
@@ -98,6 +108,48 @@ def _amount(quantity: Any) -> float:
         return math.ceil(round(amount * 1000, 6))
     except (ValueError, OverflowError):
         return math.nan
+
+
+def says_nothing(value: Any) -> bool:
+    return value is None or value is False or value in ("", 0, {}, [])
+
+
+def parts_of(wanted: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """What is neither a map nor a list with anything in it, and where it stands."""
+    inside = enumerate(wanted) if isinstance(wanted, list) else wanted.items() if isinstance(wanted, dict) else ()
+    for key, value in inside:
+        yield from parts_of(value, (*path, key))
+    if not wanted or not isinstance(wanted, dict | list):
+        yield path, wanted
+
+
+def put(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy in which that stands there; None: nothing does."""
+    changed = copy.deepcopy(document)
+    *way, last = path
+    inside = changed
+    for key in way:
+        inside = inside[key]
+    inside[last] = value
+    return changed
+
+
+def test_what_is_zero_false_or_empty_is_compared_like_all_else() -> None:
+    """Of a gang as it is made: found where it is another, and where it is missing though the server would keep it."""
+    volumes = [{"name": "rows", "mountPath": "/rows", "claim": "rows", "readOnly": False}]
+    spec = {"data": {"remoteUri": "s3://rows"}, "artifacts": {"uri": "s3://models"}}
+    spec["cluster"] = {"volumes": volumes, "env": [{"name": "EMPTY", "value": ""}]}
+    job = Job.model_validate({"metadata": {"name": "j", "namespace": "n"}, "spec": spec})
+    wanted = runtime.gang(make_plan(job, owner_uid="u", attempt=0, defaults=DEFAULTS))
+    nothings = {path: value for path, value in parts_of(wanted) if says_nothing(value)}
+    others = {bool: True, int: 7, str: "other", dict: {"added": "x"}, list: ["added"]}
+    for path, value in nothings.items():
+        assert difference(put(wanted, path, others[type(value)]), wanted), path
+    left_out = {path[-1] for path in nothings if not difference(put(wanted, path, None), wanted)}
+    assert left_out == {"annotations", "readOnly", "value"}
+    compared = {"backoffLimit", "automountServiceAccountToken", "enableServiceLinks", "allowPrivilegeEscalation"}
+    assert compared <= {path[-1] for path in nothings} - left_out
+    assert difference(wanted, wanted) == ""
 
 
 class AnyJob(RuleBasedStateMachine):

@@ -16,6 +16,7 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.control_plane import start_control_plane
 from tests.cluster.errors import CommandFailed
 from tests.cluster.footprint import footprint
+from tests.cluster.outage import api_server_away
 from tests.cluster.paths import REPOSITORY
 from tests.cluster.run import wait_until
 
@@ -72,6 +73,21 @@ def test_two_control_planes_run_side_by_side_and_stop_leaves_nothing(control_pla
     other.stop()
     assert not footprint(other), footprint(other)
     assert control_plane.kubectl("get", "--raw=/readyz").stdout == "ok"
+
+
+@pytest.mark.usefixtures("_own_cluster_possible")
+def test_an_api_server_that_was_away_is_back_where_it_was_and_its_controllers_go_on() -> None:
+    plane = start_control_plane()
+    try:
+        plane.fake_nodes(1)
+        plane.kubectl("create", "configmap", "kept")
+        with api_server_away(plane):
+            assert plane.kubectl("get", "--raw=/readyz", check=False).returncode != 0
+        assert plane.kubectl("get", "configmap/kept", "--output=name").stdout.strip() == "configmap/kept"
+        plane.kubectl("apply", "--filename=-", input=json.dumps(a_job("later", num_pods=2)))
+        plane.kubectl("wait", "--for=condition=Complete", "--timeout=60s", "job/later")
+    finally:
+        plane.stop()
 
 
 @pytest.mark.usefixtures("_own_cluster_possible")

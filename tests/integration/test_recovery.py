@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from nexa_train.config.protocol import ENV_JOB, ENV_NUM_NODES, CheckpointRef
+from tests.cluster.run import wait_until
 from tests.integration.harness import Namespace, Operator, words
 from tests.integration.test_operator import ns, operator
 
@@ -145,8 +146,34 @@ def test_a_namespace_that_goes_takes_such_jobs_with_it(ns: Namespace) -> None:
     ns.submit("leaving", schedule={"deletionPolicy": "Delete"})
     ns.wait_pods("leaving-a0", 2)
     ns.cluster.kubectl("delete", "namespace", ns.namespace, "--wait=false")
-    gone = ["get", f"namespace/{ns.namespace}", "--output=name"]
-    ns.wait(lambda: ns.cluster.kubectl(*gone, check=False).returncode != 0, "the namespace is gone")
+    ns.wait(lambda: not exists(ns), "the namespace is gone")
+
+
+def exists(ns: Namespace) -> bool:
+    return bool(ns.cluster.kubectl("get", "namespace", ns.namespace, "--ignore-not-found", "--output=name").stdout)
+
+
+def test_a_namespace_goes_with_all_gangs_in_it_though_no_operator_is_there(ns: Namespace, operator: Operator) -> None:
+    """By garbage collection alone: without deletionPolicy Delete nothing of a job waits for the operator."""
+    names = ("runs", "runs-too", "waits", "held", "done")
+    for name in names:
+        ns.submit(name, schedule={"suspend": name == "held"})
+    for name in ("runs", "runs-too", "done"):
+        for pod in ns.wait_pods(f"{name}-a0", 2):
+            ns.play_kubelet(pod, "Running")
+        ns.wait_true(name, "Running")
+    for pod in ns.pods("done-a0"):
+        ns.play_kubelet(pod, "Succeeded", words=words(step=10, total_steps=10))
+    ns.wait_true("done", "Succeeded")
+    ns.wait_pods("waits-a0", 2)
+    ns.wait_true("held", "Suspended")
+    assert operator.stop() == 0
+    try:
+        ns.cluster.kubectl("delete", "namespace", ns.namespace, "--wait=false")
+        wait_until(lambda: not exists(ns), timeout_seconds=60, what="the namespace is gone")
+        assert operator.process.poll() is not None
+    finally:
+        operator.start()
 
 
 def test_where_the_time_went_is_in_status(ns: Namespace) -> None:

@@ -165,6 +165,34 @@ def test_every_pod_passes_the_restricted_standard_and_knows_its_place(anywhere):
         assert pod["spec"]["subdomain"] == "strict-ranks"
 
 
+def test_hints_to_schedulers_reach_every_pod(anywhere):
+    """By annotations Kueue and others learn of topology; by labels the coscheduling plugin learns of a gang."""
+    topology = {
+        "kueue.x-k8s.io/podset-required-topology": "cloud.example/rack",
+        "kueue.x-k8s.io/podset-preferred-topology": "cloud.example/block",
+        "scheduling.k8s.io/group-name": "hinted",
+    }
+    gang = {"scheduling.x-k8s.io/pod-group": "hinted", "pod-group.scheduling.sigs.k8s.io": "hinted"}
+    anywhere.begin("hinted", cluster={"annotations": topology, "labels": gang})
+    pods = anywhere.wait_ranks("hinted")
+    for where in (template_of(anywhere, "hinted-a0"), *pods):
+        assert topology.items() <= where["metadata"]["annotations"].items()
+        assert gang.items() <= where["metadata"]["labels"].items()
+        assert where["metadata"]["labels"]["train.nexa.dev/job-name"] == "hinted"
+
+
+def template_of(team: Team, gang: str) -> dict[str, Any]:
+    """Of the pods, in the object that carries them."""
+    spec = team.gang(gang)["spec"]
+    match team.runtime:
+        case "jobset":
+            (replicated,) = spec["replicatedJobs"]
+            return replicated["template"]["spec"]["template"]
+        case "pytorchjob":
+            return spec["pytorchReplicaSpecs"]["Worker"]["template"]
+    return spec["template"]
+
+
 def test_a_lost_rank_ends_the_attempt_and_the_next_one_follows(anywhere):
     anywhere.begin("lost")
     pods = anywhere.run("lost")
