@@ -109,7 +109,9 @@ class Suspend:
 
 @dataclass(frozen=True, kw_only=True)
 class Hold:
-    """Suspended, and nothing runs."""
+    """Suspended. Nothing runs but ranks that commit their last checkpoint, for so many seconds at most."""
+
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +161,9 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
     queued = schedule.queue_name is not None
     if schedule.suspend:
         running = gang is not None and not gang.deleting and (queued or not gang.suspended)
-        return Suspend(gang=gang.name, withdraw=queued) if gang is not None and running else Hold()
+        if gang is not None and running:
+            return Suspend(gang=gang.name, withdraw=queued)
+        return Hold(seconds=_stopping_seconds(gang.ranks if gang is not None else seen.strays, now))
     if seen.unavailable:
         return Wait(reason="RuntimeUnavailable", message=seen.unavailable)
     if gang is None:
@@ -294,6 +298,10 @@ def next_look_seconds(seen: Observed, decision: Decision, *, spec: JobSpec, now:
         due.append(deadline_seconds(seen, spec, now))
     if isinstance(decision, Wait):
         due.append(decision.seconds)
+    elif isinstance(decision, Hold):
+        due.append(decision.seconds or None)
+    elif isinstance(decision, Suspend):
+        due.append(LOOK_SECONDS)
     elif isinstance(decision, Restart):
         due.append(decision.wait_seconds or None)
     elif isinstance(decision, Watch) and seen.gang is not None:

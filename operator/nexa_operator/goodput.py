@@ -1,8 +1,9 @@
 """Where a job's time went: status -> status. Used by `status.py`; pure, the clock is passed in.
 
 A job is in one state at a time, and a change of state adds the time since the last one to what it left. So nothing
-is written while nothing changes. What the trainer says of its own time (`protocol.Progress`) corrects what the
-operator saw late: steps that were taken before it looked, and steps that were lost with the attempt.
+is written while nothing changes; what is written for another reason counts the present state until then. What the
+trainer says of its own time (`protocol.Progress`) corrects what the operator saw late: steps that were taken before it
+looked, and steps that were lost with the attempt.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nexa_operator.reading import as_time
 from nexa_train.config.protocol import Progress, Termination
 
 QUEUE, STARTUP, RESTART = "queue", "startup", "restart"
@@ -26,7 +28,10 @@ IDLE = (QUEUE, SUSPENDED)
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """Seconds by state, and the state since when; an empty state: nothing runs yet, or any more."""
+    """Seconds by state, and the state since when; an empty state: nothing runs yet, or any more.
+
+    What has passed since then is not among the seconds.
+    """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     state: str = ""
@@ -36,7 +41,7 @@ class Account:
         """Into another state, or on in the same."""
         if state == self.state:
             return self
-        return Account(seconds=self._with(self.state, self._elapsed(now)), state=state, since=now if state else None)
+        return Account(seconds=self.until(now), state=state, since=now if state else None)
 
     def shifted(self, seconds: float, *, source: str, target: str) -> Account:
         """Time that was counted as `source`, or will be, and belongs to `target`."""
@@ -53,32 +58,45 @@ class Account:
     def _elapsed(self, now: datetime.datetime) -> float:
         return 0.0 if self.since is None else max(0.0, (now - self.since).total_seconds())
 
-    def _with(self, state: str, seconds: float) -> Mapping[str, float]:
-        return {**self.seconds, state: self.seconds.get(state, 0.0) + seconds} if state else self.seconds
+    def until(self, now: datetime.datetime) -> Mapping[str, float]:
+        """Seconds by state, with what has passed in the present one."""
+        if not self.state:
+            return self.seconds
+        return {**self.seconds, self.state: self.seconds.get(self.state, 0.0) + self._elapsed(now)}
 
-    @property
-    def ratio(self) -> float | None:
-        """Productive time of all that counts; None: no time has passed."""
-        total = sum(seconds for state, seconds in self.seconds.items() if state != SUSPENDED)
-        return self.seconds.get(PRODUCTIVE, 0.0) / total if total > 0 else None
-
-    def to_status(self) -> dict[str, Any]:
-        """As `status.goodput` has it."""
-        counted = {f"{state}Seconds": round(self.seconds[state], 1) for state in STATES if state in self.seconds}
+    def to_status(self, now: datetime.datetime) -> dict[str, Any]:
+        """As `status.goodput` has it: the present state's seconds count until now."""
+        seconds = self.until(now)
+        counted = {f"{state}Seconds": round(seconds[state], 1) for state in STATES if state in seconds}
         state = {"state": self.state, "since": _written(self.since)} if self.state and self.since else {}
-        ratio = {} if self.ratio is None else {"ratio": round(self.ratio, 3)}
+        total = sum(spent for state, spent in seconds.items() if state != SUSPENDED)
+        ratio = {"ratio": round(seconds.get(PRODUCTIVE, 0.0) / total, 3)} if total > 0 else {}
         return {**state, **counted, **ratio}
 
 
-def read(status: Mapping[str, Any]) -> Account:
-    """What `to_status` wrote."""
+def read(status: Mapping[str, Any], created: datetime.datetime | None) -> Account:
+    """What `to_status` wrote, for a job that is there since `created`."""
     seen = status.get("goodput") or {}
-    since = seen.get("since")
-    return Account(
-        seconds={state: float(seen[key]) for state in STATES if (key := f"{state}Seconds") in seen},
-        state=seen.get("state", ""),
-        since=datetime.datetime.fromisoformat(since) if since else None,
-    )
+    seconds = {state: float(seen[key]) for state in STATES if (key := f"{state}Seconds") in seen}
+    account = Account(seconds=seconds, state=seen.get("state", ""), since=as_time(seen.get("since")))
+    return account if created is None else _without_present(account, created)
+
+
+def _without_present(account: Account, created: datetime.datetime) -> Account:
+    """As of when the present state began.
+
+    Status does not say until when it counts. It need not: all seconds together are the job's life until then. What they
+    lack of it was before any operator looked.
+    """
+    if not account.state or account.since is None:
+        return account
+    seconds, state = dict(account.seconds), account.state
+    more = sum(seconds.values()) - (account.since - created).total_seconds()
+    if more >= 0:
+        seconds[state] = max(0.0, seconds.get(state, 0.0) - more)
+    else:
+        seconds[QUEUE] = seconds.get(QUEUE, 0.0) - more
+    return Account(seconds=seconds, state=state, since=account.since)
 
 
 def began_to_train(account: Account, told: Progress | Termination, now: datetime.datetime) -> Account:

@@ -32,22 +32,21 @@ Event = Mapping[str, Any]
 
 
 def registry_of(
-    enqueue: Callable[[Key], None], enqueue_later: Callable[[Key, float], None], *, heard: Callable[[str], None]
+    enqueue: Callable[[Key], None],
+    enqueue_later: Callable[[Key, float], None],
+    *,
+    is_over: Callable[[Key], bool],
+    heard: Callable[[str], None],
 ) -> kopf.OperatorRegistry:
     """All handlers, each putting the key of the job concerned on the queue: at once, or later if nothing is new.
 
     Args:
+        is_over: whether nothing is left to do for a job, whatever becomes of its children.
         heard: told of which kind there was an event.
     """
     registry = kopf.OperatorRegistry()
     jobs = News(sign_of_training_job)
     children = {JOBS.plural: News(sign_of_gang, NEWBORN_GANG), PODS.plural: News(sign_of_pod, NEWBORN_POD)}
-
-    def put(key: Key, *, new: bool) -> None:
-        if new:
-            enqueue(key)
-        else:
-            enqueue_later(key, LATER_SECONDS)
 
     @kopf.on.login(registry=registry)
     async def login(**arguments: Any) -> kopf.ConnectionInfo | None:
@@ -57,12 +56,19 @@ def registry_of(
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def job_changed(event: Event, **_: Any) -> None:
         heard(PLURAL)
-        put(key_of(event["object"]), new=jobs.is_new(event["type"], event["object"]))
+        if jobs.is_new(event["type"], event["object"]):
+            enqueue(key_of(event["object"]))
 
     async def child_changed(event: Event, resource: kopf.Resource, **_: Any) -> None:
         heard(resource.plural)
-        news = children[resource.plural]
-        put(_key_of_owner(event["object"]), new=news.is_new(event["type"], event["object"]))
+        body, news = event["object"], children[resource.plural]
+        key, known, new = _key_of_owner(body), news.knows(body), news.is_new(event["type"], body)
+        if known and is_over(key):
+            return
+        if new:
+            enqueue(key)
+        else:
+            enqueue_later(key, LATER_SECONDS)
 
     labelled = {LABEL_JOB_UID: kopf.PRESENT, LABEL_JOB_NAME: kopf.PRESENT}
     heard(PLURAL)

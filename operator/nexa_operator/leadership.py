@@ -93,8 +93,10 @@ async def lead_forever(lease: Lease, *, gate: asyncio.Event) -> None:
         await asyncio.Event().wait()
     renewed_at = -float("inf")
     while True:
+        # For others it begins to run out when the server has it, which is before its answer is here.
+        asked_at = lease.clock()
         held = await _try_to_hold(lease, timeout_seconds=ASK_SECONDS)
-        renewed_at = lease.clock() if held else renewed_at
+        renewed_at = asked_at if held else renewed_at
         lost = held is False or lease.clock() - renewed_at > GIVE_UP_SECONDS
         if gate.is_set() == lost:
             log.info("lease", held=not lost, identity=lease.identity)
@@ -108,7 +110,9 @@ async def lead_forever(lease: Lease, *, gate: asyncio.Event) -> None:
 async def _try_to_hold(lease: Lease, *, timeout_seconds: float) -> bool | None:
     """None: the API server did not say."""
     try:
-        return await asyncio.wait_for(lease.hold(), timeout_seconds)
+        # Not wait_for: that of Python 3.11 may swallow the end of this task, which would then never end.
+        async with asyncio.timeout(timeout_seconds):
+            return await lease.hold()
     except (ApiError, TimeoutError) as exc:
         log.warning("lease out of reach", error=repr(exc))
         return None

@@ -82,7 +82,7 @@ async def run(settings: Settings) -> None:
     ):
         log.info("started", metrics_port=port, namespace=settings.watch_namespace or "all")
         cluster = KubernetesCluster(api, on_call=metrics.called)
-        reader = ProgressReader(on_news=queue.add, client=http)
+        reader = ProgressReader(on_news=queue.add, client=http, interval_seconds=settings.progress_interval_seconds)
         defaults = Defaults(
             image=settings.trainer_image, heavy_image=settings.trainer_heavy_image, storage=settings.default_storage
         )
@@ -98,10 +98,10 @@ async def run(settings: Settings) -> None:
         beside = [
             lead_forever(lease, gate=gate),
             reconciler.resync_forever(namespace=namespace, interval_seconds=settings.resync_interval_seconds),
-            reader.read_forever(interval_seconds=settings.progress_interval_seconds),
+            reader.read_forever(),
             *(reconciler.work_forever(may_act=gate) for _ in range(settings.num_workers)),
         ]
-        await _until_first_ends([*beside, _watch(settings, cluster, queue, metrics)])
+        await _until_first_ends([*beside, _watch(settings, cluster, reconciler)])
         # Nothing is done any more. Left to expire, the Lease would hold up the next operator for 15 seconds.
         with contextlib.suppress(ApiError, TimeoutError):
             await asyncio.wait_for(lease.release(), _RELEASE_SECONDS)
@@ -129,12 +129,14 @@ async def _first_ended(tasks: Iterable[asyncio.Task[None]]) -> asyncio.Task[None
                 return task
 
 
-async def _watch(settings: Settings, cluster: Cluster, queue: WorkQueue[Key], metrics: Metrics) -> None:
+async def _watch(settings: Settings, cluster: Cluster, reconciler: Reconciler) -> None:
     """kopf: watches, and nothing of its own on any object."""
     await _wait_for_crd(cluster, settings.watch_namespace)
+    queue = reconciler.queue
+    registry = registry_of(queue.add, queue.add_after, is_over=reconciler.is_over, heard=reconciler.metrics.heard)
     try:
         await kopf.operator(
-            registry=registry_of(queue.add, queue.add_after, heard=metrics.heard),
+            registry=registry,
             settings=kopf_settings(settings),
             standalone=True,
             clusterwide=not settings.watch_namespace,

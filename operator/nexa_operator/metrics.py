@@ -19,11 +19,12 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from nexa_operator import goodput
+from nexa_operator.reading import created_at
 from nexa_train.config.protocol import KILLED_FOR_MEMORY, NOT_MET, OUT_OF_MEMORY
 from nexa_train.errors import NexaError
 
 OTHER = "other"
-PHASES = ("Pending", "Queued", "Running", "Restarting", "Suspended", "Succeeded", "Failed")
+PHASES = ("Pending", "Queued", "Running", "Restarting", "Suspending", "Suspended", "Succeeded", "Failed")
 
 
 def _names(error: type[NexaError]) -> Iterator[str]:
@@ -106,20 +107,21 @@ class Metrics:
             self._watch_age.labels(kind).set_function(lambda: self.clock() - self._heard_at[kind])
         self._heard_at[kind] = self.clock()
 
-    def listed(self, jobs: Iterable[Mapping[str, Any]]) -> None:
-        """All jobs were listed."""
+    def listed(self, jobs: Iterable[Mapping[str, Any]], now: datetime.datetime) -> None:
+        """All jobs were listed; of each, when it was created and its status count."""
         self._resynced_at = self.clock()
-        all_status = [job.get("status") or {} for job in jobs]
-        phases = Tally(status.get("phase", "Pending") for status in all_status)
+        all_status = [(job.get("status") or {}, created_at(job)) for job in jobs]
+        phases = Tally(status.get("phase", "Pending") for status, _ in all_status)
         for phase in PHASES:
             self._jobs.labels(phase).set(phases.pop(phase, 0))
         self._jobs.labels(OTHER).set(phases.total())
-        accounts = [status.get("goodput") or {} for status in all_status]
+        # A job that runs quietly writes nothing: what has passed since is added.
+        spent = [goodput.read(*each).until(now) for each in all_status]
         for state in goodput.STATES:
-            self._goodput.labels(state).set(sum(account.get(f"{state}Seconds", 0.0) for account in accounts))
+            self._goodput.labels(state).set(sum(seconds.get(state, 0.0) for seconds in spent))
 
     def told(self, old: Mapping[str, Any], new: Mapping[str, Any], now: datetime.datetime) -> None:
-        """A job's status was written. Counted once a job, for status remembers."""
+        """A job's status was written. Counted once a job, for status remembers: no attempt takes it back to none."""
         if not old.get("step") and new.get("step") and "startTime" in new:
             started = datetime.datetime.fromisoformat(new["startTime"])
             self._first_step.observe(max(0.0, (now - started).total_seconds()))

@@ -21,6 +21,8 @@ LABEL_ROLE = f"{GROUP}/role"
 ROLE_ROOM, ROLE_REMOVAL = "room", "removal"
 FINALIZER = f"{GROUP}/artifacts"
 """On jobs whose artifacts go with them."""
+ANNOTATION_SPANS = f"{GROUP}/parting-spans"
+"""On such a job that is being deleted: for how long an operator was there."""
 STORAGE_PREFIX = "nexa-storage-"
 """A storage profile NAME is the ConfigMap and the Secret `nexa-storage-NAME` of the job's namespace."""
 

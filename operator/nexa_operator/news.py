@@ -2,8 +2,8 @@
 
 Objects change more often than what a look sees of them: the Job controller counts its pods in the status, every
 status of ours comes back as an event, and a child that was just made is what its look expected. An event that tells
-nothing new is still answered, for the look before it may have failed or seen the past, but later, and by the same
-look as all others of its kind.
+nothing new of a child is still answered, for what should follow may fail to come, but later, and by the same look as
+all others of its kind. What comes back of a job is not, nor are the children of a job that is over.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nexa_operator.naming import LABEL_ROLE, ROLE_ROOM
+from nexa_operator.naming import FINALIZER, LABEL_ROLE, ROLE_ROOM
 from nexa_operator.reading import condition_of, label_of
 
 Body = Mapping[str, Any]
@@ -30,6 +30,10 @@ class News:
     """The sign of one that was just made as it was asked for; None: each is news."""
     _heard: dict[str, object] = field(default_factory=dict)
 
+    def knows(self, body: Body) -> bool:
+        """Whether anything was heard of it before."""
+        return body["metadata"]["uid"] in self._heard
+
     def is_new(self, change: str | None, body: Body) -> bool:
         """Whether it differs from what was heard before; `change` as the watch says it."""
         uid = body["metadata"]["uid"]
@@ -42,9 +46,10 @@ class News:
 
 
 def sign_of_training_job(body: Body) -> object:
-    """Its status is ours."""
+    """Its status is ours, and so is its finalizer: somebody who replaced the job may have taken that off unawares."""
     metadata = body["metadata"]
-    return metadata.get("generation"), metadata.get("deletionTimestamp")
+    held = FINALIZER in (metadata.get("finalizers") or ())
+    return metadata.get("generation"), metadata.get("deletionTimestamp"), held
 
 
 def sign_of_gang(body: Body) -> object:

@@ -14,14 +14,27 @@ from dataclasses import dataclass, field, replace
 from pydantic import ValidationError
 
 from nexa_operator import goodput, naming
-from nexa_operator.reading import Body, condition_of, first_true, is_deleting, is_true, label_of, owner_uid
+from nexa_operator.reading import (
+    Body,
+    Ref,
+    as_time,
+    condition_of,
+    created_at,
+    first_true,
+    is_deleting,
+    is_true,
+    label_of,
+    owner_uid,
+    ref_of,
+)
 from nexa_operator.runtimes import Runtime, runtime_of
 from nexa_operator.runtimes.base import resumed_at
 from nexa_train.config.protocol import KILLED_FOR_MEMORY, CheckpointRef, Progress, Termination
 
 _MOST_DIGITS = 9
-_LATE_SECONDS = 3.0
-"""A controller with nothing in its way has made a gang's pods long before."""
+_NO_INDEX = -1
+_LATE_SECONDS = 10.0
+"""A controller with nothing in its way has made a gang's pods long before, also where it makes those of a thousand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +90,10 @@ class Gang:
     created_at: datetime.datetime | None = None
 
     @property
+    def ref(self) -> Ref:
+        return Ref(self.name, self.uid)
+
+    @property
     def lost_ranks(self) -> tuple[Rank, ...]:
         return tuple(rank for rank in self.ranks if rank.lost)
 
@@ -127,16 +144,16 @@ class Observed:
     record: Record = field(default_factory=Record)
     gang: Gang | None = None
     """Of the attempt on record."""
-    leftovers: tuple[str, ...] = ()
-    """Names of gangs of other attempts."""
+    leftovers: tuple[Ref, ...] = ()
+    """Gangs of other attempts."""
     unavailable: str = ""
     """What is missing for the job's runtime to be seen at all, and what to do; empty: nothing."""
     admission: str = ""
     """What a suspended gang waits for in its queue."""
     refusal: str = ""
     """Why pods of this gang cannot be made, in the words of what should make them."""
-    rooms: tuple[str, ...] = ()
-    """Names of Jobs whose pods ask for nothing but room."""
+    rooms: tuple[Ref, ...] = ()
+    """Jobs whose pods ask for nothing but room."""
     room: int = 0
     """How many pods of the one beside this gang have found a node."""
     room_since: datetime.datetime | None = None
@@ -175,7 +192,7 @@ def observe(
     Args:
         children: of the runtime's kind, and its parts, and Jobs beside the gang.
     """
-    uid, record = body["metadata"]["uid"], read_record(body.get("status") or {})
+    uid, record = body["metadata"]["uid"], read_record(body.get("status") or {}, created_at(body))
     own = [child for child in children if owner_uid(child) == uid]
     rooms = [
         child for child in own if label_of(child, naming.LABEL_ROLE) == naming.ROLE_ROOM and not is_deleting(child)
@@ -193,8 +210,8 @@ def observe(
     return Observed(
         record=record,
         gang=_gang(body, current, children, pods) if current else None,
-        leftovers=tuple(child["metadata"]["name"] for child in others if not is_deleting(child)),
-        rooms=tuple(child["metadata"]["name"] for child in rooms),
+        leftovers=tuple(ref_of(child) for child in others if not is_deleting(child)),
+        rooms=tuple(ref_of(child) for child in rooms),
         room=len(placed),
         room_since=max(placed, default=None),
         room_wanted_since=max(refused, default=None),
@@ -213,12 +230,13 @@ def _asks_for_room(pod: Body, rooms: Sequence[Body], attempt: int) -> bool:
 def _scheduled_at(pod: Body, answer: str) -> datetime.datetime | None:
     """Since when that has been the scheduler's answer; None: it is not."""
     scheduled = condition_of(pod.get("status") or {}, "PodScheduled")
-    return _time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == answer else None
+    return as_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == answer else None
 
 
 def _strays(body: Body, pods: Sequence[Body], attempt: int) -> tuple[Rank, ...]:
+    runtime = runtime_of(body)
     own = [pod for pod in pods if _attempt(pod) == attempt and not label_of(pod, naming.LABEL_ROLE)]
-    return tuple(_rank(runtime_of(body), pod, replaces=False) for pod in own)
+    return tuple(_rank(runtime, pod, replaces=False) for pod in own if _index(runtime, pod) is not None)
 
 
 def _size(gang: Body) -> int | None:
@@ -230,11 +248,17 @@ def observe_unavailable(body: Body) -> Observed:
     runtime = runtime_of(body)
     kind = f"{runtime.KIND.plural}.{runtime.KIND.group}"
     message = f"the cluster does not serve {kind}: install {runtime.PROVIDER}, or use schedule.runtime job"
-    return Observed(record=read_record(body.get("status") or {}), unavailable=message)
+    return Observed(record=read_record(body.get("status") or {}, created_at(body)), unavailable=message)
 
 
-def read_record(status: Body) -> Record:
-    """Lenient: status is written by this operator, maybe by an older one."""
+def finished_of(status: Body) -> str:
+    """Succeeded or Failed; empty: neither is true yet."""
+    return next((kind for kind in ("Succeeded", "Failed") if is_true(status, kind)), "")
+
+
+def read_record(status: Body, created: datetime.datetime | None = None) -> Record:
+    """Lenient: status is written by this operator, maybe by an older one. Only the account asks since when the job is
+    there."""
     failure = status.get("lastFailure") or {}
     return Record(
         attempt=status.get("attempt", 0),
@@ -243,19 +267,15 @@ def read_record(status: Body) -> Record:
         restarts=status.get("restarts", 0),
         charged=status.get("chargedRestarts", 0),
         losses=status.get("lossesWithoutCheckpoint", 0),
-        not_before=_time(status.get("nextAttemptTime")),
+        not_before=as_time(status.get("nextAttemptTime")),
         excluded_nodes=tuple(status.get("excludedNodes") or ()),
         step_at_last_failure=failure.get("checkpointStep", -1),
         out_of_memory_attempt=failure.get("attempt") if failure.get("cause") == KILLED_FOR_MEMORY else None,
         checkpoint=_read_checkpoint(status.get("checkpoint")),
-        finished=next((kind for kind in ("Succeeded", "Failed") if is_true(status, kind)), ""),
-        completed_at=_time(status.get("completionTime")),
-        account=goodput.read(status),
+        finished=finished_of(status),
+        completed_at=as_time(status.get("completionTime")),
+        account=goodput.read(status, created),
     )
-
-
-def _time(text: str | None) -> datetime.datetime | None:
-    return datetime.datetime.fromisoformat(text) if text else None
 
 
 def _read_checkpoint(seen: Body | None) -> CheckpointRef | None:
@@ -277,12 +297,13 @@ def _read_checkpoint(seen: Body | None) -> CheckpointRef | None:
 def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) -> Gang:
     runtime, resumed = runtime_of(body), resumed_at(child)
     owners = runtime.owners(child, parts)
-    own = [pod for pod in pods if owner_uid(pod) in owners and not _is_of_before(pod, resumed)]
+    theirs = [pod for pod in pods if owner_uid(pod) in owners and _index(runtime, pod) is not None]
+    own = [pod for pod in theirs if not _is_of_before(pod, resumed)]
     state = runtime.state(child, parts, own)
     replaces = state.num_replaced > 0 and _ran_since(body, resumed)
     ranks = [_rank(runtime, pod, replaces=replaces) for pod in own]
     if replaces:
-        ranks += [Rank(index=-1, replaced=True)] * (state.num_replaced - len(own))
+        ranks += [Rank(index=_NO_INDEX, replaced=True)] * (state.num_replaced - len(own))
     return Gang(
         name=child["metadata"]["name"],
         attempt=_attempt(child),
@@ -294,17 +315,18 @@ def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) 
         failure_message=state.failure_message,
         ranks=tuple(sorted(ranks, key=_rank_order)),
         owners=tuple(sorted(owners)) or (child["metadata"]["uid"],),
-        created_at=_time(child["metadata"].get("creationTimestamp")),
+        created_at=created_at(child),
     )
 
 
-def lacks_pods(seen: Observed, now: datetime.datetime) -> bool:
-    """Whether pods of the gang should have been made by now, and were not."""
+def pods_due_seconds(seen: Observed, now: datetime.datetime) -> float | None:
+    """Until pods that the gang lacks should have been made; 0: they are late; None: it lacks none."""
     gang = seen.gang
     if gang is None or gang.suspended or gang.deleting or gang.complete or gang.failure or gang.created_at is None:
-        return False
-    late = (now - gang.created_at).total_seconds() >= _LATE_SECONDS
-    return late and len(gang.ranks) < (seen.record.num_nodes or 0)
+        return None
+    if len(gang.ranks) >= (seen.record.num_nodes or 0):
+        return None
+    return max(0.0, _LATE_SECONDS - (now - gang.created_at).total_seconds())
 
 
 def refusal_in(events: Iterable[Body], gang: Gang) -> str:
@@ -334,14 +356,20 @@ def _rank_order(rank: Rank) -> tuple[int, bool, str]:
     return rank.index, rank.deleting, rank.finished_at
 
 
+def _index(runtime: Runtime, pod: Body) -> int | None:
+    """None where its label is no index: such a pod is none of the gang's, and must not keep the others from sight."""
+    label = runtime.index(pod)
+    return _number(label) if label else _NO_INDEX
+
+
 def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
-    status = pod.get("status") or {}
+    status, index = pod.get("status") or {}, _index(runtime, pod)
     ended, waiting = _container_states(status, runtime.CONTAINER)
     scheduled = condition_of(status, "PodScheduled")
     phase = status.get("phase", "Pending")
     waits = phase == "Pending" and scheduled.get("status") == "False"
     return Rank(
-        index=int(runtime.index(pod) or -1),
+        index=_NO_INDEX if index is None else index,
         phase=phase,
         ip=status.get("podIP", ""),
         exit_code=ended.get("exitCode"),
@@ -352,9 +380,9 @@ def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
         disrupted=bool(first_true(pod, "DisruptionTarget")),
         deleting=is_deleting(pod),
         replaced=replaces and phase == "Pending",
-        gone_by=_time(pod["metadata"].get("deletionTimestamp")),
+        gone_by=as_time(pod["metadata"].get("deletionTimestamp")),
         node=(pod.get("spec") or {}).get("nodeName", ""),
-        unplaced_since=_time(scheduled.get("lastTransitionTime")) if waits else None,
+        unplaced_since=as_time(scheduled.get("lastTransitionTime")) if waits else None,
     )
 
 

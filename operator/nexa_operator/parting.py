@@ -1,7 +1,8 @@
 """A job that is being deleted and takes its artifacts with it: what is left to do. Beside `decide.py`; pure.
 
 Only `schedule.deletionPolicy: Delete` puts a finalizer on a job, and it holds the job for a bounded time: artifacts
-that could not be removed by then stay where they are, and an event says so.
+that could not be removed by then stay where they are, and an event says so. Only time in which an operator is there
+counts; it is kept on the job, so that operators which come and go do not hold it for ever.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from nexa_operator import naming
-from nexa_operator.reading import Body, first_true, is_deleting, label_of
+from nexa_operator.reading import Body, Ref, first_true, is_deleting, label_of, ref_of
 from nexa_operator.runtimes.beside import REMOVAL_SECONDS
 from nexa_operator.runtimes.pod import TERMINATION_GRACE_SECONDS
 
 PATIENCE_SECONDS = TERMINATION_GRACE_SECONDS + REMOVAL_SECONDS + 60
 LOOK_SECONDS = 5.0
+SPAN_SECONDS = 60
+"""An operator that is there counts itself so often, and at its first look, however short its life is."""
+_MOST_DIGITS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class Hold:
 class Clear:
     """Ranks may still write: end the gangs."""
 
-    gangs: tuple[str, ...]
+    gangs: tuple[Ref, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,31 +68,29 @@ def wants_hold(body: Body) -> bool:
     return policy == "Delete" and not holds(body) and not is_deleting(body)
 
 
+def spans_of(body: Body) -> int:
+    """How often an operator has counted itself at it."""
+    told = (body["metadata"].get("annotations") or {}).get(naming.ANNOTATION_SPANS, "")
+    return int(told) if told.isascii() and told.isdecimal() and len(told) <= _MOST_DIGITS else 0
+
+
 def next_step(
-    body: Body,
-    *,
-    gangs: Sequence[Body],
-    jobs: Sequence[Body],
-    pods: Sequence[Body],
-    began: datetime.datetime,
-    now: datetime.datetime,
+    body: Body, *, gangs: Sequence[Body], jobs: Sequence[Body], pods: Sequence[Body], now: datetime.datetime
 ) -> Step:
     """What to do for a job that is being deleted and holds.
 
     Args:
         gangs: what carries its attempts. jobs: the Jobs beside them. pods: all of its pods.
-        began: when this operator did: before, nobody may have been there to do anything.
     """
     removal = next((job for job in jobs if label_of(job, naming.LABEL_ROLE) == naming.ROLE_REMOVAL), None)
     outcome = Await() if removal is None else _outcome(removal)
     if isinstance(outcome, LetGo):
         return outcome
-    since = max(began, datetime.datetime.fromisoformat(body["metadata"]["deletionTimestamp"]))
-    if (now - since).total_seconds() > PATIENCE_SECONDS:
+    if spans_of(body) > PATIENCE_SECONDS // SPAN_SECONDS:
         return LetGo(problem=f"not done within {PATIENCE_SECONDS} s")
     if removal is not None:
         return outcome
-    standing = tuple(gang["metadata"]["name"] for gang in gangs if not is_deleting(gang))
+    standing = tuple(ref_of(gang) for gang in gangs if not is_deleting(gang))
     if standing:
         return Clear(gangs=standing)
     # A pod whose node is gone never ends; after its grace nothing of it can be alive and reach the store for long.

@@ -1,12 +1,15 @@
 """Reads /progress of pod 0 of every running gang. Beside the reconciler: fed by it, and wakes it on news.
 
-A pod that cannot be reached changes what is known, never what runs.
+A pod that cannot be reached changes what is known, never what runs, and holds up nobody: each gang is read at a time of
+its own, those that did not answer apart from those that did.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -24,6 +27,11 @@ _TIMEOUT_SECONDS = 5.0
 _MOST_BYTES = 65_536
 """A pod is a tenant's. What ours answer is a hundredth of it."""
 _NUM_AT_ONCE = 32
+"""Of those that answered when they were last asked, and as many of the others: httpx has a hundred connections."""
+_LONGEST_SECONDS = 60.0
+"""Between two questions to a pod that does not answer."""
+_TICKS = 10
+"""How often in an interval those are looked for whose time has come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,11 @@ class _Entry:
     target: Target
     latest: Progress | None = None
     misses: int = 0
+    due_at: float = -math.inf
+
+    @property
+    def answers(self) -> bool:
+        return self.latest is not None and self.misses == 0
 
 
 @dataclass
@@ -48,6 +61,11 @@ class ProgressReader(Generic[K]):
 
     on_news: Callable[[K], None]
     client: httpx.AsyncClient
+    interval_seconds: float = 10.0
+    """Between two questions to a gang, so a job's status is written at most as often on its account."""
+    clock: Callable[[], float] = time.monotonic
+    _answering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_AT_ONCE))
+    _silent: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_AT_ONCE))
     _entries: dict[K, _Entry] = field(default_factory=dict)
 
     def watch(self, key: K, target: Target) -> None:
@@ -69,22 +87,37 @@ class ProgressReader(Generic[K]):
         entry = self._entries.get(key)
         return entry is None or entry.misses < MISSES_UNTIL_UNKNOWN
 
-    async def read_forever(self, *, interval_seconds: float) -> None:
-        """One round an interval, so a job's status is written at most as often on its account."""
-        while True:
-            await asyncio.sleep(interval_seconds)
-            await self.read_all()
+    async def read_forever(self) -> None:
+        """Each gang when its time has come, whatever the others do."""
+        async with asyncio.TaskGroup() as reads:
+            while True:
+                for key in self.take_due():
+                    reads.create_task(self.read(key))
+                await asyncio.sleep(self.interval_seconds / _TICKS)
 
-    async def read_all(self) -> None:
-        """One round over all gangs."""
-        limit = asyncio.Semaphore(_NUM_AT_ONCE)
+    def take_due(self) -> Iterator[K]:
+        """Those whose time has come; each only once until it was read."""
+        now = self.clock()
+        for key, entry in self._entries.items():
+            if entry.due_at <= now:
+                entry.due_at = math.inf
+                yield key
 
-        async def read(key: K, entry: _Entry) -> None:
-            async with limit:
-                seen = await self._fetch(entry.target)
-            self._note(key, entry, seen)
+    async def read(self, key: K) -> None:
+        """Ask this one, now."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return
+        async with self._answering if entry.answers else self._silent:
+            seen = await self._fetch(entry.target)
+        self._note(key, entry, seen)
+        entry.due_at = self.clock() + self._delay_seconds(entry)
 
-        await asyncio.gather(*(read(key, entry) for key, entry in list(self._entries.items())))
+    def _delay_seconds(self, entry: _Entry) -> float:
+        """Until it is asked again: twice as long each time once it is out of reach."""
+        in_vain = max(0, entry.misses - MISSES_UNTIL_UNKNOWN + 1)
+        delay = self.interval_seconds * 2.0 ** min(in_vain, 16)
+        return max(self.interval_seconds, min(delay, _LONGEST_SECONDS))
 
     def _note(self, key: K, entry: _Entry, seen: Progress | None) -> None:
         known_before, latest_before = self.is_known(key), entry.latest

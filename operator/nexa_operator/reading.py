@@ -1,11 +1,24 @@
-"""Raw objects -> the few things that one asks of any of them: conditions, owners, deletion. Pure."""
+"""Raw objects -> the few things that one asks of any of them: conditions, owners, times, deletion. Pure."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 Body = Mapping[str, Any]
+
+
+class Ref(NamedTuple):
+    """One object: by the time that something is done to it, another may have its name."""
+
+    name: str
+    uid: str
+
+
+def ref_of(body: Body) -> Ref:
+    """By which it can be asked to go, and no other in its place."""
+    return Ref(body["metadata"]["name"], body["metadata"].get("uid", ""))
 
 
 def condition_of(status: Body, kind: str) -> Body:
@@ -39,3 +52,17 @@ def owner_uid(body: Body) -> str:
 def is_deleting(body: Body) -> bool:
     """Whether it was asked to go."""
     return "deletionTimestamp" in body["metadata"]
+
+
+def created_at(body: Body) -> datetime.datetime | None:
+    """When the server made it; None: it does not say."""
+    return as_time((body.get("metadata") or {}).get("creationTimestamp"))
+
+
+def as_time(text: str | None) -> datetime.datetime | None:
+    """None also for what is no time here, as a leap second, which the server takes; so it does times without a zone."""
+    try:
+        when = datetime.datetime.fromisoformat(text) if text else None
+    except (TypeError, ValueError):
+        return None
+    return when if when is None or when.tzinfo else when.replace(tzinfo=datetime.UTC)

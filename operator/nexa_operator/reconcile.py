@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from nexa_operator.decide import (
     Resume,
     Shrink,
     Starting,
+    Succeed,
     Suspend,
     Wait,
     Watch,
@@ -39,18 +40,20 @@ from nexa_operator.decide import (
 from nexa_operator.errors import ApiError, ConflictError, InvalidError, RuntimeUnavailableError
 from nexa_operator.kinds import EVENTS, JOBS, PODS, TRAINING_JOBS, WORKLOADS
 from nexa_operator.metrics import Metrics
+from nexa_operator.news import LATER_SECONDS
 from nexa_operator.observe import (
     Gang,
     Observed,
-    lacks_pods,
+    finished_of,
     observe,
     observe_unavailable,
+    pods_due_seconds,
     read_record,
     refusal_in,
 )
 from nexa_operator.plan import Defaults, RunPlan, image_of, make_plan
 from nexa_operator.progress import ProgressReader, Target
-from nexa_operator.reading import Body, condition_of, is_deleting, label_of
+from nexa_operator.reading import Body, Ref, condition_of, created_at, is_deleting, label_of
 from nexa_operator.runtimes import beside, runtime_of
 from nexa_operator.spec import is_ours, parse
 from nexa_operator.status import (
@@ -71,6 +74,11 @@ log = structlog.get_logger(__name__)
 _GONE_SECONDS = 2.0
 _SERVED_SECONDS = 10.0
 _KUEUE_SECONDS = 3.0
+_UNSEEN_SECONDS = 60.0
+_REFUSAL_SECONDS = 30.0
+"""Between two questions for what a gang's owner was refused: the server looks through all events of the namespace."""
+_STANDS_SECONDS = 1.0
+"""Until the pods of a gang that others keep room for stand in line for it."""
 _RESYNC_AGAIN_SECONDS = 5.0
 _ROOM_SECONDS = 60.0
 _LATE_SECONDS = 0.05
@@ -91,6 +99,15 @@ def now_utc() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """Why pods of a gang could not be made, and when that was asked."""
+
+    gang: str
+    at: datetime.datetime
+    said: str
+
+
 @dataclass(kw_only=True)
 class Reconciler:
     """One look after the other; never two at the same job at once."""
@@ -104,12 +121,18 @@ class Reconciler:
     _children: Children = field(init=False)
     _trouble: dict[Key, str] = field(default_factory=dict)
     _invalid: dict[Key, str] = field(default_factory=dict)
+    _over: set[Key] = field(default_factory=set)
     _losses: dict[Key, tuple[int, datetime.datetime]] = field(default_factory=dict)
-    _began: datetime.datetime = field(init=False)
+    _refusals: dict[Key, _Refusal] = field(default_factory=dict)
+    _attended: dict[Key, datetime.datetime] = field(default_factory=dict)
+    """When this operator last counted itself at a job that parts."""
 
     def __post_init__(self) -> None:
         self._children = Children(cluster=self.cluster)
-        self._began = self.clock()
+
+    def is_over(self, key: Key) -> bool:
+        """Whether the job has ended and nothing of it is left to remove."""
+        return key in self._over
 
     async def work_forever(self, *, may_act: asyncio.Event) -> None:
         """Take jobs from the queue while this operator is the one that acts."""
@@ -130,14 +153,17 @@ class Reconciler:
             try:
                 told: list[Body] = []
                 async for body in self.cluster.walk(TRAINING_JOBS, namespace):
-                    told.append({"status": _summary(body.get("status") or {})})
+                    told.append(_summary(body))
                     if not _rests_for_good(body):
                         self.queue.add(key_of(body))
-                self.metrics.listed(told)
+                self.metrics.listed(told, self.clock())
             except ApiError as exc:
                 log.warning("resync failed", error=str(exc))
                 # Soon: after an outage, failed looks wait longer than this.
                 seconds = min(interval_seconds, _RESYNC_AGAIN_SECONDS)
+            except Exception as exc:
+                # Whatever one job's status says: an operator that ends looks at none of the others either.
+                log.warning("resync failed", error=str(exc), exc_info=True)
             await asyncio.sleep(seconds)
 
     async def _look(self, key: Key) -> None:
@@ -157,9 +183,11 @@ class Reconciler:
 
     async def reconcile(self, key: Key) -> None:
         """One look. Raises ApiError; the look is then taken again."""
+        self._over.discard(key)  # until this look has seen that it is
         body = await self.cluster.read(TRAINING_JOBS, key.namespace, key.name)
         if body is None or body["metadata"]["uid"] != key.uid:
             self._forget(key)
+            self._attended.pop(key, None)
         elif not is_ours(body):
             return
         elif is_deleting(body):
@@ -179,7 +207,12 @@ class Reconciler:
         if isinstance(decision, Rest | Expire):
             self._forget(key)
             await self._write_status(body, caught_up(body.get("status") or {}, body["metadata"].get("generation", 0)))
-            await self._clear(key, body, seen, decision)
+            left = await self._clear(key, body, seen, decision)
+            if seen.unavailable:
+                # A gang may be there, and run, and nobody tells when it can be seen again.
+                self.queue.add_after(key, _UNSEEN_SECONDS)
+            elif not left:
+                self._over.add(key)
             await self._end(key, decision)
             return
         if isinstance(decision, Linger):
@@ -199,12 +232,10 @@ class Reconciler:
 
     def _look_again(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
         """At what nobody will tell of."""
-        due = [_unwatched(body, seen, decision)]
-        if job is not None:
-            due.append(next_look_seconds(seen, decision, spec=job.spec, now=self.clock()))
-        for seconds in due:
-            if seconds is not None:
-                self.queue.add_after(key, seconds + _LATE_SECONDS)
+        due = list(_unwatched(body, seen, decision, now=self.clock()))
+        clock = None if job is None else next_look_seconds(seen, decision, spec=job.spec, now=self.clock())
+        for seconds in due if clock is None else [*due, clock]:
+            self.queue.add_after(key, seconds + _LATE_SECONDS)
 
     async def _observe(self, key: Key, body: Body) -> Observed:
         runtime = runtime_of(body)
@@ -224,8 +255,8 @@ class Reconciler:
         queue = ((body.get("spec") or {}).get("schedule") or {}).get("queueName")
         if queue and seen.gang and seen.gang.suspended:
             return replace(seen, admission=await self._admission(key.namespace, queue, seen.gang))
-        if seen.gang and lacks_pods(seen, self.clock()):
-            return replace(seen, refusal=await self._refusal(key.namespace, seen.gang))
+        if seen.gang and pods_due_seconds(seen, self.clock()) == 0.0:
+            return replace(seen, refusal=await self._refusal(key, seen.gang))
         return seen
 
     def _lost_seconds(self, key: Key, gang: Gang | None) -> float:
@@ -243,7 +274,16 @@ class Reconciler:
         labels = f"{queueing.LABEL_GANG_UID}={gang.uid}"
         return queueing.waits_for(queue, await _if_served(self.cluster.list(WORKLOADS, namespace, labels)))
 
-    async def _refusal(self, namespace: str, gang: Gang) -> str:
+    async def _refusal(self, key: Key, gang: Gang) -> str:
+        """As it was said last, or is said now where that is long ago."""
+        now, before = self.clock(), self._refusals.get(key)
+        if before and before.gang == gang.uid and (now - before.at).total_seconds() < _REFUSAL_SECONDS:
+            return before.said
+        said = await self._ask_for_refusal(key.namespace, gang)
+        self._refusals[key] = _Refusal(gang.uid, now, said)
+        return said
+
+    async def _ask_for_refusal(self, namespace: str, gang: Gang) -> str:
         try:
             asked = [f"involvedObject.uid={uid},type=Warning" for uid in gang.owners]
             told = [event for each in asked for event in await self.cluster.list(EVENTS, namespace, fields=each)]
@@ -256,6 +296,7 @@ class Reconciler:
     def _context(self, key: Key, body: Body, job: Job | None, seen: Observed) -> Context:
         return Context(
             generation=body["metadata"].get("generation", 0),
+            created=created_at(body),
             run_id=job.run_id if job else "",
             num_nodes=seen.record.num_nodes or (job.spec.cluster.num_nodes if job else 0),
             progress_deadline_seconds=job.spec.recovery.progress_deadline_seconds if job else 0,
@@ -281,33 +322,44 @@ class Reconciler:
         await self.cluster.patch(TRAINING_JOBS, document, subresource="status")
 
     async def _carry_out(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
-        runtime = runtime_of(body)
+        kind = runtime_of(body).KIND
         try:
-            for name in _to_remove(seen, decision):
-                await self.cluster.delete(runtime.KIND, key.namespace, name)
-            if isinstance(decision, Suspend) and decision.withdraw:
-                # After its pods, so that their last words can still be read.
-                await self.cluster.delete(runtime.KIND, key.namespace, decision.gang, children_first=True)
-            elif isinstance(decision, Suspend):
-                metadata = {"namespace": key.namespace, "name": decision.gang}
-                await self.cluster.patch(runtime.KIND, {"metadata": metadata, "spec": runtime.suspension()})
+            for gang in _to_remove(seen, decision):
+                await self.cluster.delete(kind, key.namespace, gang.name, uid=gang.uid)
+            if isinstance(decision, Suspend) and seen.gang is not None:
+                await self._suspend(key, body, seen.gang.ref, decision)
             if job is not None and isinstance(decision, Probe):
                 await self._ask_for_room(key, body, job, seen, decision)
             if job is not None and _begins(decision):
                 await self._create(key, body, self._plan(key, body, job))
-            for name in _rooms_to_remove(key, seen, decision):
-                await self.cluster.delete(JOBS, key.namespace, name)
+            for room in _rooms_to_remove(key, seen, decision, now=self.clock()):
+                await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
+        except ConflictError:
+            # What this look saw is gone; the next one sees what has its name.
+            raise
         except ApiError as exc:
             self._trouble[key] = str(exc)
             raise
         self._trouble.pop(key, None)
 
-    async def _clear(self, key: Key, body: Body, seen: Observed, decision: Decision) -> None:
-        """What a finished job has left to do, also where the look that finished it was cut short."""
-        for name in _to_remove(seen, decision):
-            await self.cluster.delete(runtime_of(body).KIND, key.namespace, name)
-        for name in seen.rooms:
-            await self.cluster.delete(JOBS, key.namespace, name)
+    async def _suspend(self, key: Key, body: Body, gang: Ref, decision: Suspend) -> None:
+        runtime = runtime_of(body)
+        if decision.withdraw:
+            # After its pods, so that their last words can still be read.
+            await self.cluster.delete(runtime.KIND, key.namespace, gang.name, uid=gang.uid, children_first=True)
+        else:
+            # By its UID, which the server compares: a namesake of a job that was deleted is not to stop.
+            metadata = {"namespace": key.namespace, "name": gang.name, "uid": gang.uid}
+            await self.cluster.patch(runtime.KIND, {"metadata": metadata, "spec": runtime.suspension()})
+
+    async def _clear(self, key: Key, body: Body, seen: Observed, decision: Decision) -> bool:
+        """What a finished job has left to do, also where the look that finished it was cut short; whether there was."""
+        gangs = _to_remove(seen, decision)
+        for gang in gangs:
+            await self.cluster.delete(runtime_of(body).KIND, key.namespace, gang.name, uid=gang.uid)
+        for room in seen.rooms:
+            await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
+        return bool(gangs or seen.rooms)
 
     def _plan(self, key: Key, body: Body, job: Job) -> RunPlan:
         """Of the attempt on record."""
@@ -334,14 +386,20 @@ class Reconciler:
 
     async def _part(self, key: Key, body: Body) -> None:
         """One look at a job that takes its artifacts with it."""
+        now = self.clock()
+        if key not in self._attended or (now - self._attended[key]).total_seconds() >= parting.SPAN_SECONDS:
+            # Before anything that may fail, or end this operator.
+            await self._patch(body, {"annotations": {naming.ANNOTATION_SPANS: str(parting.spans_of(body) + 1)}})
+            self._attended[key] = now
+            return await self.reconcile(key)
         runtime = runtime_of(body)
         kinds = (runtime.KIND, JOBS, PODS)
         listed = [await _if_served(self._children.of(kind, key.namespace, key.uid)) or [] for kind in kinds]
-        gangs = [gang for gang in listed[0] if not label_of(gang, naming.LABEL_ROLE)]
-        step = parting.next_step(body, gangs=gangs, jobs=listed[1], pods=listed[2], began=self._began, now=self.clock())
+        gangs = [each for each in listed[0] if not label_of(each, naming.LABEL_ROLE)]
+        step = parting.next_step(body, gangs=gangs, jobs=listed[1], pods=listed[2], now=now)
         if isinstance(step, parting.Clear):
-            for name in step.gangs:
-                await self.cluster.delete(runtime.KIND, key.namespace, name)
+            for gang in step.gangs:
+                await self.cluster.delete(runtime.KIND, key.namespace, gang.name, uid=gang.uid)
         elif isinstance(step, parting.Remove):
             step = await self._remove_artifacts(key, body)
         if isinstance(step, parting.LetGo):
@@ -371,8 +429,12 @@ class Reconciler:
         await self._set_finalizers(body, others)
 
     async def _set_finalizers(self, body: Body, finalizers: list[str]) -> None:
+        await self._patch(body, {"finalizers": finalizers})
+
+    async def _patch(self, body: Body, change: Body) -> None:
+        """The job's metadata, if it is still as it was seen."""
         metadata = {name: body["metadata"][name] for name in ("name", "namespace", "resourceVersion")}
-        await self.cluster.patch(TRAINING_JOBS, {"metadata": {**metadata, "finalizers": finalizers}})
+        await self.cluster.patch(TRAINING_JOBS, {"metadata": {**metadata, **change}})
 
     async def _create(self, key: Key, body: Body, plan: RunPlan) -> None:
         try:
@@ -403,6 +465,7 @@ class Reconciler:
         self._trouble.pop(key, None)
         self._invalid.pop(key, None)
         self._losses.pop(key, None)
+        self._refusals.pop(key, None)
 
 
 def key_of(body: Body) -> Key:
@@ -421,13 +484,15 @@ async def _if_served(listing: Coroutine[Any, Any, list[Object]]) -> list[Object]
         raise
 
 
-def _summary(status: Body) -> Body:
+def _summary(body: Body) -> Body:
     """What metrics ask of all jobs at once; whole bodies of a fleet would fill the memory."""
-    return {key: status[key] for key in ("phase", "goodput") if key in status}
+    status = body.get("status") or {}
+    created = {"creationTimestamp": body["metadata"].get("creationTimestamp")}
+    return {"metadata": created, "status": {key: status[key] for key in ("phase", "goodput") if key in status}}
 
 
 def _rests_for_good(body: Body) -> bool:
-    return _ttl_seconds(body) is None and bool(read_record(body.get("status") or {}).finished)
+    return _ttl_seconds(body) is None and bool(finished_of(body.get("status") or {}))
 
 
 def _ttl_seconds(body: Body) -> int | None:
@@ -459,37 +524,47 @@ def judge(
     return job, decision
 
 
-def _unwatched(body: Body, seen: Observed, decision: Decision) -> float | None:
+def _unwatched(body: Body, seen: Observed, decision: Decision, *, now: datetime.datetime) -> Iterator[float]:
     """How soon to look again at what nobody tells of; pods and Jobs alone are watched, so that no CRD need be there."""
+    if _begins(decision) or isinstance(decision, Succeed | Fail):
+        yield LATER_SECONDS  # what becomes of the new gang; what is left of a job that is over, and its time to live
     if isinstance(decision, Wait) and decision.seconds is None:
-        return _SERVED_SECONDS
+        yield _SERVED_SECONDS
     if seen.gang is not None and seen.gang.deleting:
-        return _GONE_SECONDS
+        yield _GONE_SECONDS
     # Kueue takes a moment to say what is missing; later changes of its mind are for the resync.
     first_seen = condition_of(body.get("status") or {}, "Queued").get("reason") != WAITING_FOR_ADMISSION
-    return _KUEUE_SECONDS if seen.admission and first_seen else None
+    if seen.admission and first_seen:
+        yield _KUEUE_SECONDS
+    due = pods_due_seconds(seen, now)
+    if due is not None and not seen.refusal:
+        yield due or _REFUSAL_SECONDS
+    if seen.rooms and (_begins(decision) or due):
+        yield _STANDS_SECONDS
 
 
-def _to_remove(seen: Observed, decision: Decision) -> tuple[str, ...]:
+def _to_remove(seen: Observed, decision: Decision) -> tuple[Ref, ...]:
     """Gangs that have no future. The failed gang of a failed job stays: its pods' logs say why."""
     gang = seen.gang
     if gang is None or gang.deleting:
         return seen.leftovers
     if isinstance(decision, Restart | Resume | Shrink):
-        return (*seen.leftovers, gang.name)
+        return (*seen.leftovers, gang.ref)
     # Over time, refused by an operator that was upgraded, or one whose runtime makes pods anew: nothing else ends it.
     ended = gang.complete or gang.failure or any(rank.phase == "Failed" for rank in gang.ranks)
     runs_on = isinstance(decision, Fail | Rest | Expire) and not ended
-    return (*seen.leftovers, gang.name) if runs_on else seen.leftovers
+    return (*seen.leftovers, gang.ref) if runs_on else seen.leftovers
 
 
-def _rooms_to_remove(key: Key, seen: Observed, decision: Decision) -> list[str]:
+def _rooms_to_remove(key: Key, seen: Observed, decision: Decision, *, now: datetime.datetime) -> list[Ref]:
     """All but what is asked for, or kept free until the gang that it is for stands in line for it."""
+    if isinstance(decision, Watch) and pods_due_seconds(seen, now):
+        return []  # no longer than until its pods are late: a quota may have no place for both
     resizes = isinstance(decision, Suspend) and decision.resizes
-    forgives = isinstance(decision, Probe) and decision.forgives  # those asked for room elsewhere
-    keeps = resizes or isinstance(decision, Probe | Wait)
+    forgives = isinstance(decision, Probe | Resume) and decision.forgives  # those asked for room elsewhere
+    keeps = resizes or isinstance(decision, Probe | Wait | Resume)
     kept = naming.room_name(key.name, seen.record.attempt) if keeps and not forgives else ""
-    return [name for name in seen.rooms if name != kept]
+    return [room for room in seen.rooms if room.name != kept]
 
 
 def _begins(decision: Decision) -> bool:

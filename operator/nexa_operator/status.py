@@ -62,6 +62,8 @@ class Context:
     """What a status needs besides what was seen and decided."""
 
     generation: int
+    created: datetime.datetime | None
+    """When the job was."""
     run_id: str
     num_nodes: int
     """Pods of the gang on record."""
@@ -93,7 +95,9 @@ class _Verdict:
 def next_status(previous: Body, *, seen: Observed, decision: Decision, context: Context) -> dict[str, Any]:
     """The whole status; equal to `previous` when nothing changed."""
     verdict = _verdict(previous, seen, decision, context)
-    status: dict[str, Any] = {
+    before = goodput.read(previous, context.created)
+    account = _account(before, seen, decision, context)
+    told: dict[str, Any] = {
         "observedGeneration": context.generation,
         "phase": verdict.phase,
         "runId": context.run_id or previous.get("runId"),
@@ -103,10 +107,17 @@ def next_status(previous: Body, *, seen: Observed, decision: Decision, context: 
         **_facts(previous, seen, decision),
         "checkpoint": _checkpoint(seen.checkpoint),
         "lastFailure": _last_failure(previous, seen, decision, context),
-        "goodput": _account(previous, seen, decision, context).to_status() or None,
+        "goodput": previous.get("goodput") if account == before else account.to_status(context.now) or None,
         "conditions": _conditions(previous, verdict, seen, context),
     }
-    return {key: value for key, value in status.items() if value is not None}
+    status = {key: value for key, value in told.items() if value is not None}
+    # Time that passes is no reason to write; what is written for another reason says it.
+    return status if status == previous else {**status, **_spent(account, context.now)}
+
+
+def _spent(account: goodput.Account, now: datetime.datetime) -> dict[str, Any]:
+    spent = account.to_status(now)
+    return {"goodput": spent} if spent else {}
 
 
 def caught_up(previous: Body, generation: int) -> dict[str, Any]:
@@ -144,9 +155,9 @@ def _recovery(previous: Body, seen: Observed, decision: Decision, context: Conte
     return status
 
 
-def _account(previous: Body, seen: Observed, decision: Decision, context: Context) -> goodput.Account:
+def _account(account: goodput.Account, seen: Observed, decision: Decision, context: Context) -> goodput.Account:
     """Where the job's time went until now, and what it is spent on from now on."""
-    account, now, told = goodput.read(previous), context.now, _told(seen)
+    now, told = context.now, _told(seen)
     stands = seen.gang is not None and seen.gang.suspended
     if told is not None and not stands and not isinstance(decision, Hold | Resume | Wait):
         account = goodput.began_to_train(account, told, now)
@@ -205,11 +216,14 @@ def _facts(previous: Body, seen: Observed, decision: Decision) -> dict[str, Any]
         return {key: previous.get(key) for key in kept}
     total = told.total_steps if told.total_steps is not None else previous.get("totalSteps")
     validation = _number(told.validation_loss)
+    # Until it has found its checkpoint an attempt speaks of no step, which takes back none that was reached before.
+    begins = told.step == 0 and previous.get("step", 0) > 0
+    step, loss = (previous["step"], previous.get("loss")) if begins else (told.step, _number(told.loss))
     facts = {
-        "step": told.step,
+        "step": step,
         "totalSteps": total,
-        "progress": f"{told.step}/{total}" if total is not None else str(told.step),
-        "loss": _number(told.loss),
+        "progress": f"{step}/{total}" if total is not None else str(step),
+        "loss": loss,
         "validationLoss": validation if validation is not None else previous.get("validationLoss"),
     }
     if isinstance(told, Progress) and not isinstance(decision, Succeed | Fail):
@@ -277,7 +291,9 @@ def _verdict(previous: Body, seen: Observed, decision: Decision, context: Contex
     if isinstance(decision, Suspend) and decision.resizes:
         why = ("Resizing", "the next attempt has another number of pods; a checkpoint is committed first")
         return _Verdict(phase="Restarting", true={"Queued": why, "Reconciling": why})
-    if isinstance(decision, Hold | Suspend):
+    if isinstance(decision, Suspend) or (isinstance(decision, Hold) and decision.seconds > 0):
+        return _Verdict(phase="Suspending", true={"Reconciling": ("Suspending", "ranks commit their last checkpoint")})
+    if isinstance(decision, Hold):
         said = "by schedule.suspend"
         true = {"Suspended": ("Suspended", said), "Ready": ("Suspended", said)}
         return _Verdict(phase="Suspended", true=true)

@@ -25,7 +25,10 @@ def job(**groups: Any) -> Job:
 
 
 def body(*, status: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]:
-    metadata = {"name": "demo", "namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "7"}
+    metadata = {
+        "name": "demo", "namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "7",
+        "creationTimestamp": "2026-11-23T12:00:00Z",
+    }  # fmt: skip
     return {"metadata": metadata, "spec": spec(**groups), **({"status": status} if status else {})}
 
 

@@ -91,6 +91,18 @@ def test_a_job_that_is_suspended(observed, expected):
     assert decision(observed, schedule=SUSPENDED) == expected
 
 
+def test_a_suspended_job_s_ranks_may_still_commit_and_are_looked_at_until_they_are_gone() -> None:
+    saving = rank(0, deleting=True, gone_by=NOW + datetime.timedelta(seconds=90))
+    for observed in (seen(gang(saving, suspended=True)), seen(gang(saving, deleting=True)), seen(strays=(saving,))):
+        held = decision(observed, schedule=SUSPENDED)
+        assert held == Hold(seconds=90.0)
+        assert next_look_seconds(observed, held, spec=spec_of(SUSPENDED), now=NOW) == 90.0
+    hangs = rank(0, deleting=True, gone_by=ago(1))
+    assert decision(seen(gang(hangs, suspended=True)), schedule=SUSPENDED) == Hold()
+    stops = decision(seen(gang(rank(0))), schedule=SUSPENDED)
+    assert next_look_seconds(seen(gang(rank(0))), stops, spec=spec_of(SUSPENDED), now=NOW) == 2.0
+
+
 @pytest.mark.parametrize("finished", ["Succeeded", "Failed"])
 def test_an_end_is_final_whatever_the_children_say_later(finished):
     for there in (None, gang(failed()), gang(complete=True), gang(rank())):

@@ -27,8 +27,10 @@ def story(*chapters: tuple[float, Observed, Decision], deadline: int = 600) -> d
     """The status after looks at those seconds."""
     status: dict[str, Any] = {}
     for seconds, observed, decision in chapters:
-        with_record = Observed(gang=observed.gang, progress=observed.progress, record=read_record(status))
-        context = Context(generation=1, run_id="r", num_nodes=2, now=after(seconds), progress_deadline_seconds=deadline)
+        with_record = Observed(gang=observed.gang, progress=observed.progress, record=read_record(status, NOW))
+        context = Context(
+            generation=1, created=NOW, run_id="r", num_nodes=2, now=after(seconds), progress_deadline_seconds=deadline
+        )
         status = next_status(status, seen=with_record, decision=decision, context=context)
     return dict(status["goodput"])
 
@@ -118,9 +120,43 @@ def test_nothing_changes_while_nothing_happens() -> None:
 
 
 def test_what_is_written_is_read_back() -> None:
-    account = Account(seconds={"productive": 12.5}, state="restart", since=after(0.25))
-    assert goodput.read({"goodput": account.to_status()}) == account
-    assert goodput.read({}) == Account()
+    account = Account(seconds={"productive": 12.5, "restart": 0.0}, state="restart", since=after(12.5))
+    for seconds in (12.5, 4_000.0):
+        assert goodput.read({"goodput": account.to_status(after(seconds))}, NOW) == account
+    assert goodput.read({}, NOW) == Account()
+
+
+def test_what_is_written_while_a_state_lasts_counts_it_until_then_and_once() -> None:
+    step = progress(step=1, trained_seconds=90.0, uncommitted_seconds=0.0)
+    days = progress(step=9, trained_seconds=260_000.0, uncommitted_seconds=50.0)
+    told = [(100.0, seen(RUNS, progress=step), Watch()), (260_010.0, seen(RUNS, progress=days), Watch())]
+    got = story(*BEGIN, *told)
+    assert (got["productiveSeconds"], got["startupSeconds"], got["ratio"]) == (260_000.0, 5.0, 1.0)
+    assert (got["state"], got["since"]) == ("productive", "2026-11-23T12:00:10.000Z")
+    lost = story(*BEGIN, *told, (260_020.0, seen(RUNS, progress=days), RESTART))
+    assert (lost["productiveSeconds"], lost["lostSeconds"]) == (259_950.0, 60.0)
+    assert story(*BEGIN, *told, (260_020.0, seen(RUNS), RESTART))["lostSeconds"] == 260_010.0, "nothing is known of it"
+
+
+def test_thousands_of_writes_count_no_second_more_than_there_were() -> None:
+    chapters = [(20.0 + n * 10.04, seen(RUNS, progress=progress(step=n, trained_seconds=10.0)), Watch())
+                for n in range(1, 2_000)]  # fmt: skip
+    got = story(*BEGIN, *chapters)
+    assert sum(got[f"{state}Seconds"] for state in goodput.STATES if f"{state}Seconds" in got) == pytest.approx(
+        chapters[-1][0], abs=0.1
+    )
+    assert got["startupSeconds"] == 5.0
+
+
+def test_what_a_state_has_lasted_is_in_the_deadline_once() -> None:
+    status = {"goodput": Account(seconds={"queue": 10.0}, state="startup", since=after(10)).to_status(after(70))}
+    assert status["goodput"]["startupSeconds"] == 60.0
+    assert read_record(status, NOW).account.active_seconds(after(100)) == 90.0
+
+
+def test_time_before_any_operator_looked_was_spent_in_the_queue() -> None:
+    status = {"goodput": Account(state="startup", since=after(30)).to_status(after(30))}
+    assert goodput.read(status, NOW).seconds == {"queue": 30.0, "startup": 0.0}
 
 
 def test_waiting_for_a_queue_is_neither_work_nor_the_job_s_own_time() -> None:

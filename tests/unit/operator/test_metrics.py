@@ -10,10 +10,12 @@ import pytest
 from prometheus_client import generate_latest
 
 from nexa_operator.classify import classify
+from nexa_operator.decide import Watch
 from nexa_operator.goodput import STATES
 from nexa_operator.metrics import CAUSES, OTHER, PHASES, Metrics
 from nexa_operator.observe import Gang
-from tests.unit.operator.builders import NOW, failed, gang, rank, words
+from nexa_operator.status import Context, next_status
+from tests.unit.operator.builders import NOW, failed, gang, progress, rank, seen, words
 
 HOSTILE = ['"} 1\nnexa_up 1', "a" * 4096, "", "\x00", "Killed ", "killed", "{}", "ünï", "$(id)", "../../etc/passwd"]
 
@@ -50,7 +52,7 @@ def test_ten_thousand_hostile_words_make_no_series_and_no_line():
     for _ in range(10_000):
         word = "".join(chr(rng.randrange(1, 0x2FFF)) for _ in range(rng.randrange(40)))
         metrics.restarted(word)
-        metrics.listed([{"status": {"phase": word}}, {}])
+        metrics.listed([{"status": {"phase": word}}, {}], NOW)
     before = len(generate_latest(metrics.registry).splitlines())
     metrics.restarted("another")
     assert len(generate_latest(metrics.registry).splitlines()) == before
@@ -118,7 +120,7 @@ def test_ages_grow_until_something_is_heard():
     clock.seconds += 5
     assert series(metrics, "nexa_watch_age_seconds") == {("pods",): 35, ("jobs",): 5}
     assert series(metrics, "nexa_resync_age_seconds") == {(): 35}
-    metrics.listed([{"status": {"phase": "Running"}}, {"status": {}}])
+    metrics.listed([{"status": {"phase": "Running"}}, {"status": {}}], NOW)
     assert series(metrics, "nexa_resync_age_seconds") == {(): 0}
     counted = series(metrics, "nexa_jobs")
     assert (counted["Running",], counted["Pending",], counted["Failed",], counted[OTHER,]) == (1, 1, 0, 0)
@@ -126,8 +128,29 @@ def test_ages_grow_until_something_is_heard():
 
 def test_the_time_of_all_jobs_is_told_by_what_it_went_to():
     metrics = Metrics()
-    one = {"state": "productive", "queueSeconds": 4.0, "productiveSeconds": 60.0, "evilSeconds": 1.0}
-    metrics.listed([{"status": {"goodput": one}}, {"status": {"goodput": {"productiveSeconds": 5.5}}}, {}])
+    one = {"queueSeconds": 4.0, "productiveSeconds": 60.0, "evilSeconds": 1.0}
+    metrics.listed([{"status": {"goodput": one}}, {"status": {"goodput": {"productiveSeconds": 5.5}}}, {}], NOW)
     counted = series(metrics, "nexa_goodput_seconds")
     assert (counted["queue",], counted["productive",], counted["lost",]) == (4.0, 65.5, 0.0)
     assert set(counted) == {(state,) for state in STATES}
+
+
+def test_a_job_that_runs_quietly_is_counted_up_to_the_list() -> None:
+    metrics = Metrics()
+    since = {"state": "productive", "since": "2026-11-23T12:00:04Z"}
+    written = since | {"queueSeconds": 4.0, "productiveSeconds": 10.0}
+    created = {"creationTimestamp": "2026-11-23T12:00:00Z"}
+    metrics.listed([{"metadata": created, "status": {"goodput": written}}], NOW + datetime.timedelta(seconds=604))
+    counted = series(metrics, "nexa_goodput_seconds")
+    assert (counted["queue",], counted["productive",]) == (4.0, 600.0)
+
+
+def test_the_first_step_of_a_later_attempt_is_none_of_the_job() -> None:
+    metrics, status = Metrics(), {"startTime": "2026-11-23T11:58:00Z"}
+    for attempt, step in ((0, 0), (0, 7), (1, 0), (1, 5), (2, 0), (2, 1)):
+        observed = seen(gang(rank(0), rank(1)), progress=progress(attempt=attempt, step=step))
+        context = Context(generation=1, created=NOW, run_id="r", num_nodes=2, now=NOW)
+        new = next_status(status, seen=observed, decision=Watch(), context=context)
+        metrics.told(status, new, NOW)
+        status = new
+    assert series(metrics, "nexa_time_to_first_step_seconds_count") == {(): 1}

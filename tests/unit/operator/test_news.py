@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nexa_operator.naming import FINALIZER
 from nexa_operator.news import NEWBORN_GANG, NEWBORN_POD, News, sign_of_gang, sign_of_pod, sign_of_training_job
 from tests.unit.operator.builders import body, condition, ended, gang_job, pod
 
@@ -16,6 +17,16 @@ def test_the_operator_s_own_status_is_no_news_but_a_change_of_the_spec_or_a_dele
     job["metadata"]["generation"] = 2
     assert news.is_new("MODIFIED", job)
     job["metadata"]["deletionTimestamp"] = "2026-11-23T12:00:00Z"
+    assert news.is_new("MODIFIED", job)
+
+
+def test_a_finalizer_of_ours_that_somebody_took_off_is_news() -> None:
+    news, job = News(sign_of_training_job), body()
+    job["metadata"]["finalizers"] = [FINALIZER, "example.com/theirs"]
+    assert news.is_new("ADDED", job)
+    job["metadata"]["finalizers"] = [FINALIZER]
+    assert not news.is_new("MODIFIED", job)
+    job["metadata"]["finalizers"] = []
     assert news.is_new("MODIFIED", job)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from nexa_operator.observe import Observed, Rank, Record, lacks_pods, newest, observe, read_record, refusal_in
+from nexa_operator.observe import Observed, Rank, Record, newest, observe, pods_due_seconds, read_record, refusal_in
 from nexa_operator.plan import Defaults, make_plan
+from nexa_operator.reading import Ref
 from tests.unit.operator.builders import (
     GANG_UID,
     NOW,
@@ -24,6 +26,10 @@ from tests.unit.operator.builders import (
     progress,
     words,
 )
+
+
+def names(refs: Iterable[Ref]) -> list[str]:
+    return [ref.name for ref in refs]
 
 
 def test_children_of_a_namesake_that_was_deleted_are_not_ours():
@@ -55,7 +61,7 @@ def test_a_pod_without_a_status_is_pending():
 def test_a_job_with_a_label_that_is_no_number_is_a_leftover():
     strange = gang_job()
     strange["metadata"]["labels"]["train.nexa.dev/attempt"] = "many"
-    assert observe(body(), children=[strange], pods=[]).leftovers == ("demo-a0",)
+    assert names(observe(body(), children=[strange], pods=[]).leftovers) == ["demo-a0"]
 
 
 def test_a_sidecar_s_state_is_not_the_trainer_s():
@@ -68,12 +74,12 @@ def test_the_attempt_on_record_is_the_gang_and_the_others_are_leftovers():
     jobs = [gang_job(attempt=attempt) for attempt in (2, 0, 1)]
     observed = observe(body(status={"attempt": 2}), children=jobs, pods=[])
     assert observed.gang.attempt == 2
-    assert observed.leftovers == ("demo-a0", "demo-a1")
+    assert names(observed.leftovers) == ["demo-a0", "demo-a1"]
 
 
 def test_a_later_gang_than_on_record_is_the_one_that_lives():
     observed = observe(body(status={"attempt": 1}), children=[gang_job(attempt=1), gang_job(attempt=2)], pods=[])
-    assert (observed.record.attempt, observed.gang.attempt, observed.leftovers) == (2, 2, ("demo-a1",))
+    assert (observed.record.attempt, observed.gang.attempt, names(observed.leftovers)) == (2, 2, ["demo-a1"])
 
 
 def test_ranks_are_in_the_order_of_their_indices():
@@ -141,7 +147,7 @@ def test_a_number_that_no_status_can_hold_is_no_attempt(label: str) -> None:
     forged = gang_job(attempt=0)
     forged["metadata"]["labels"]["train.nexa.dev/attempt"] = label
     observed = observe(body(), children=[forged], pods=[])
-    assert (observed.gang, observed.record.attempt, observed.leftovers) == (None, 0, ("demo-a0",))
+    assert (observed.gang, observed.record.attempt, names(observed.leftovers)) == (None, 0, ["demo-a0"])
 
 
 @pytest.mark.parametrize(("cause", "known"), [("OOMKilled", 2), ("OutOfMemory", None)])
@@ -186,7 +192,7 @@ def room(attempt: int = 0, *, placed: int = 0, of: int = 2) -> tuple[dict[str, A
 def test_pods_that_ask_for_room_are_counted_apart_from_the_gang() -> None:
     asking, pods = room(placed=1)
     seen = observe(body(), children=[gang_job(), asking], pods=[pod(0), *pods])
-    assert (seen.rooms, seen.room, seen.leftovers) == (("demo-a0-room",), 1, ())
+    assert (seen.rooms, seen.room, seen.leftovers) == ((Ref("demo-a0-room", "room"),), 1, ())
     assert seen.gang is not None
     assert [rank.index for rank in seen.gang.ranks] == [0]
 
@@ -194,7 +200,7 @@ def test_pods_that_ask_for_room_are_counted_apart_from_the_gang() -> None:
 def test_room_that_was_found_for_an_earlier_attempt_is_none() -> None:
     asking, pods = room(attempt=0, placed=2)
     seen = observe(body(status={"attempt": 1}), children=[gang_job(attempt=1), asking], pods=pods)
-    assert (seen.rooms, seen.room) == (("demo-a0-room",), 0)
+    assert (names(seen.rooms), seen.room) == (["demo-a0-room"], 0)
 
 
 def test_room_that_an_evicted_pod_had_is_none() -> None:
@@ -230,13 +236,29 @@ def crowded(**changes: Any) -> Observed:
 
 
 def test_a_gang_lacks_pods_once_they_are_late_and_unless_it_stands_or_ends() -> None:
-    soon, late = NOW + datetime.timedelta(seconds=2), NOW + datetime.timedelta(seconds=3)
-    assert not lacks_pods(crowded(), soon)
-    assert lacks_pods(crowded(), late)
+    soon, late = NOW + datetime.timedelta(seconds=4), NOW + datetime.timedelta(seconds=10)
+    assert pods_due_seconds(crowded(), soon) == 6.0
+    assert pods_due_seconds(crowded(), late) == 0.0
     for stands in ({"suspended": True}, {"deleting": True}, {"complete": True}, {"failure": "Why"}):
-        assert not lacks_pods(crowded(**stands), late)
-    assert not lacks_pods(crowded(ranks=(Rank(index=0), Rank(index=1))), late)
-    assert not lacks_pods(observe(body(), children=[], pods=[]), late)
+        assert pods_due_seconds(crowded(**stands), late) is None
+    assert pods_due_seconds(crowded(ranks=(Rank(index=0), Rank(index=1))), late) is None
+    assert pods_due_seconds(observe(body(), children=[], pods=[]), late) is None
+
+
+@pytest.mark.parametrize("label", ["first", "-1", "1.5", "\u0663", "9" * 20])
+def test_a_pod_whose_index_is_none_is_not_of_the_gang_and_hides_no_other(label: str) -> None:
+    strange = pod(1, phase="Failed")
+    strange["metadata"]["labels"] = {"batch.kubernetes.io/job-completion-index": label, "train.nexa.dev/attempt": "0"}
+    gang = observe(body(), children=[gang_job()], pods=[pod(0), strange]).gang
+    assert gang is not None
+    assert [rank.index for rank in gang.ranks] == [0]
+    assert observe(body(), children=[], pods=[strange]).strays == ()
+
+
+@pytest.mark.parametrize("time", ["2026-12-31T23:59:60Z", "soon", "2026-11-23"])
+def test_a_time_that_is_none_here_is_no_error(time: str) -> None:
+    status = {"nextAttemptTime": time, "completionTime": time, "goodput": {"state": "queue", "since": time}}
+    assert read_record(status, NOW).attempt == 0
 
 
 def test_a_refusal_is_the_last_one_and_the_same_for_every_name_that_was_tried() -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 import pytest
 
 from nexa_operator import naming, parting
+from nexa_operator.kinds import PODS, TRAINING_JOBS
 from nexa_operator.parting import Await, Clear, LetGo, Remove, holds, next_step, wants_hold
 from nexa_operator.plan import Defaults, make_plan
+from nexa_operator.reading import Ref
 from nexa_operator.runtimes import beside
-from tests.unit.operator.builders import LATER, NOW, UID, body, condition, gang_job, job, pod
+from tests.unit.operator.builders import GANG_UID, LATER, NOW, UID, body, condition, gang_job, job, pod
+from tests.unit.operator.world import Operator, World
 
-LONG_AGO = NOW - datetime.timedelta(days=1)
 DELETED = "2026-11-23T12:00:00Z"
 
 
@@ -23,8 +24,9 @@ def deleted(**metadata: Any) -> dict[str, Any]:
     return document
 
 
-def step(**given: Any) -> parting.Step:
-    return next_step(deleted(), **{"gangs": [], "jobs": [], "pods": [], "began": LONG_AGO, "now": NOW, **given})
+def step(*, spans: str = "1", **given: Any) -> parting.Step:
+    document = deleted(annotations={naming.ANNOTATION_SPANS: spans})
+    return next_step(document, **{"gangs": [], "jobs": [], "pods": [], "now": NOW, **given})
 
 
 def removal(*conditions: dict[str, str]) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def test_only_jobs_that_say_so_are_held() -> None:
 
 
 def test_gangs_end_before_anything_is_removed() -> None:
-    assert step(gangs=[gang_job()]) == Clear(gangs=("demo-a0",))
+    assert step(gangs=[gang_job()]) == Clear(gangs=(Ref("demo-a0", GANG_UID),))
     going = gang_job()
     going["metadata"]["deletionTimestamp"] = DELETED
     assert step(gangs=[going]) == Remove()
@@ -70,12 +72,18 @@ def test_the_job_goes_when_the_removal_has_ended_however_that_was(ended: Any, ex
 
 
 def test_a_job_is_held_for_a_bounded_time_whatever_happens() -> None:
-    late = NOW + datetime.timedelta(seconds=parting.PATIENCE_SECONDS + 1)
     for world in ({"gangs": [gang_job()]}, {"pods": [pod()]}, {"jobs": [removal()]}):
-        got = step(**world, now=late)
+        assert not isinstance(step(**world, spans="13"), LetGo)
+        got = step(**world, spans="14")
         assert isinstance(got, LetGo)
         assert got.problem
-    assert step(jobs=[removal(condition("Complete"))], now=late) == LetGo(), "it was done while nobody looked"
+    assert step(jobs=[removal(condition("Complete"))], spans="14") == LetGo(), "it was done while nobody looked"
+
+
+@pytest.mark.parametrize("told", ["", "many", "-1", "1e3", "\u0663", "9" * 20])
+def test_a_word_that_is_no_number_of_spans_is_none(told: str) -> None:
+    assert parting.spans_of(deleted(annotations={naming.ANNOTATION_SPANS: told})) == 0
+    assert parting.spans_of(deleted()) == 0
 
 
 def test_the_pod_that_removes_has_the_store_and_no_gpu() -> None:
@@ -108,7 +116,41 @@ def test_pods_that_ask_for_room_are_placed_like_those_of_the_gang_and_know_no_se
     assert spec["terminationGracePeriodSeconds"] == 0
 
 
-def test_time_without_an_operator_is_not_what_ends_its_patience() -> None:
-    late = NOW + datetime.timedelta(seconds=parting.PATIENCE_SECONDS + 1)
-    assert step(gangs=[gang_job()], began=late, now=late) == Clear(gangs=("demo-a0",))
-    assert step(began=late, now=late) == Remove()
+def world_with_a_job_that_parts() -> World:
+    world = World()
+    world.put(TRAINING_JOBS, deleted())
+    return world
+
+
+def hung_pods(world: World) -> None:
+    """Of a node that nobody asks: they are there for ever."""
+    labels = {naming.LABEL_JOB_UID: UID}
+    world.put(PODS, {"metadata": {"name": "demo-a0-0-x", "labels": labels}, "status": {"phase": "Running"}})
+
+
+@pytest.mark.anyio
+async def test_time_without_an_operator_is_not_what_ends_its_patience() -> None:
+    world = world_with_a_job_that_parts()
+    hung_pods(world)
+    await Operator(world).look()
+    world.pass_seconds(86_400)
+    late = Operator(world)
+    for _ in range(3):
+        await late.look()
+    assert late.job["metadata"]["finalizers"] == [naming.FINALIZER]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("restarts_every_look", [True, False])
+async def test_the_hold_ends_also_where_operators_come_and_go(restarts_every_look: bool) -> None:
+    world = world_with_a_job_that_parts()
+    hung_pods(world)
+    operator, looks = Operator(world), 0
+    while operator.job["metadata"]["finalizers"] and looks < 1_000:
+        operator = Operator(world) if restarts_every_look else operator
+        await operator.look()
+        looks += 1
+        world.pass_seconds(parting.LOOK_SECONDS)
+    assert operator.job["metadata"]["finalizers"] == []
+    lasted = (world.now - NOW).total_seconds()
+    assert lasted < 120 if restarts_every_look else abs(lasted - parting.PATIENCE_SECONDS) < 90

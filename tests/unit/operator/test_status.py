@@ -16,7 +16,7 @@ from tests.unit.operator.builders import LATER, NOW, checkpoint, failed, gang, p
 def write(
     previous: dict[str, Any], observed: Observed, decision: Any, *, now: Any = NOW, **more: Any
 ) -> dict[str, Any]:
-    context = Context(generation=1, run_id="r", num_nodes=2, now=now, **more)
+    context = Context(generation=1, created=NOW, run_id="r", num_nodes=2, now=now, **more)
     return next_status(previous, seen=observed, decision=decision, context=context)
 
 
@@ -49,6 +49,8 @@ STARTS = (
             {"Running": "Running", "Ready": "Running"},
         ),
         (seen(), Hold(), "Suspended", {"Suspended": "Suspended", "Ready": "Suspended"}),
+        (seen(RUNNING), Suspend(gang="demo-a0"), "Suspending", {"Reconciling": "Suspending"}),
+        (seen(gang(rank(0), suspended=True)), Hold(seconds=90.0), "Suspending", {"Reconciling": "Suspending"}),
         (seen(), Succeed(), "Succeeded", {"Succeeded": "Finished", "Ready": "Succeeded"}),
         (seen(), Fail(reason="Boom", message="m"), "Failed", {"Failed": "Boom", "Stalled": "Boom"}),
         (
@@ -148,6 +150,23 @@ def test_progress_gives_speed_and_the_time_left_and_an_end_takes_them_away():
 def test_facts_stay_on_record_when_nobody_says_anything():
     status = write({}, seen(RUNNING, progress=progress(step=5, total_steps=20, loss=1.5)), Watch())
     assert write(status, seen(gang()), Watch())["loss"] == 1.5
+
+
+def test_an_attempt_that_begins_takes_back_no_step_that_was_reached():
+    status = write({}, seen(RUNNING, progress=progress(step=50, total_steps=120, loss=1.5)), Watch())
+    for told in (progress(), progress(phase="preparing", total_steps=120)):
+        begins = write(status, seen(RUNNING, progress=told), Watch(), now=LATER)
+        assert (begins["step"], begins["progress"], begins["loss"]) == (50, "50/120", 1.5)
+    restored = write(begins, seen(RUNNING, progress=progress(step=40, total_steps=120, loss=1.7)), Watch())
+    assert (restored["step"], restored["progress"], restored["loss"]) == (40, "40/120", 1.7)
+    first = write({}, seen(RUNNING, progress=progress(total_steps=120)), Watch())
+    assert first["progress"] == "0/120"
+
+
+def test_last_words_of_a_node_whose_ranks_never_began_take_back_no_step_either():
+    status = write({}, seen(RUNNING, progress=progress(step=50, total_steps=120, loss=1.5)), Watch())
+    over = write(status, seen(gang(failed(termination=words(cause="DataError")))), Fail(reason="DataError", message=""))
+    assert (over["progress"], over["loss"]) == ("50/120", 1.5)
 
 
 def test_a_loss_that_is_no_number_is_left_out_for_json_has_none():

@@ -1,0 +1,280 @@
+"""Whole looks, one after the other, at a world in memory: what is asked of the server, and when it is looked again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from nexa_operator import naming
+from nexa_operator.errors import InvalidError
+from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, PODS, TRAINING_JOBS, Kind
+from nexa_operator.reconcile import Key
+from tests.unit.operator.builders import UID, body, condition, ended, words
+from tests.unit.operator.world import Operator, World
+
+pytestmark = pytest.mark.anyio
+
+
+async def begun(**groups: Any) -> Operator:
+    """Its gang is made, its pods are not."""
+    operator = Operator(World(), **groups)
+    await operator.look()
+    if not operator.world.names(JOBS):
+        await operator.look()  # the first one put a finalizer on the job
+    assert operator.world.names(JOBS) == ["demo-a0"]
+    return operator
+
+
+async def running(**groups: Any) -> Operator:
+    operator = await begun(**groups)
+    operator.world.add_pods("demo-a0")
+    await operator.look()
+    assert "Running" in operator.true()
+    return operator
+
+
+def complete(world: World, gang: str = "demo-a0") -> None:
+    world.objects[JOBS.plural, gang]["status"] = {"conditions": [condition("Complete")]}
+
+
+def broken(world: World, gang: str = "demo-a0") -> None:
+    """As bad data ends it."""
+    world.remove(PODS)
+    said = words(cause="DataError", exit_code=5, retryable=False).as_bytes().decode()
+    world.add_pods(gang, phase="Failed", containerStatuses=ended(5, said))
+
+
+async def test_an_end_is_looked_at_again_though_nothing_tells_of_it() -> None:
+    for end in (complete, broken):
+        operator = await running(schedule={"ttlSecondsAfterFinished": 60})
+        end(operator.world)
+        assert [seconds for seconds in await operator.look() if seconds < 6], "it is over"
+        operator.world.pass_seconds(5)
+        assert await operator.look() == [55.0], "and is to be deleted then"
+        operator.world.pass_seconds(55)
+        await operator.look()
+        assert operator.world.get(TRAINING_JOBS, "demo") is None
+
+
+async def test_what_becomes_of_a_new_gang_is_looked_at_though_nothing_may_tell_of_it() -> None:
+    operator = Operator(World())
+    assert [seconds for seconds in await operator.look() if seconds < 6], "there are kinds that are not watched"
+
+
+async def test_a_job_is_over_once_a_look_has_seen_that_nothing_is_left() -> None:
+    operator = await running()
+    complete(operator.world)
+    await operator.look()
+    assert not operator.reconciler.is_over(operator.key)
+    await operator.look()
+    assert operator.reconciler.is_over(operator.key)
+
+
+async def test_a_job_whose_gang_cannot_be_seen_is_not_over_and_what_runs_of_it_is_ended_when_it_can() -> None:
+    """Its operator was killed after it had written that the job has failed."""
+    world = World()
+    operator = Operator(world, schedule={"runtime": "jobset"})
+    await operator.look()
+    (gang,) = world.names(JOBSETS)
+    operator.job["status"] |= {"conditions": [condition("Failed", reason="DeadlineExceeded", message="")]}
+    world.unserved = {JOBSETS}
+    later = Operator(world)
+    assert await later.look() == [60.0], "the kind may be served again"
+    assert not later.reconciler.is_over(later.key)
+    world.unserved = set()
+    await later.look()
+    assert world.names(JOBSETS) == []
+    assert gang == "demo-a0"
+    assert not later.reconciler.is_over(later.key)
+    await later.look()
+    assert later.reconciler.is_over(later.key)
+
+
+async def test_a_job_that_was_over_and_is_no_more_is_not_taken_for_over() -> None:
+    operator = await running(schedule={"deletionPolicy": "Delete"})
+    complete(operator.world)
+    await operator.look()
+    await operator.look()
+    assert operator.reconciler.is_over(operator.key)
+    operator.job["metadata"]["finalizers"] = []
+    await operator.look()
+    assert not operator.reconciler.is_over(operator.key)
+    assert operator.job["metadata"]["finalizers"] == [naming.FINALIZER]
+
+
+async def test_why_pods_are_not_made_is_asked_only_once_they_are_late_and_then_seldom() -> None:
+    operator = await begun()
+    world = operator.world
+    assert await operator.look() == [10.05], "nobody tells of what does not happen"
+    world.pass_seconds(9)
+    await operator.look()
+    assert world.num_asked("list", EVENTS) == 0
+    world.warnings = [{"message": 'Error creating: pods "demo-a0-0-x" is forbidden: quota', "metadata": {}}]
+    world.pass_seconds(1)
+    for _ in range(5):
+        await operator.look()
+        world.pass_seconds(5)
+    assert world.num_asked("list", EVENTS) == 1
+    assert operator.true()["Queued"] == "PodsRefused", "what was said last is remembered"
+    world.warnings = [{"message": "another reason", "metadata": {}}]
+    world.pass_seconds(5)
+    await operator.look()
+    assert world.num_asked("list", EVENTS) == 2
+    assert "another reason" in str(operator.job["status"])
+
+
+async def test_another_gang_s_refusal_is_asked_anew_and_silence_is_asked_about_again() -> None:
+    operator = await begun()
+    world = operator.world
+    world.pass_seconds(10)
+    assert 30.05 in await operator.look(), "no reason was given yet"
+    world.remove(JOBS)
+    await operator.look()
+    world.pass_seconds(10)
+    await operator.look()
+    assert world.num_asked("list", EVENTS) == 2
+
+
+class Slow(World):
+    """While a look is under way somebody deletes the job and makes another of its name, and so is its gang called."""
+
+    then: Kind | None = None
+
+    async def patch(self, kind: Kind, body: dict[str, Any], *, subresource: str = "") -> None:
+        await super().patch(kind, body, subresource=subresource)
+        if subresource and self.then:
+            self.remove(self.then, "demo-a0")
+            self.put(self.then, {"metadata": {"name": "demo-a0", "uid": "of-another-job"}, "spec": {}})
+
+
+async def test_a_slow_look_deletes_no_gang_of_a_namesake() -> None:
+    world = Slow()
+    operator = Operator(world)
+    await operator.look()
+    world.add_pods("demo-a0", phase="Failed", containerStatuses=ended(1))
+    world.then = JOBS
+    await operator.look()
+    assert ("delete", "jobs", "demo-a0") in world.asked
+    assert world.objects["jobs", "demo-a0"]["metadata"]["uid"] == "of-another-job"
+
+
+async def test_a_slow_look_suspends_no_gang_of_a_namesake() -> None:
+    world = Slow()
+    operator = Operator(world)
+    await operator.look()
+    world.add_pods("demo-a0")
+    await operator.look()
+    operator.job["spec"]["schedule"] = {"suspend": True}
+    world.then = JOBS
+    with pytest.raises(InvalidError, match="uid"):
+        await operator.look()
+    assert world.objects["jobs", "demo-a0"]["spec"] == {}
+
+
+async def test_a_job_is_suspended_once_its_ranks_are_gone_and_saving_until_then() -> None:
+    operator = await running()
+    world = operator.world
+    operator.job["spec"]["schedule"] = {"suspend": True}
+    looks = await operator.look()
+    assert (operator.job["status"]["phase"], operator.true()) == ("Suspending", {"Reconciling": "Suspending"})
+    assert min(looks) < 3, "nobody may tell of its pods"
+    assert world.objects["jobs", "demo-a0"]["spec"]["suspend"] is True
+    for pod in world.names(PODS):
+        world.objects["pods", pod]["metadata"]["deletionTimestamp"] = "2026-11-23T12:02:00Z"
+    assert 120.05 in await operator.look()
+    assert "Suspended" not in operator.true()
+    world.remove(PODS, "demo-a0-0-x")
+    await operator.look()
+    assert "Suspended" not in operator.true()
+    world.remove(PODS)
+    await operator.look()
+    assert operator.true() == {"Suspended": "Suspended", "Ready": "Suspended"}
+
+
+async def test_a_pod_that_hangs_on_a_silent_node_does_not_keep_a_job_from_being_suspended() -> None:
+    operator = await running()
+    operator.job["spec"]["schedule"] = {"suspend": True}
+    await operator.look()
+    for pod in operator.world.names(PODS):
+        operator.world.objects["pods", pod]["metadata"]["deletionTimestamp"] = "2026-11-23T12:02:00Z"
+    operator.world.pass_seconds(120)
+    await operator.look()
+    assert "Suspended" in operator.true()
+
+
+async def smaller_with_room() -> Operator:
+    """One pod of two runs, and a pod beside it has found room for the other."""
+    operator = await begun(cluster={"numNodes": 2, "minNodes": 1})
+    world = operator.world
+    operator.job["status"] |= {"numNodes": 1}
+    world.objects["jobs", "demo-a0"]["metadata"]["labels"][naming.LABEL_NODES] = "1"
+    world.add_pods("demo-a0", count=1)
+    await operator.look()
+    assert world.names(JOBS) == ["demo-a0", "demo-a0-room"]
+    found = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-11-23T12:00:00Z"}
+    world.add_pods("demo-a0-room", count=1, conditions=[found])
+    await operator.look()
+    assert world.objects["jobs", "demo-a0"]["spec"]["suspend"] is True
+    world.remove(PODS, "demo-a0-0-x")
+    return operator
+
+
+async def test_room_is_kept_until_the_larger_gang_stands_in_line_for_it() -> None:
+    operator = await smaller_with_room()
+    world = operator.world
+    assert 1.05 in await operator.look()
+    assert world.objects["jobs", "demo-a1"]["spec"]["completions"] == 2
+    assert "demo-a0-room" in world.names(JOBS), "else another job's pods take it"
+    assert 1.05 in await operator.look()
+    assert "demo-a0-room" in world.names(JOBS)
+    world.add_pods("demo-a1", phase="Pending")
+    await operator.look()
+    assert world.names(JOBS) == ["demo-a1"]
+
+
+async def test_room_is_not_kept_for_pods_that_may_not_be_made_beside_it() -> None:
+    operator = await smaller_with_room()
+    await operator.look()
+    operator.world.pass_seconds(10)
+    await operator.look()
+    assert operator.world.names(JOBS) == ["demo-a1"], "a quota counts both"
+
+
+async def test_progress_is_written_with_the_time_that_has_passed_and_that_alone_writes_nothing() -> None:
+    operator = await running()
+    world = operator.world
+    before = world.num_asked("patch", TRAINING_JOBS)
+    for _ in range(10):
+        world.pass_seconds(600)
+        await operator.look()
+    assert world.num_asked("patch", TRAINING_JOBS) == before
+    operator.job["metadata"]["generation"] = 2
+    await operator.look()
+    assert operator.job["status"]["goodput"]["startupSeconds"] == 6_000.0
+
+
+async def resync(operator: Operator) -> None:
+    task = asyncio.create_task(operator.reconciler.resync_forever(namespace="", interval_seconds=60))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not task.done(), task.exception()
+    task.cancel()
+
+
+async def test_a_status_that_nobody_can_read_ends_no_resync_and_hides_no_other_job() -> None:
+    operator = await running()
+    other = body(status={"goodput": "none", "attempt": "first", "conditions": [{"type": "Failed"}]})
+    other["metadata"] |= {"name": "a-strange-one", "uid": "strange"}
+    operator.world.put(TRAINING_JOBS, other)
+    await resync(operator)
+    assert len(operator.queue) == 2
+    assert await operator.queue.take() == Key("team", "a-strange-one", "strange")
+    assert await operator.queue.take() == Key("team", "demo", UID)
+
+
+async def test_a_resync_that_the_server_refuses_ends_nothing() -> None:
+    operator = await running()
+    operator.world.unserved = {TRAINING_JOBS}
+    await resync(operator)
