@@ -459,7 +459,7 @@ def status_schema() -> Schema:
             "excludedNodes": said({"type": "array", "items": text, "maxItems": 32}, "Where no further attempt runs."),
             "goodput": {
                 "type": "object",
-                "description": "Where the time went until the last write, in seconds by state; ratio: productive of all but suspended.",
+                "description": "Seconds by state until the last write; ratio: productive of all but suspended.",
                 "properties": {
                     "state": text,
                     "since": time,
