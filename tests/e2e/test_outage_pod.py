@@ -110,6 +110,10 @@ def pods_of(cluster: RealCluster, name: str) -> list[dict[str, Any]]:
     return found(cluster, "pods", f"--selector=train.nexa.dev/job-name={name}")
 
 
+def gangs_of(cluster: RealCluster, name: str) -> list[dict[str, Any]]:
+    return found(cluster, "jobs", f"--selector=train.nexa.dev/job-name={name}")
+
+
 def apply(cluster: RealCluster, name: str, *, steps: int, nodes: int) -> None:
     made = document(name, steps=steps)
     made["spec"]["cluster"]["numNodes"] = nodes
@@ -152,7 +156,8 @@ def check_outage(cluster: RealCluster, name: str, seconds: float) -> None:
     after = f"{name}-after"
     # Ready, and not yet all of it: for a moment it may not know the kind.
     wait_until(lambda: apply(cluster, after, steps=2, nodes=1) or True, timeout_seconds=BEGUN_SECONDS, what="submitted")
-    wait_until(lambda: pods_of(cluster, after), timeout_seconds=BEGUN_SECONDS, what=f"{after} is begun")
+    # By the operator: others take their own time to find the server again, controllers and the kubelet.
+    wait_until(lambda: gangs_of(cluster, after), timeout_seconds=BEGUN_SECONDS, what=f"{after} is begun")
     begun = time.monotonic() - began
     print(f"begun {begun:.1f} s after an outage of {seconds:g} s")
     assert begun <= BEGUN_SECONDS
@@ -171,6 +176,7 @@ def check_outage(cluster: RealCluster, name: str, seconds: float) -> None:
     cluster.kubectl("delete", f"ntj/{name}", f"ntj/{after}")
 
 
+@pytest.mark.soak  # six minutes, most of them until controllers and kubelet have found the server again
 def test_an_operator_s_pod_outlives_an_api_server_that_is_away_and_ends_nothing(installed: RealCluster) -> None:
     check_outage(installed, "outlives", SHORT_SECONDS)
 
