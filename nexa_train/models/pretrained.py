@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesC
 from nexa_train.config.spec import JobSpec, QloraTuning
 from nexa_train.errors import ConfigError
 from nexa_train.models.attention import EXPLICIT, FUSED, row_attention
+from nexa_train.models.build import NATIVE
 from nexa_train.models.decoder import Decoder, missing_weights
 
 AttentionInterface.register(FUSED, partial(row_attention, fuse=True))
@@ -74,7 +75,7 @@ def _attention(spec: JobSpec) -> str:
 
 def _takes_rows(spec: JobSpec) -> bool:
     """Whether a microbatch is one row of samples: with our loss, and with TRL's for sft, which only reads labels."""
-    return spec.backend in ("fsdp", "deepspeed") or (spec.backend == "hf" and spec.method.type == "sft")
+    return spec.backend in NATIVE or (spec.backend == "hf" and spec.method.type == "sft")
 
 
 def _trainable(model: PreTrainedModel) -> PreTrainedModel:
