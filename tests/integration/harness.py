@@ -41,13 +41,18 @@ class Operator:
             "NEXA_PROGRESS_INTERVAL_SECONDS": "1",
             **environment,
         }
-        self.start()
+        self.process = self._spawn()
 
-    def start(self) -> None:
+    def _spawn(self) -> subprocess.Popen[bytes]:
         with self._log.open("a") as sink:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-m", "nexa_operator.main"], env=self._environment, stderr=sink, cwd=self._log.parent
             )
+
+    def start(self) -> None:
+        """Start it anew, and never two: one that still runs is killed first."""
+        self.kill()
+        self.process = self._spawn()
 
     def kill(self) -> None:
         self.process.kill()
