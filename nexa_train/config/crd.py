@@ -111,8 +111,9 @@ CROSS_FIELD: dict[str, list[Schema]] = {
     "RecoveryRule": [
         _rule(
             "has(self.exitCodes) && size(self.exitCodes) > 0 || has(self.causes) && size(self.causes) > 0"
-            " || has(self.logContains) && size(self.logContains) > 0",
-            "a rule states exitCodes, causes or logContains; this one would fit every end",
+            " || has(self.logContains) && size(self.logContains) > 0"
+            " || has(self.nodeConditions) && size(self.nodeConditions) > 0",
+            "a rule states exitCodes, causes, logContains or nodeConditions; this one would fit every end",
         )
     ],
     "Volume": [

@@ -408,14 +408,20 @@ class RecoveryRule(Strict):
         max_length=16,
         description="Any of these stands in its last words or its log's last lines.",
     )
+    node_conditions: list[Annotated[Text, Field(min_length=1)]] = Field(
+        default_factory=list,
+        max_length=16,
+        description="Any of these conditions is true of its node; NodeNotReady and NodeGone count as such.",
+    )
     action: Literal["retry", "exclude_node", "fail"] = Field(
         description="exclude_node: retry, on other nodes than the one where it ended."
     )
 
     @model_validator(mode="after")
     def _states_something(self) -> RecoveryRule:
-        if not (self.exit_codes or self.causes or self.log_contains):
-            raise ValueError("a rule states exit_codes, causes or log_contains; this one would fit every end")
+        if not (self.exit_codes or self.causes or self.log_contains or self.node_conditions):
+            fields = "exit_codes, causes, log_contains or node_conditions"
+            raise ValueError(f"a rule states {fields}; this one would fit every end")
         return self
 
 
@@ -442,6 +448,9 @@ class ScheduleSpec(Strict):
     runtime: Literal["job", "pytorchjob", "jobset"] = Field("job", description="Objects that carry the ranks.")
     queue_name: ObjectName | None = Field(None, description="Kueue's local queue.")
     priority: ObjectName | None = Field(None, description="PriorityClass of the pods.")
+    scheduler_name: ObjectName | None = Field(
+        None, description="Scheduler of the pods; one that knows gangs is told how many of them start together."
+    )
     suspend: bool = Field(False, description="Hold the job, or stop it with a checkpoint.")
     active_deadline_seconds: Int | None = Field(
         None, ge=1, le=31_536_000, description="For all attempts together; time in the queue or suspended is not in it."

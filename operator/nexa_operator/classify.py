@@ -1,7 +1,7 @@
 """A gang that lost ranks -> the one loss that explains the others. Between `observe.py` and `decide.py`; pure.
 
 What speaks, in this order: the job's own rules, the trainer's last words, the exit code, the pod's conditions, the end
-of its log.
+of its log and what the node says of itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from nexa_operator.observe import Gang, Rank
+from nexa_operator.observe import NODE_GONE, NODE_NOT_READY, Gang, Rank
 from nexa_train.config.protocol import NOT_MET, OUT_OF_MEMORY
 from nexa_train.config.spec import RecoveryRule
 
@@ -27,6 +27,12 @@ BROKEN_NODE = (
 )
 """What NVIDIA's driver says of broken hardware: another attempt there would end so again."""
 
+BROKEN_NODE_CONDITIONS = frozenset(
+    {"KernelDeadlock", "ReadonlyFilesystem", "GPUMissing", "XIDErrors", "NVLinkStatusInactive", "IBLinkFlapping"}
+)
+"""What node-problem-detector, and AKS's checks of GPUs by it, report of nodes that do not heal by themselves."""
+
+_LOST_NODE = (NODE_GONE, NODE_NOT_READY)
 _DELETED = "PodDeleted"
 _STOPPED = "Stopped"
 _SUPERSEDED = "SupersededError"
@@ -53,15 +59,11 @@ def classify(gang: Gang, *, rules: Iterable[RecoveryRule] = (), ran: bool = True
     Args:
         ran: whether all pods of the attempt were ever seen to run.
     """
-    told = [_loss(rank, rules, ran=ran) for rank in sorted(gang.lost_ranks, key=_first_to_end)]
+    told = [_loss(rank, rules, ran=ran) for rank in sorted(gang.lost_ranks, key=lambda rank: rank.ending_order)]
     if not told:
         # The pod itself is gone: something outside removed it, the trainer cannot.
         return Loss(cause=_DELETED, message=gang.failure_message, charged=False)
     return min(told, key=_telling)
-
-
-def _first_to_end(rank: Rank) -> tuple[bool, str, int]:
-    return rank.finished_at == "", rank.finished_at, rank.index
 
 
 def _telling(loss: Loss) -> int:
@@ -78,11 +80,13 @@ def _loss(rank: Rank, rules: Iterable[RecoveryRule], *, ran: bool) -> Loss:
     words = rank.termination
     code = rank.exit_code if rank.exit_code is not None else words.exit_code if words else None
     cause = words.cause if words else _cause_without_words(rank, code)
-    message = words.message if words else rank.message
+    message = "; ".join(filter(None, (words.message if words else rank.message, _node_says(rank))))
     said = f"{message}\n{words.log if words else ''}"
-    action: Action | None = next((rule.action for rule in rules if _fits(rule, code, cause, said)), None)
+    action: Action | None = next((rule.action for rule in rules if _fits(rule, rank, code, cause, said)), None)
     # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
     gone = rank.disrupted or rank.replaced or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
+    # What had no time for a word went with its node; with words it is its own end that counts.
+    gone = gone or (words is None and not rank.node_conditions.isdisjoint(_LOST_NODE))
     # The next attempt takes fewer sequences at once; with one there is no next, so this ends by itself.
     adapts = words is not None and words.cause == OUT_OF_MEMORY and words.retryable
     # It waited for pods that had no room, or no image yet.
@@ -98,12 +102,13 @@ def _loss(rank: Rank, rules: Iterable[RecoveryRule], *, ran: bool) -> Loss:
     )
 
 
-def _fits(rule: RecoveryRule, code: int | None, cause: str, said: str) -> bool:
+def _fits(rule: RecoveryRule, rank: Rank, code: int | None, cause: str, said: str) -> bool:
     """Whether all fits that the rule states."""
     return (
         (not rule.exit_codes or code in rule.exit_codes)
         and (not rule.causes or cause in rule.causes)
         and (not rule.log_contains or any(text in said for text in rule.log_contains))
+        and (not rule.node_conditions or not rank.node_conditions.isdisjoint(rule.node_conditions))
     )
 
 
@@ -114,7 +119,12 @@ def _built_in(rank: Rank, code: int | None, said: str) -> Action:
     # The next attempt starts from the checkpoint that was committed first.
     if words is not None and not words.retryable and words.cause != _SUPERSEDED:
         return "fail"
-    return "exclude_node" if any(text in said for text in BROKEN_NODE) else "retry"
+    broken = any(text in said for text in BROKEN_NODE) or not rank.node_conditions.isdisjoint(BROKEN_NODE_CONDITIONS)
+    return "exclude_node" if broken else "retry"
+
+
+def _node_says(rank: Rank) -> str:
+    return f"node {rank.node}: {', '.join(sorted(rank.node_conditions))}" if rank.node_conditions else ""
 
 
 def _cause_without_words(rank: Rank, code: int | None) -> str:
@@ -122,6 +132,9 @@ def _cause_without_words(rank: Rank, code: int | None) -> str:
         return "Disrupted"
     if code in FATAL_EXIT_CODES:
         return FATAL_EXIT_CODES[code]
+    lost = next((kind for kind in _LOST_NODE if kind in rank.node_conditions), "")
+    if lost:
+        return lost
     if rank.reason and rank.reason != "Error":
         return rank.reason
     return _DELETED if rank.replaced or (rank.deleting and code is None) else "Killed"

@@ -86,7 +86,14 @@ async def run(settings: Settings) -> None:
         defaults = Defaults(
             image=settings.trainer_image, heavy_image=settings.trainer_heavy_image, storage=settings.default_storage
         )
-        reconciler = Reconciler(cluster=cluster, queue=queue, progress=reader, metrics=metrics, defaults=defaults)
+        reconciler = Reconciler(
+            cluster=cluster,
+            queue=queue,
+            progress=reader,
+            metrics=metrics,
+            defaults=defaults,
+            reads_nodes=not settings.watch_namespace,
+        )
         lease = Lease(
             cluster=cluster,
             namespace=settings.lease_namespace,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pydantic import ValidationError
@@ -31,6 +31,9 @@ from nexa_operator.runtimes import Runtime, runtime_of
 from nexa_operator.runtimes.base import resumed_at
 from nexa_train.config.protocol import KILLED_FOR_MEMORY, CheckpointRef, Progress, Termination
 
+NODE_NOT_READY = "NodeNotReady"
+NODE_GONE = "NodeGone"
+_MOST_NODES = 8
 _MOST_DIGITS = 9
 _NO_INDEX = -1
 _LATE_SECONDS = 10.0
@@ -58,12 +61,19 @@ class Rank:
     gone_by: datetime.datetime | None = None
     """When it is deleted: until then the kubelet lets its containers end by themselves."""
     node: str = ""
+    node_conditions: frozenset[str] = frozenset()
+    """What is true of that node, NodeNotReady and NodeGone with it; known of lost ranks, where nodes may be read."""
     unplaced_since: datetime.datetime | None = None
     """Since when the scheduler has found no node for it; None: it has one, or was not tried yet."""
 
     @property
     def ended(self) -> bool:
         return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def ending_order(self) -> tuple[bool, str, int]:
+        """Sorts those that ended first before the others, and before those that have not."""
+        return self.finished_at == "", self.finished_at, self.index
 
     @property
     def lost(self) -> bool:
@@ -316,6 +326,30 @@ def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) 
         ranks=tuple(sorted(ranks, key=_rank_order)),
         owners=tuple(sorted(owners)) or (child["metadata"]["uid"],),
         created_at=created_at(child),
+    )
+
+
+def nodes_of_lost_ranks(gang: Gang | None) -> tuple[str, ...]:
+    """Whose conditions may explain a loss: those where ranks ended first, no more than a look can ask for."""
+    lost = sorted(gang.lost_ranks, key=lambda rank: rank.ending_order) if gang else ()
+    return tuple(dict.fromkeys(rank.node for rank in lost if rank.node))[:_MOST_NODES]
+
+
+def with_nodes(gang: Gang, nodes: Mapping[str, Body | None]) -> Gang:
+    """The gang with what its nodes say of themselves; None: the node is gone."""
+    known = {name: _node_conditions(node) for name, node in nodes.items()}
+    ranks = (replace(rank, node_conditions=known.get(rank.node, frozenset())) for rank in gang.ranks)
+    return replace(gang, ranks=tuple(ranks))
+
+
+def _node_conditions(node: Body | None) -> frozenset[str]:
+    """Conditions that are true, of which all but Ready tell of trouble."""
+    if node is None:
+        return frozenset({NODE_GONE})
+    told = {each["type"]: each["status"] for each in (node.get("status") or {}).get("conditions") or ()}
+    ready = told.pop("Ready", "Unknown") == "True"
+    return frozenset(kind for kind, status in told.items() if status == "True") | (
+        {NODE_NOT_READY} if not ready else set()
     )
 
 

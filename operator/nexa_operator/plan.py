@@ -44,6 +44,8 @@ class RunPlan:
     """All of the protocol's but where pod 0 is, which the runtime knows."""
     storage: str | None
     priority_class: str | None
+    scheduler: str | None
+    """Of the pods; None: the cluster's own."""
     excluded_nodes: tuple[str, ...]
     queue: str | None
     """Kueue's; None: nobody is asked before the gang starts."""
@@ -91,6 +93,7 @@ def make_plan(
         ),
         storage=_storage(job, defaults),
         priority_class=job.spec.schedule.priority,
+        scheduler=job.spec.schedule.scheduler_name,
         excluded_nodes=excluded_nodes,
         queue=job.spec.schedule.queue_name,
     )

@@ -1,4 +1,4 @@
-"""What the operator and Kueue say to each other, by labels and one message. Pure.
+"""What the operator says to Kueue and to schedulers, by labels and annotations, and what Kueue answers. Pure.
 
 Kueue owns `suspend` and the scheduling fields of whatever carries its label: the operator creates that suspended
 and patches neither. A queue's order and preemption go by the pods' PriorityClass, which Kueue reads by itself.
@@ -14,6 +14,8 @@ from nexa_operator.reading import Body, condition_of
 LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
 LABEL_PRIORITY = "kueue.x-k8s.io/priority-class"
 """Of a WorkloadPriorityClass, which wins over the pods' PriorityClass in the queue and nowhere else."""
+ANNOTATION_GANG_SIZE = "scheduling.volcano.sh/group-min-member"
+"""Volcano reads it of a pod's owner, where that is a Job, and makes the PodGroup by itself."""
 LABEL_GANG_UID = "kueue.x-k8s.io/job-uid"
 
 
@@ -23,6 +25,11 @@ def labels(queue: str | None, pod_labels: Mapping[str, str]) -> dict[str, str]:
         return {}
     kept = {LABEL_PRIORITY: pod_labels[LABEL_PRIORITY]} if LABEL_PRIORITY in pod_labels else {}
     return {LABEL_QUEUE: queue, **kept}
+
+
+def gang_hint(scheduler: str | None, num_pods: int) -> Mapping[str, Mapping[str, str]]:
+    """Metadata of a Job whose pods are to start together or not at all, for a scheduler that was asked for by name."""
+    return {} if scheduler is None else {"annotations": {ANNOTATION_GANG_SIZE: str(num_pods)}}
 
 
 def waits_for(queue: str, workloads: Iterable[Body] | None) -> str:

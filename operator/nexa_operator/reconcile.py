@@ -38,18 +38,20 @@ from nexa_operator.decide import (
     rest,
 )
 from nexa_operator.errors import ApiError, ConflictError, InvalidError, RuntimeUnavailableError
-from nexa_operator.kinds import EVENTS, JOBS, PODS, TRAINING_JOBS, WORKLOADS
+from nexa_operator.kinds import EVENTS, JOBS, NODES, PODS, TRAINING_JOBS, WORKLOADS
 from nexa_operator.metrics import Metrics
 from nexa_operator.news import LATER_SECONDS
 from nexa_operator.observe import (
     Gang,
     Observed,
     finished_of,
+    nodes_of_lost_ranks,
     observe,
     observe_unavailable,
     pods_due_seconds,
     read_record,
     refusal_in,
+    with_nodes,
 )
 from nexa_operator.plan import Defaults, RunPlan, image_of, make_plan
 from nexa_operator.progress import ProgressReader, Target
@@ -117,6 +119,8 @@ class Reconciler:
     progress: ProgressReader[Key]
     metrics: Metrics
     defaults: Defaults
+    reads_nodes: bool = False
+    """Nodes belong to no namespace: an operator for one namespace has no right to them."""
     clock: Callable[[], datetime.datetime] = now_utc
     _children: Children = field(init=False)
     _trouble: dict[Key, str] = field(default_factory=dict)
@@ -255,6 +259,8 @@ class Reconciler:
         queue = ((body.get("spec") or {}).get("schedule") or {}).get("queueName")
         if queue and seen.gang and seen.gang.suspended:
             return replace(seen, admission=await self._admission(key.namespace, queue, seen.gang))
+        if seen.gang and self.reads_nodes:
+            seen = replace(seen, gang=await self._with_nodes(seen.gang))
         if seen.gang and pods_due_seconds(seen, self.clock()) == 0.0:
             return replace(seen, refusal=await self._refusal(key, seen.gang))
         return seen
@@ -269,6 +275,17 @@ class Reconciler:
             since = self.clock()
         self._losses[key] = (gang.attempt, since)
         return (self.clock() - since).total_seconds()
+
+    async def _with_nodes(self, gang: Gang) -> Gang:
+        """What the nodes of lost ranks say of themselves, as far as one may ask."""
+        told: dict[str, Body | None] = {}
+        for name in nodes_of_lost_ranks(gang):
+            try:
+                told[name] = await self.cluster.read(NODES, "", name)
+            except ApiError as exc:
+                # It explains a loss; without it another attempt is made all the same.
+                log.warning("node not read", node=name, error=str(exc))
+        return with_nodes(gang, told) if told else gang
 
     async def _admission(self, namespace: str, queue: str, gang: Gang) -> str:
         labels = f"{queueing.LABEL_GANG_UID}={gang.uid}"

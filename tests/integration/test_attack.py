@@ -347,7 +347,7 @@ def is_valid(arena: Arena, pod: Object) -> bool:
 POD_FIELDS = {
     "restartPolicy", "subdomain", "automountServiceAccountToken", "enableServiceLinks", "terminationGracePeriodSeconds",
     "securityContext", "containers", "volumes", "nodeSelector", "tolerations", "priorityClassName", "affinity",
-    "topologySpreadConstraints", "schedulingGates", "hostname",
+    "schedulerName", "topologySpreadConstraints", "schedulingGates", "hostname",
 }  # fmt: skip
 CONTAINER_FIELDS = {
     "name", "image", "imagePullPolicy", "ports", "env", "envFrom", "terminationMessagePath", "terminationMessagePolicy",

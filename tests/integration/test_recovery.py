@@ -76,6 +76,20 @@ def test_a_node_with_broken_hardware_is_kept_off(ns: Namespace, nodes: Nodes) ->
     assert ns.status("hardware")["excludedNodes"] == [broken]
 
 
+def test_a_node_that_says_that_it_is_broken_is_kept_off(ns: Namespace, nodes: Nodes) -> None:
+    first, second = nodes(2)
+    ns.submit("deadlock", nodes=1, cluster=on(nodes))
+    (pod,) = ns.wait_pods("deadlock-a0", 1)
+    broken = ns.wait(lambda: ns.get(f"pod/{pod['metadata']['name']}")["spec"].get("nodeName"), "a node")
+    nodes.say(broken, KernelDeadlock="True")
+    ns.play_kubelet(pod, "Failed", words=words(exit_code=1, cause="RuntimeError"))
+    where = lambda: [node for pod in ns.pods("deadlock-a1") if (node := pod["spec"].get("nodeName"))]  # noqa: E731
+    assert ns.wait(where, "another pod, on a node") == [second if broken == first else first]
+    status = ns.status("deadlock")
+    assert status["excludedNodes"] == [broken]
+    assert f"node {broken}: KernelDeadlock" in status["lastFailure"]["message"]
+
+
 def test_a_gang_without_room_goes_on_with_fewer_pods_and_grows_when_there_is_room_again(
     ns: Namespace, nodes: Nodes
 ) -> None:
@@ -217,10 +231,17 @@ class Nodes:
         taint = {"key": "only", "value": self.ns.namespace, "effect": "NoSchedule"}
         document = {"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"taints": [taint]}}
         self.ns.cluster.kubectl("create", "--filename=-", input=json.dumps(document))
+        self._patch(name, {"capacity": amounts, "allocatable": amounts})
+        self.say(name)
+
+    def say(self, name: str, **conditions: str) -> None:
+        """As its kubelet and node-problem-detector report."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        ready = {"type": "Ready", "status": "True", "reason": "Played", "message": ""}
-        times = {"lastHeartbeatTime": now, "lastTransitionTime": now}
-        status = {"capacity": amounts, "allocatable": amounts, "conditions": [ready | times]}
+        more = {"reason": "Played", "message": "", "lastHeartbeatTime": now, "lastTransitionTime": now}
+        told = {"Ready": "True", **conditions}
+        self._patch(name, {"conditions": [{"type": kind, "status": said, **more} for kind, said in told.items()]})
+
+    def _patch(self, name: str, status: dict[str, Any]) -> None:
         patch = json.dumps({"status": status})
         self.ns.cluster.kubectl("patch", f"node/{name}", "--subresource=status", "--type=merge", f"--patch={patch}")
 

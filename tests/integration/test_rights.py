@@ -83,6 +83,7 @@ def played(stage: Stage) -> Stage:
         if suspend == "true":
             ns.wait_true("whole", "Suspended")
     first, _ = ns.wait_pods("whole-a1", 2)
+    _place(ns, first["metadata"]["name"])
     ns.play_kubelet(first, "Failed", words=words(exit_code=1, cause="Gremlins", checkpoint=CHECKPOINT))
     for pod in ns.wait_pods("whole-a2", 2):
         ns.play_kubelet(pod, "Succeeded", words=words(step=10, total_steps=10, checkpoint=CHECKPOINT))
@@ -96,6 +97,14 @@ def played(stage: Stage) -> Stage:
     ns.submit("crowded")
     ns.wait(lambda: ns.condition("crowded", "Queued").get("reason") == "PodsRefused", "no pod is allowed", "crowded")
     return stage
+
+
+def _place(ns: Namespace, pod: str) -> None:
+    """On a node, of which the operator then asks; that there is none of that name is an answer too."""
+    binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod}}
+    binding |= {"target": {"apiVersion": "v1", "kind": "Node", "name": "nowhere"}}
+    where = f"/api/v1/namespaces/{ns.namespace}/pods/{pod}/binding"
+    ns.kubectl("create", f"--raw={where}", "--filename=-", input=json.dumps(binding))
 
 
 def _another_s_job(name: str) -> dict[str, Any]:

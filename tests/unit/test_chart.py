@@ -91,11 +91,15 @@ def test_the_operator_may_not_read_secrets_and_has_no_wildcard(helm, values):
         assert "*" not in json.dumps(rule)
 
 
-def test_the_rights_are_exactly_those_that_are_used(helm):
+@pytest.mark.parametrize(("namespace", "of_the_cluster"), [("", {("nodes", "get")}), ("team-a", set())])
+def test_the_rights_are_exactly_those_that_are_used(helm, namespace, of_the_cluster):
     granted = {
-        (resource, verb) for rule in rules(render(helm)) for resource in rule["resources"] for verb in rule["verbs"]
+        (resource, verb)
+        for rule in rules(render(helm, f"watchNamespace={namespace}"))
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
     }
-    assert granted == {
+    assert granted == of_the_cluster | {
         *(("nexatrainingjobs", verb) for verb in ("get", "list", "watch", "patch", "delete")),
         ("nexatrainingjobs/status", "patch"),
         *(("jobs", verb) for verb in ("get", "list", "watch", "create", "patch", "delete")),

@@ -62,6 +62,11 @@ app.kubernetes.io/component: operator
 - apiGroups: [""]
   resources: [events]
   verbs: [create, list] # list: why a controller makes no pods
+{{- if not .Values.watchNamespace }}
+- apiGroups: [""]
+  resources: [nodes]
+  verbs: [get] # what it says of itself, where a rank was lost
+{{- end }}
 {{- end -}}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from nexa_operator.kinds import JOBS, SERVICES, Kind
 from nexa_operator.plan import RunPlan
+from nexa_operator.queueing import gang_hint
 from nexa_operator.reading import Body, first_true, label_of
 from nexa_operator.runtimes import pod
 from nexa_operator.runtimes.base import Object, State, failure_of, is_suspended
@@ -33,7 +34,8 @@ def gang(plan: RunPlan) -> Object:
     spec = job_spec(plan, host=f"{plan.name}-0.{plan.service}.{plan.namespace}")
     if plan.queue is not None:
         spec["suspend"] = True
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": pod.gang_metadata(plan), "spec": spec}
+    metadata = {**pod.gang_metadata(plan), **gang_hint(plan.scheduler, plan.cluster.num_nodes)}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
 def job_spec(plan: RunPlan, *, host: str) -> Object:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from nexa_operator.kinds import JOBS, JOBSETS, SERVICES, Kind
 from nexa_operator.plan import RunPlan
+from nexa_operator.queueing import gang_hint
 from nexa_operator.reading import Body, first_true, owner_uid
 from nexa_operator.runtimes import job, pod
 from nexa_operator.runtimes.base import Object, State, failure_of, is_suspended
@@ -44,7 +45,7 @@ def gang(plan: RunPlan) -> Object:
                 "replicas": 1,
                 "template": {
                     # By these the operator hears of the Job.
-                    "metadata": {"labels": pod.labels(plan)},
+                    "metadata": {"labels": pod.labels(plan), **gang_hint(plan.scheduler, plan.cluster.num_nodes)},
                     "spec": job.job_spec(plan, host=f"{plan.name}-{REPLICATED}-0-0.{plan.service}.{plan.namespace}"),
                 },
             }

@@ -124,6 +124,8 @@ def _pod_spec(plan: RunPlan, container: Object) -> Object:
         spec["affinity"] = {"nodeAffinity": _away_from(plan.excluded_nodes)}
     if plan.priority_class is not None:
         spec["priorityClassName"] = plan.priority_class
+    if plan.scheduler is not None:
+        spec["schedulerName"] = plan.scheduler
     return spec
 
 

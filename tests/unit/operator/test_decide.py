@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nexa_operator.classify import Loss, classify
+from nexa_operator.classify import BROKEN_NODE_CONDITIONS, Loss, classify
 from nexa_operator.decide import (
     Create,
     Expire,
@@ -335,6 +335,31 @@ def test_a_rule_fits_by_cause_exit_code_and_log_together(rule: dict[str, Any], f
     said = words(**{"cause": "Oops", **fits})
     assert classify(gang(failed(exit_code=said.exit_code, termination=said)), rules=[ruled]).action == "fail"
     assert classify(gang(failed(exit_code=3, termination=words(cause="Other"))), rules=[ruled]).action == "retry"
+
+
+def test_a_rule_fits_by_what_is_true_of_the_node() -> None:
+    rule = RecoveryRule(node_conditions=["DiskPressure", "FanStopped"], action="exclude_node")
+    hot, cool = (failed(termination=words(), node_conditions=frozenset(said)) for said in ({"FanStopped"}, {"Cool"}))
+    assert classify(gang(hot), rules=[rule]).action == "exclude_node"
+    assert classify(gang(cool), rules=[rule]).action == "retry"
+
+
+@pytest.mark.parametrize("lost", ["NodeNotReady", "NodeGone"])
+def test_what_went_with_its_node_is_not_the_job_s_fault_and_what_ended_by_itself_is(lost: str) -> None:
+    told = frozenset({lost})
+    silent = classify(gang(failed(exit_code=137, node="n7", node_conditions=told)))
+    assert (silent.cause, silent.charged, silent.message) == (lost, False, f"node n7: {lost}")
+    spoke = classify(gang(failed(node="n7", termination=words(cause="Oops", message="no"), node_conditions=told)))
+    assert (spoke.cause, spoke.charged, spoke.message) == ("Oops", True, f"no; node n7: {lost}")
+    config = classify(gang(failed(exit_code=2, node_conditions=told)))
+    assert (config.cause, config.action) == ("ConfigError", "fail")
+
+
+@pytest.mark.parametrize("broken", sorted(BROKEN_NODE_CONDITIONS))
+def test_a_node_that_says_that_it_is_broken_is_kept_off(broken: str) -> None:
+    lost = failed(node="n7", termination=words(), node_conditions=frozenset({broken, "DiskPressure"}))
+    got = classify(gang(lost))
+    assert (got.action, got.node, got.charged) == ("exclude_node", "n7", True)
 
 
 def test_a_rule_that_states_nothing_is_refused() -> None:

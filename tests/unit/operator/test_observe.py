@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 
-from nexa_operator.observe import Observed, Rank, Record, newest, observe, pods_due_seconds, read_record, refusal_in
+from nexa_operator.observe import (
+    Observed,
+    Rank,
+    Record,
+    newest,
+    nodes_of_lost_ranks,
+    observe,
+    pods_due_seconds,
+    read_record,
+    refusal_in,
+    with_nodes,
+)
 from nexa_operator.plan import Defaults, make_plan
 from nexa_operator.reading import Ref
 from tests.unit.operator.builders import (
@@ -20,6 +31,8 @@ from tests.unit.operator.builders import (
     checkpoint,
     condition,
     ended,
+    failed,
+    gang,
     gang_job,
     job,
     pod,
@@ -298,3 +311,31 @@ def test_where_a_rank_is_placed_or_since_when_it_is_not() -> None:
     first, second = seen.gang.ranks
     assert (first.node, first.unplaced_since) == ("n1", None)
     assert (second.node, second.unplaced_since) == ("", NOW - datetime.timedelta(seconds=60))
+
+
+def test_nodes_are_asked_where_ranks_were_lost_the_first_to_end_first_and_no_more_than_a_few() -> None:
+    lost = [failed(index, node=f"n{index}", finished_at=f"2026-11-23T12:00:{30 - index}Z") for index in range(20)]
+    assert nodes_of_lost_ranks(gang(*lost)) == tuple(f"n{index}" for index in range(19, 11, -1))
+    assert nodes_of_lost_ranks(gang(Rank(index=0, phase="Running", node="n0"), failed(1))) == ()
+    assert nodes_of_lost_ranks(gang(failed(0, node="n0"), failed(1, node="n0"))) == ("n0",)
+    assert nodes_of_lost_ranks(None) == ()
+
+
+def node(**conditions: str) -> dict[str, Any]:
+    return {"status": {"conditions": [{"type": kind, "status": said} for kind, said in conditions.items()]}}
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        (None, {"NodeGone"}),
+        ({}, {"NodeNotReady"}),
+        (node(Ready="Unknown"), {"NodeNotReady"}),
+        (node(Ready="False", KernelDeadlock="True"), {"NodeNotReady", "KernelDeadlock"}),
+        (node(Ready="True", KernelDeadlock="False", ReadonlyFilesystem="Unknown"), set()),
+        (node(Ready="True", DiskPressure="True"), {"DiskPressure"}),
+    ],
+)
+def test_what_is_true_of_a_node_is_known_of_the_ranks_there(there: dict[str, Any] | None, told: set[str]) -> None:
+    seen = with_nodes(gang(failed(0, node="n0"), failed(1, node="n1")), {"n0": there})
+    assert [rank.node_conditions for rank in seen.ranks] == [told, set()]

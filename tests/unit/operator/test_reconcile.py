@@ -9,7 +9,7 @@ import pytest
 
 from nexa_operator import naming
 from nexa_operator.errors import InvalidError
-from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, PODS, TRAINING_JOBS, Kind
+from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, NODES, PODS, TRAINING_JOBS, Kind
 from nexa_operator.reconcile import Key
 from tests.unit.operator.builders import UID, body, condition, ended, words
 from tests.unit.operator.world import Operator, World
@@ -278,3 +278,43 @@ async def test_a_resync_that_the_server_refuses_ends_nothing() -> None:
     operator = await running()
     operator.world.unserved = {TRAINING_JOBS}
     await resync(operator)
+
+
+def break_on(world: World, node: str) -> None:
+    """A rank ends there without a word, and so does the other one."""
+    world.remove(PODS)
+    world.add_pods("demo-a0", phase="Failed", containerStatuses=ended(137, "", reason="Error"))
+    for name in world.names(PODS):
+        world.objects[PODS.plural, name]["spec"] = {"nodeName": node}
+
+
+async def test_a_node_is_asked_only_where_a_rank_was_lost_and_kept_off_where_it_says_that_it_is_broken() -> None:
+    operator = await running()
+    assert operator.world.num_asked("get", NODES) == 0
+    conditions = [condition("Ready"), condition("KernelDeadlock")]
+    operator.world.put(NODES, {"metadata": {"name": "n7"}, "status": {"conditions": conditions}})
+    break_on(operator.world, "n7")
+    operator.world.pass_seconds(5)
+    await operator.look()
+    status = operator.job["status"]
+    assert status["excludedNodes"] == ["n7"]
+    assert "node n7: KernelDeadlock" in status["lastFailure"]["message"]
+    assert operator.world.num_asked("get", NODES) >= 1
+
+
+async def test_without_an_answer_about_the_node_another_attempt_is_made_all_the_same() -> None:
+    operator = await running()
+    break_on(operator.world, "n7")
+    operator.world.refused.add(NODES)
+    operator.world.pass_seconds(5)
+    await operator.look()
+    assert (operator.job["status"]["restarts"], operator.job["status"]["chargedRestarts"]) == (1, 1)
+
+
+async def test_an_operator_of_one_namespace_asks_for_no_node() -> None:
+    operator = await running(reads_nodes=False)
+    break_on(operator.world, "gone")
+    operator.world.pass_seconds(5)
+    await operator.look()
+    assert operator.job["status"]["restarts"] == 1
+    assert operator.world.num_asked("get", NODES) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from nexa_operator.kinds import JOBSETS, PYTORCHJOBS, WORKLOADS
 from nexa_operator.observe import Gang, Observed, observe, observe_unavailable
 from nexa_operator.plan import Defaults, RunPlan, make_plan
 from nexa_operator.queueing import LABEL_PRIORITY, LABEL_QUEUE, waits_for
-from nexa_operator.runtimes import RUNTIMES, runtime_of
+from nexa_operator.runtimes import RUNTIMES, beside, runtime_of
 from nexa_train.config.spec import ScheduleSpec
 from tests.unit.operator.builders import GANG_UID, NOW, UID, body, condition, ended, failed, gang, job, owned_by, seen
 
@@ -122,6 +123,26 @@ def test_a_queue_s_gang_is_born_suspended_with_the_label_and_any_other_is_not(na
     plain = made(name, cluster=cluster)
     assert not RUNTIMES[name].state(plain, (), ()).suspended
     assert not {LABEL_QUEUE, LABEL_PRIORITY} & set(plain["metadata"]["labels"])
+
+
+@every_runtime
+def test_another_scheduler_is_told_how_many_pods_start_together_and_the_cluster_s_own_nothing(name):
+    given = made(name, schedule={"schedulerName": "volcano"}, cluster={"numNodes": 4})
+    hint = {"scheduling.volcano.sh/group-min-member": "4"}
+    jobs = {"job": lambda: given, "jobset": lambda: given["spec"]["replicatedJobs"][0]["template"]}
+    assert name not in jobs or jobs[name]()["metadata"]["annotations"] == hint
+    assert template_of(given)["spec"]["schedulerName"] == "volcano"
+    plain = made(name, cluster={"numNodes": 4})
+    assert "schedulerName" not in template_of(plain)["spec"]
+    assert "group-min-member" not in json.dumps(plain)
+
+
+def test_what_runs_beside_a_gang_is_no_gang():
+    # One that waited for as many pods as the gang has would wait for ever.
+    given = plan("job", schedule={"schedulerName": "volcano"}, cluster={"numNodes": 4})
+    for document in (beside.room(given, num_pods=2), beside.removal(given)):
+        assert document["spec"]["template"]["spec"]["schedulerName"] == "volcano"
+        assert "group-min-member" not in json.dumps(document)
 
 
 @every_runtime

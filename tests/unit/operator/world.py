@@ -33,6 +33,7 @@ class World:
         self.objects: dict[tuple[str, str], Object] = {}
         self.asked: list[tuple[str, str, str]] = []
         self.unserved: set[Kind] = set()
+        self.refused: set[Kind] = set()
         self.warnings: list[Object] = []
         self._numbers = itertools.count(1)
 
@@ -135,6 +136,8 @@ class World:
         self.asked.append((verb, kind.plural, what))
         if kind in self.unserved:
             raise ApiError(verb, status=404, message="the server could not find the requested resource")
+        if kind in self.refused:
+            raise ApiError(verb, status=403, message="forbidden")
 
 
 class Appointments(WorkQueue[Key]):
@@ -151,14 +154,14 @@ class Appointments(WorkQueue[Key]):
 class Operator:
     """One operator in a world with one job, `demo`."""
 
-    def __init__(self, world: World, **groups: Any) -> None:
+    def __init__(self, world: World, *, reads_nodes: bool = True, **groups: Any) -> None:
         self.world, self.queue, self.metrics = world, Appointments(), Metrics()
         if world.get(TRAINING_JOBS, "demo") is None:
             world.put(TRAINING_JOBS, body(**groups))
         progress = ProgressReader(on_news=self.queue.add, client=httpx.AsyncClient(verify=False))
         self.reconciler = Reconciler(
             cluster=world, queue=self.queue, progress=progress, metrics=self.metrics,
-            defaults=Defaults(image="trainer:1"), clock=lambda: world.now,
+            defaults=Defaults(image="trainer:1"), clock=lambda: world.now, reads_nodes=reads_nodes,
         )  # fmt: skip
 
     @property
