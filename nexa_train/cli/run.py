@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -45,7 +46,7 @@ def run_job(job: Job, *, as_json: bool) -> int:
     node = Node(ranks=job.spec.cluster.world_size)
     with _obeying_signals(rundir), log.open("wb") as output, _showing(console, job) as show:
         try:
-            outcome = run_node(job, node, rundir, output=output, on_progress=show)
+            outcome = run_node(job, node, rundir, end=partial(_end, as_json=as_json), output=output, on_progress=show)
         except NexaError as exc:
             if not as_json:
                 raise
@@ -56,6 +57,14 @@ def run_job(job: Job, *, as_json: bool) -> int:
         return _failed(console, outcome, log)
     shutil.rmtree(rundir.path)
     return _succeeded(job, outcome, as_json=as_json)
+
+
+def _end(outcome: Termination, *, as_json: bool) -> int:
+    """The last words of a run that is ended where it stands."""
+    if as_json:
+        print(outcome.model_dump_json(), flush=True)
+    print(f"nexa: error: {outcome.message}", file=sys.stderr, flush=True)
+    return outcome.exit_code
 
 
 def _failed(console: Console, outcome: Termination, log: Path) -> int:

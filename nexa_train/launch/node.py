@@ -137,12 +137,15 @@ def run_node(
     node: Node,
     rundir: RunDir,
     *,
+    end: Callable[[Termination], int],
     output: IO[bytes] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Termination:
     """Take this node's ranks to their end.
 
     Args:
+        end: says last words and returns the exit code, for a process that hangs before its ranks run: it is ended where
+            it stands, and nothing is returned.
         output: where the ranks' own output goes; None: where ours goes.
         on_progress: called a few times a second while ranks run.
 
@@ -150,7 +153,7 @@ def run_node(
         NexaError: see `make_ready`; StoppedError: a stop was asked for before a rank ran.
     """
     while True:
-        ready = _made_ready(job, node, rundir)
+        ready = _made_ready(job, node, rundir, end)
         if isinstance(ready, Termination):
             return ready
         ended = _run_ranks(ready, node, rundir, output, on_progress)
@@ -195,12 +198,18 @@ class _Signalled(BaseException):
     """Not an Exception: no library may swallow it."""
 
 
-def _made_ready(job: Job, node: Node, rundir: RunDir) -> RankWork | Termination:
-    """`make_ready`, ended where a stop is asked for: what is half made then has no name yet."""
+def _made_ready(job: Job, node: Node, rundir: RunDir, end: Callable[[Termination], int]) -> RankWork | Termination:
+    """`make_ready`, ended where a stop is asked for or nothing moves: what is half made then has no name yet."""
     if rundir.stop_asked():
         raise _stopped_early(job)
     try:
-        with _ended_by_signals():
+        with (
+            watchdog.guarded(
+                job.spec.recovery.progress_deadline_seconds,
+                lambda stacks: os._exit(end(_stalled_early(job, node, stacks))),
+            ),
+            _ended_by_signals(),
+        ):
             return make_ready(job, node)
     except _Signalled:
         raise _stopped_early(job) from None
@@ -439,14 +448,30 @@ def _end_stalled(
     where = f"{progress.phase}, step {progress.step}" if progress else "starting"
     what = f"nothing moved for {deadline} s ({where})"
     stacks = watchdog.capture(ranks.pid, rundir, others=node.count > 1)
-    text = f"{run_id}, attempt {work.attempt}, node {node.index} of {node.count}: {what}\n\n{stacks}"
-    uri = watchdog.keep(text, store_uri=work.store_uri, run_id=run_id, attempt=work.attempt, node=node.index)
-    if uri is None:
-        print(text, file=sys.stderr, flush=True)
+    uri = _keep(stacks, what, store_uri=work.store_uri, run_id=run_id, attempt=work.attempt, node=node)
     os.killpg(ranks.pid, signal.SIGKILL)
     ranks.wait()
     message = f"{what}; what its ranks did is in {uri or 'the log'}"
     return _ended(work, progress, EXIT_STALLED, "Stalled", message)
+
+
+def _stalled_early(job: Job, node: Node, stacks: str) -> Termination:
+    """The last words of a node that hung before its ranks ran."""
+    what = f"nothing moved for {job.spec.recovery.progress_deadline_seconds} s (before the ranks ran)"
+    uri = _keep(stacks, what, store_uri=job.spec.artifacts.uri, run_id=job.run_id, attempt=node.attempt, node=node)
+    message = f"{what}; where it stood is in {uri or 'the log'}"
+    return Termination(
+        run_id=job.run_id, attempt=node.attempt, exit_code=EXIT_STALLED, cause="Stalled", message=message
+    )
+
+
+def _keep(stacks: str, what: str, *, store_uri: str, run_id: str, attempt: int, node: Node) -> str | None:
+    """Put them beside the run's checkpoints; None: they are in the log, for the store did not take them."""
+    text = f"{run_id}, attempt {attempt}, node {node.index} of {node.count}: {what}\n\n{stacks}"
+    uri = watchdog.keep(text, store_uri=store_uri, run_id=run_id, attempt=attempt, node=node.index)
+    if uri is None:
+        print(text, file=sys.stderr, flush=True)
+    return uri
 
 
 def _killed(work: RankWork, progress: Progress | None, code: int) -> Termination:

@@ -1,21 +1,24 @@
-"""Whether ranks get on, and where they stand when they do not. Used by `node` while ranks run.
+"""Whether ranks get on, and where they stand when they do not; and so for this process before they run. Used by `node`.
 
 What counts is what was done, never a clock of theirs: ranks write a beat for each step, batch of the validation split
 and file of a checkpoint (`RunDir.beat`; `relay` tells other nodes' beats here, too). Importing libraries and reading a
 model cannot be counted so; there it is the processor time that ranks take, which is next to none where they hang.
+The process that makes ready for them also moves bytes, for a slow download takes little else.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 from nexa_train.artifact.manifest import run_folder
 from nexa_train.config.protocol import Progress
@@ -40,6 +43,8 @@ STOP_STEPS = 3
 """And how many times the longest step, or batch of the validation split, so far."""
 UPLOAD_SECONDS = 30.0
 """How long the store may take for the stacks: it may be the reason for the stall."""
+MOVED_BYTES = 65_536
+"""Read or written within the deadline: what a process that hangs moves in a deadline's looks is a tenth of it."""
 _POLL_SECONDS = 0.1
 
 
@@ -86,6 +91,51 @@ class Watchdog:
         if progress and progress.phase in ("saving", "finished"):
             return False
         return now - max(self.since, self.asked_to_stop) > max(STOP_SECONDS, STOP_STEPS * self.longest_step)
+
+
+@contextmanager
+def guarded(deadline_seconds: float, on_stall: Callable[[str], object]) -> Iterator[None]:
+    """Have a thread look whether this process gets on.
+
+    Args:
+        on_stall: called once, in that thread, with this process's stacks when it got nothing done for so long. The
+            thread that hangs cannot be ended; whoever is called ends the process.
+    """
+    over = Event()
+    thread = Thread(target=_guard, args=(deadline_seconds, over, on_stall), name="guard", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _guard(deadline_seconds: float, over: Event, on_stall: Callable[[str], object]) -> None:
+    since, seen = time.monotonic(), _done()
+    while not over.wait(BUSY_LOOK * deadline_seconds):
+        now, done = time.monotonic(), _done()
+        busy, moved = (after - before for after, before in zip(done, seen, strict=True))
+        if busy > BUSY_SHARE * deadline_seconds or moved > MOVED_BYTES:
+            since, seen = now, done
+        elif now - since > deadline_seconds:
+            on_stall(_own_stacks())
+            return
+
+
+def _done() -> tuple[float, int]:
+    """Processor seconds that this process has taken, and bytes that it has read and written (proc(5), io)."""
+    counted = {"rchar": 0, "wchar": 0}
+    with suppress(OSError):  # where that may not be read, processor time alone counts
+        lines = Path("/proc/self/io").read_text().splitlines()
+        counted = {key: int(value) for key, _, value in (line.partition(": ") for line in lines)}
+    return time.process_time(), counted["rchar"] + counted["wchar"]
+
+
+def _own_stacks() -> str:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        return file.read()
 
 
 def starts(progress: Progress | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -71,26 +72,48 @@ def test_a_rank_that_hangs_as_it_starts_or_saves_is_found(runs: Runs, cache: Pat
     assert run.finish()["step"] == 4
 
 
+@pytest.mark.parametrize("entry", ["nexa run", "pod"])
+def test_a_node_that_hangs_before_its_ranks_run_says_where_and_is_ended(runs: Runs, tmp_path: Path, entry: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers
+        run = runs.make(data={"remote_uri": "s3://rows/rows.jsonl"}, recovery={"progress_deadline_seconds": 2})
+        run.environment |= {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "AWS_ACCESS_KEY_ID": "user",
+            "AWS_SECRET_ACCESS_KEY": "password",
+        }
+        node = run.start() if entry == "nexa run" else start_pod(run, tmp_path / "words")
+        out, err = node.communicate(timeout=120)
+    ended = Termination.model_validate_json(out)
+    assert (node.returncode, ended.cause, ended.exit_code, ended.retryable) == (70, "Stalled", 70, True), err
+    assert ended.message.startswith("nothing moved for 2 s (before the ranks ran); ")
+    text = stacks_of(ended.message)
+    assert "most recent call first" in text
+    assert "data/read.py" in text
+    if entry == "pod":
+        assert Termination.model_validate_json((tmp_path / "words").read_bytes()) == ended
+
+
+def start_pod(run: Run, words: Path, **environment: str) -> subprocess.Popen[str]:
+    """The entrypoint of a pod, whose last words go to a file."""
+    spec = json.loads(run.job.read_text())
+    body = {"metadata": {"name": spec.pop("name")}, "spec": spec}
+    words.touch()
+    return subprocess.Popen(
+        [sys.executable, "-c", WORDS_INTO_A_FILE, str(words)],
+        env={**run.environment, "NEXA_JOB": json.dumps(body), "NEXA_PROGRESS_PORT": "0", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 class Gang:
     """Two nodes on this machine, each with the entrypoint of a pod."""
 
     def __init__(self, run: Run, folder: Path) -> None:
-        spec = json.loads(run.job.read_text())
-        body = {"metadata": {"name": spec.pop("name")}, "spec": spec}
         self.words = [folder / f"words-{node}" for node in (0, 1)]
-        common = {"NEXA_JOB": json.dumps(body), "NEXA_ATTEMPT": "3", "NEXA_NUM_NODES": "2", "NEXA_PROGRESS_PORT": "0"}
-        common["NEXA_RDZV_ENDPOINT"] = f"127.0.0.1:{free_port()}"
-        self.nodes = [self.start(node, {**run.environment, **common}) for node in (0, 1)]
-
-    def start(self, node: int, environment: dict[str, str]) -> subprocess.Popen[str]:
-        self.words[node].touch()
-        return subprocess.Popen(
-            [sys.executable, "-c", WORDS_INTO_A_FILE, str(self.words[node])],
-            env={**environment, "JOB_COMPLETION_INDEX": str(node)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        common = {"NEXA_ATTEMPT": "3", "NEXA_NUM_NODES": "2", "NEXA_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}"}
+        self.nodes = [start_pod(run, self.words[node], **common, JOB_COMPLETION_INDEX=str(node)) for node in (0, 1)]
 
     def ended(self, node: int) -> Termination:
         """A node's last words, once it has ended."""
