@@ -83,6 +83,15 @@ class Attempts:
         self.rundir.write_run(ready.to_dict())
         return self.nursery.start(self.rundir.path, world)
 
+    def reads(self) -> dict[int, list[int]]:
+        """The sequences of each step that counted, in the order of the ranks; a step that was lost is read again."""
+        taken: dict[int, list[int]] = {}
+        for attempt in range(self.count):
+            ranks = sorted((self.folder / f"attempt-{attempt}").glob("reads-*"))
+            shares = [dict(map(json.loads, file.read_text().splitlines())) for file in ranks]
+            taken |= {step: [s for share in shares for micro in share[step] for s in micro] for step in shares[0]}
+        return taken
+
     @property
     def step(self) -> int:
         """Where the attempt that was started last stands."""
@@ -131,11 +140,27 @@ def _fork(rundir: str, rank: int, world: int, port: str) -> int:
     os.environ.update({name: str(value) for name, value in place.items()})
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     code = 1
+    _record_reads(Path(rundir) / f"reads-{rank}")
     try:
         code = module.main(rundir)
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def _record_reads(file: Path) -> None:
+    """Have this rank note which sequences it takes for each step, as it takes them."""
+    from nexa_train.backends.base import RankContext
+
+    microbatches = RankContext.microbatches
+
+    def noted(self: RankContext, step: int) -> list[list[int]]:
+        taken = microbatches(self, step)
+        with file.open("a") as notes:
+            notes.write(json.dumps([step, taken]) + "\n")
+        return taken
+
+    RankContext.microbatches = noted  # type: ignore[method-assign]
 
 
 def _gang(pids: list[int]) -> list[int]:

@@ -74,6 +74,8 @@ def test_one_rank_then_two_then_one_take_the_same_samples_to_the_same_losses(mak
         changing.rundir.ask_to_stop()
         assert changing.wait() == [75] * world
     changing.finish(1)
+    assert changing.reads() == alone.reads()
+    assert sorted(alone.reads()) == list(range(24))
     expected, found = alone.run.logs, changing.run.logs
     assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
