@@ -53,6 +53,18 @@ def write_pairs(path: Path, count: int = 96) -> Path:
     return path
 
 
+def write_texts(path: Path, count: int = 96) -> Path:
+    """Texts of uneven length, to pretrain on."""
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            text = " ".join(f"{number * factor}" for factor in range(2 + number % 9))
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+PRETRAIN: dict[str, Any] = {"method": {"type": "pretrain"}, "data": {"format": "text"}}
+
+
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """`base` with the groups of `change` laid over its own."""
     both = {key: {**base[key], **value} for key, value in change.items() if isinstance(base.get(key), dict)}

@@ -9,18 +9,15 @@ import signal
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from tests.cluster.run import wait_until
-from tests.training.harness import Runs, merged
+from tests.training.harness import PRETRAIN, Runs, merged, write_texts
 from tests.training.legs import Trained, fetched, save, train, whole
 from tests.training.nursery import Attempts, Nursery
 from tests.training.ranks import job, make_context
-
-if TYPE_CHECKING:
-    pass
 
 pytestmark = pytest.mark.training
 
@@ -28,6 +25,7 @@ pytestmark = pytest.mark.training
 JOB = {"training": {"microbatch_size_per_gpu": 2, "max_steps": None, "epochs": 1.75}}
 LORA = {"tuning": {"type": "lora", "rank": 4}}
 RECOMPUTED = {"training": {"activation_checkpointing": True}}
+PACKED = merged(PRETRAIN, {"data": {"packing": True}, "training": {"epochs": None, "max_steps": 20}})
 BF16 = {"training": {"precision": "bf16", "epochs": None, "max_steps": 4}}
 
 
@@ -49,17 +47,21 @@ JOBS: dict[str, dict[str, Any]] = {
     "lora": LORA,
     "lora, zero 1": {**zero(1), **LORA},
     "lora, zero 3": {**zero(3), **LORA},
+    "pretrain, packed": PACKED,
+    "pretrain, packed, zero 2": {**zero(2), **PACKED},
+    "pretrain, packed, zero 3": {**zero(3), **PACKED},
     "bf16": BF16,
     "bf16, zero 1": {**zero(1), **BF16},
     "bf16, zero 2": {**zero(2), **BF16},
     "bf16, zero 3": {**zero(3), **BF16},
 }
+TEXTS = "texts.jsonl"
 SMALL_BUCKET = 1000
 """Elements: smaller than an embedding, and than a layer's gradients together."""
 
 
 def reference(name: str) -> str:
-    return next((kind for kind in ("lora", "bf16") if name.startswith(kind)), "fsdp")
+    return next((kind for kind in ("lora", "bf16", "pretrain, packed") if name.startswith(kind)), "fsdp")
 
 
 def two_ranks(rank: int, folder: str, rows: str) -> None:
@@ -76,7 +78,8 @@ def two_ranks(rank: int, folder: str, rows: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if "small buckets" in name:
                 patch.setattr("nexa_train.backend_config.deepspeed.BUCKET_ELEMENTS", SMALL_BUCKET)
-            found[name], _ = train(merged(job(Path(rows), **JOB), change), rank)
+            file = Path(folder) / TEXTS if name.startswith("pretrain") else Path(rows)
+            found[name], _ = train(merged(job(file, **JOB), change), rank)
     found["passed on"] = pass_on(Path(folder), Path(rows), rank)
     found["not finite"] = {
         (name, what): not_finite(Path(rows), rank, stage, what) for name, stage in STAGES.items() for what in SPOILT
@@ -143,6 +146,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, cache: Path, rows: Path) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEXA_CACHE", str(cache))
         make_context(job(rows, **JOB))  # prepared once
+        make_context(merged(job(write_texts(folder / TEXTS), **JOB), PACKED))
         processes.spawn(two_ranks, args=(str(folder), str(rows)), nprocs=2)
     values: dict[str, Any] = torch.load(folder / "found.pt", weights_only=False)
     return values

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.harness import Run, Runs
+from tests.training.harness import PRETRAIN, Run, Runs, write_texts
 from tests.training.ranks import Trained, job, make_context, train, train_on_ranks
 
 pytestmark = pytest.mark.training
@@ -60,6 +60,15 @@ def test_accumulation_recomputing_attention_and_ranks_change_no_step_of_twenty(r
     for change in SAME.values():
         assert_same(train(job(rows, **change)), expected)
     assert_same(train_on_ranks({"two": job(rows, training=STEPS)}, tmp_path / "ranks")["two"], expected)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_pretraining_takes_the_same_steps_accumulated_recomputed_and_on_two_ranks(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts.jsonl")
+    expected = train(job(texts, **PRETRAIN, training=STEPS))
+    for change in SAME.values():
+        assert_same(train(job(texts, **PRETRAIN, **change)), expected)
+    assert_same(train_on_ranks({"two": job(texts, **PRETRAIN, training=STEPS)}, tmp_path / "ranks")["two"], expected)
 
 
 @pytest.mark.usefixtures("_one_thread")

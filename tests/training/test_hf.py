@@ -23,7 +23,7 @@ FEW = {"max_steps": 6}
 CASES: dict[str, dict[str, Any]] = {
     "sft": {"training": {"max_steps": 20}},
     "sft with lora": {"tuning": LORA, "training": FEW},
-    "sft packed": {"data": {"packing": True}, "model": {"max_seq_len": 160}, "training": FEW},
+    "sft packed": {"data": {"packing": True}, "model": {"max_seq_len": 160}, "training": {"max_steps": 20}},
     "sft to a partial step": {"training": PARTIAL},
     "sft recomputing activations": {"training": {**FEW, "activation_checkpointing": True}},
     "dpo": {**DPO, "training": {"max_steps": 20}},
