@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nexa_train.config.protocol import Termination
 from nexa_train.launch.node import Node, make_ready
 from nexa_train.rundir import RunDir
 from tests.cluster.paths import REPOSITORY
+from tests.cluster.run import wait_until
 from tests.training.harness import Run
 
 
@@ -121,6 +123,18 @@ class Attempts:
         progress = self.rundir.read_progress()
         assert progress is not None
         return progress.model_dump()
+
+
+def check_killed_once(make: Callable[[], Attempts], *, world: int, last_step: int) -> None:
+    """Of two equal runs one loses a rank after its first checkpoint: both end with the same weights, bit by bit."""
+    undisturbed, killed = make(), make()
+    digest = undisturbed.finish(world)["checkpoint"]["weights_digest"]
+    pids = killed.start(world)
+    wait_until(lambda: killed.committed > 0, timeout_seconds=120, what="a checkpoint", interval_seconds=0.005)
+    os.kill(pids[-1], signal.SIGKILL)
+    assert -signal.SIGKILL in killed.wait()
+    assert 0 < killed.committed < last_step
+    assert killed.finish(world)["checkpoint"]["weights_digest"] == digest
 
 
 def free_port() -> int:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.run import wait_until
 from tests.training.harness import Runs
-from tests.training.nursery import Attempts, Nursery
+from tests.training.nursery import Attempts, Nursery, check_killed_once
 from tests.training.ranks import job, make_context, train
 
 pytestmark = pytest.mark.training
@@ -165,17 +162,13 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
     nursery: Nursery, pairs: Path, cache: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     runs = Runs(cache, pairs, tmp_path)
-    length = {"training": {"max_steps": 80, "save_every_steps": 4}, "optimizer": {"lr": 0.005}}
-    undisturbed, killed = (
-        Attempts(nursery, runs.make(**DPO, **length, **change), tmp_path / f"attempts-{n}") for n in range(2)
-    )
-    digest = undisturbed.finish(2)["checkpoint"]["weights_digest"]
-    pids = killed.start(2)
-    wait_until(lambda: killed.committed >= 4, timeout_seconds=120, what="a checkpoint", interval_seconds=0.005)
-    os.kill(pids[1], signal.SIGKILL)
-    assert -signal.SIGKILL in killed.wait()
-    assert 4 <= killed.committed < 80
-    assert killed.finish(2)["checkpoint"]["weights_digest"] == digest
+    change = {**DPO, **change, "training": {"max_steps": 80, "save_every_steps": 4}, "optimizer": {"lr": 0.005}}
+
+    def make() -> Attempts:
+        made = runs.make(**change)
+        return Attempts(nursery, made, tmp_path / f"attempts-{runs.count}")
+
+    check_killed_once(make, world=2, last_step=80)
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is not on this machine")

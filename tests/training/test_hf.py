@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.training.harness import Runs
+from tests.training.nursery import Attempts, Nursery, check_killed_once
 from tests.training.ranks import Trained, job, make_context, train, train_on_ranks
 
 pytestmark = pytest.mark.training
@@ -49,6 +52,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
     return folder
 
 
+def quantised(folder: Path) -> dict[str, Any]:
+    """A short run of QLoRA on the model in a folder."""
+    model = {"d_model": None, "n_layers": None, "n_heads": None, "name": str(folder)}
+    return {"backend": "hf", "model": model, "tuning": {"type": "qlora", "rank": 4}, "training": FEW}
+
+
 @pytest.fixture(scope="module")
 def jobs(rows: Path, pairs: Path, model_folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Every case on every backend that takes it, by name and backend."""
@@ -58,14 +67,8 @@ def jobs(rows: Path, pairs: Path, model_folder: Path) -> dict[tuple[str, str], d
         for backend in ("fsdp", "hf")
     }
     made["sft with adafactor", "hf"] = job(rows, backend="hf", **ADAFACTOR)
-    quantised = {
-        "backend": "hf",
-        "model": {"d_model": None, "n_layers": None, "n_heads": None, "name": str(model_folder)},
-        "tuning": {"type": "qlora", "rank": 4},
-        "training": FEW,
-    }
     for name, change in QLORA.items():
-        made[name, "hf"] = job(pairs if name.startswith("dpo") else rows, **quantised, **change)
+        made[name, "hf"] = job(pairs if name.startswith("dpo") else rows, **quantised(model_folder), **change)
     return made
 
 
@@ -128,6 +131,21 @@ def test_qlora_trains_on_two_ranks_as_on_one(
     assert_same(found, on_two[name, "hf"])
     assert found.losses[-1] < found.losses[0]
     assert all("lora_" in name for name in found.weights)
+
+
+def test_a_killed_run_of_qlora_ends_with_the_bits_of_an_undisturbed_one(
+    cache: Path, rows: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEXA_CACHE", str(cache))
+    runs, nursery = Runs(cache, rows, tmp_path), Nursery(cache, "hf", "bitsandbytes")
+    change = {**quantised(model_folder), "training": {"max_steps": 40, "save_every_steps": 4}}
+
+    def make() -> Attempts:
+        made = runs.make(**change)
+        return Attempts(nursery, made, tmp_path / f"attempts-{runs.count}")
+
+    with closing(nursery):
+        check_killed_once(make, world=1, last_step=40)
 
 
 def test_adapters_of_a_quantised_model_keep_the_precision_that_is_saved(
