@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nexa_train.backend_config.adapters import lora_arguments, quantization_arguments
 from nexa_train.config.spec import DpoMethod, FullTuning, JobSpec, QloraTuning
 from nexa_train.plan import TrainPlan
 
@@ -72,27 +73,10 @@ def _optimizer(spec: JobSpec) -> dict[str, Any]:
 
 
 def _adapters(spec: JobSpec) -> dict[str, Any]:
-    tuning = spec.tuning
-    if isinstance(tuning, FullTuning):
-        return {}
-    given = {
-        "r": tuning.rank,
-        "lora_alpha": tuning.scale * tuning.rank,
-        "lora_dropout": tuning.dropout,
-        "target_modules": list(tuning.target_modules) or "all-linear",  # PEFT's word for all but the head
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-    }
-    return {"peft_config": given}
+    return {} if isinstance(spec.tuning, FullTuning) else {"peft_config": lora_arguments(spec.tuning)}
 
 
 def _quantization(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
     if not isinstance(spec.tuning, QloraTuning):
         return {}
-    given = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": spec.tuning.double_quant,
-        "bnb_4bit_compute_dtype": "bfloat16" if plan.precision == "bf16" else "float32",
-    }
-    return {"quantization_config": given}
+    return {"quantization_config": quantization_arguments(spec.tuning, precision=plan.precision)}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Union
 import torch
 from torch import nn
 
+from nexa_train.backend_config.adapters import lora_arguments
 from nexa_train.config.spec import JobSpec, LoraTuning, QloraTuning
 from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.errors import ConfigError
@@ -96,14 +97,8 @@ def lora_config(tuning: LoraTuning | QloraTuning, model: nn.Module) -> LoraConfi
         )
     from peft import LoraConfig  # noqa: PLC0415 - seconds to import, and full tuning does without
 
-    return LoraConfig(
-        r=tuning.rank,
-        lora_alpha=tuning.scale * tuning.rank,
-        lora_dropout=tuning.dropout,
-        target_modules=list(tuning.target_modules) or leaves,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    # Names in place of PEFT's word, which it understands of transformers' models alone.
+    return LoraConfig(**lora_arguments(tuning) | {"target_modules": list(tuning.target_modules) or leaves})
 
 
 def inject_adapters(config: LoraConfig, model: Causal) -> None:

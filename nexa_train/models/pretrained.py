@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
+from nexa_train.backend_config.adapters import quantization_arguments
 from nexa_train.config.spec import JobSpec, QloraTuning
 from nexa_train.errors import ConfigError
 from nexa_train.models.attention import EXPLICIT, FUSED, row_attention
@@ -98,9 +99,4 @@ def keep_trainable(model: PreTrainedModel) -> None:
 def _quantization(spec: JobSpec) -> Any:
     if not isinstance(spec.tuning, QloraTuning):
         return None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=spec.tuning.double_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16 if spec.training.precision == "bf16" else torch.float32,
-    )
+    return BitsAndBytesConfig(**quantization_arguments(spec.tuning, precision=spec.training.precision))
