@@ -97,6 +97,7 @@ def next_status(previous: Body, *, seen: Observed, decision: Decision, context: 
     verdict = _verdict(previous, seen, decision, context)
     before = goodput.read(previous, context.created)
     account = _account(before, seen, decision, context)
+    spent = account.to_status(context.now) or None
     told: dict[str, Any] = {
         "observedGeneration": context.generation,
         "phase": verdict.phase,
@@ -107,17 +108,12 @@ def next_status(previous: Body, *, seen: Observed, decision: Decision, context: 
         **_facts(previous, seen, decision),
         "checkpoint": _checkpoint(seen.checkpoint),
         "lastFailure": _last_failure(previous, seen, decision, context),
-        "goodput": previous.get("goodput") if account == before else account.to_status(context.now) or None,
+        "goodput": previous.get("goodput") if account == before else spent,
         "conditions": _conditions(previous, verdict, seen, context),
     }
     status = {key: value for key, value in told.items() if value is not None}
     # Time that passes is no reason to write; what is written for another reason says it.
-    return status if status == previous else {**status, **_spent(account, context.now)}
-
-
-def _spent(account: goodput.Account, now: datetime.datetime) -> dict[str, Any]:
-    spent = account.to_status(now)
-    return {"goodput": spent} if spent else {}
+    return status if status == previous or spent is None else {**status, "goodput": spent}
 
 
 def caught_up(previous: Body, generation: int) -> dict[str, Any]:
