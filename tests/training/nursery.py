@@ -125,6 +125,9 @@ class Attempts:
         return progress.model_dump()
 
 
+Make = Callable[..., Attempts]
+
+
 def check_killed_once(make: Callable[[], Attempts], *, world: int, last_step: int) -> None:
     """Of two equal runs one loses a rank after its first checkpoint: both end with the same weights, bit by bit."""
     undisturbed, killed = make(), make()

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from tests.cluster.run import wait_until
 from tests.training.harness import PRETRAIN, Runs, merged, write_texts
 from tests.training.legs import Trained, fetched, save, train, whole
-from tests.training.nursery import Attempts, Nursery
+from tests.training.nursery import Make, Nursery
 from tests.training.ranks import job, make_context
 
 pytestmark = pytest.mark.training
@@ -212,7 +212,6 @@ def test_of_a_loss_that_is_not_finite_the_other_rank_says_whose_it_was(found: di
     assert all(seen["before"][key].equal(tensor) for key, tensor in seen["after"].items())
 
 
-Make = Callable[..., Attempts]
 SHORT = {"training": {"max_steps": 30, "save_every_steps": 3}, "optimizer": {"lr": 0.001}}
 
 
@@ -221,16 +220,6 @@ def nursery(cache: Path) -> Iterator[Nursery]:
     started = Nursery(cache, "deepspeed")
     yield started
     started.close()
-
-
-@pytest.fixture
-def make(nursery: Nursery, runs: Runs, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.setenv("NEXA_CACHE", str(cache))
-
-    def made(**change: Any) -> Attempts:
-        return Attempts(nursery, runs.make(**change), tmp_path / f"attempts-{runs.count}")
-
-    return made
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.harness import Runs
-from tests.training.nursery import Attempts, Nursery, check_killed_once
+from tests.training.nursery import Make, Nursery, check_killed_once
 from tests.training.ranks import job, make_context, train
 
 pytestmark = pytest.mark.training
@@ -158,17 +157,10 @@ def nursery(cache: Path) -> Iterator[Nursery]:
 @pytest.mark.parametrize(
     "change", [{"backend": "fsdp"}, {"backend": "hf", **LORA}], ids=["fsdp, a copy as reference", "hf, adapters off"]
 )
-def test_killed_and_resumed_it_ends_with_the_same_bits(
-    nursery: Nursery, pairs: Path, cache: Path, tmp_path: Path, change: dict[str, Any]
-) -> None:
-    runs = Runs(cache, pairs, tmp_path)
-    change = {**DPO, **change, "training": {"max_steps": 80, "save_every_steps": 4}, "optimizer": {"lr": 0.005}}
-
-    def make() -> Attempts:
-        made = runs.make(**change)
-        return Attempts(nursery, made, tmp_path / f"attempts-{runs.count}")
-
-    check_killed_once(make, world=2, last_step=80)
+def test_killed_and_resumed_it_ends_with_the_same_bits(make: Make, pairs: Path, change: dict[str, Any]) -> None:
+    data = {**DPO["data"], "remote_uri": str(pairs)}
+    length = {"training": {"max_steps": 80, "save_every_steps": 4}, "optimizer": {"lr": 0.005}}
+    check_killed_once(lambda: make(**{**DPO, **change, **length, "data": data}), world=2, last_step=80)
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is not on this machine")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.training.harness import Runs
-from tests.training.nursery import Attempts, Nursery, check_killed_once
+from tests.training.nursery import Make, Nursery, check_killed_once
 from tests.training.ranks import Trained, job, make_context, train, train_on_ranks
 
 pytestmark = pytest.mark.training
@@ -133,19 +132,16 @@ def test_qlora_trains_on_two_ranks_as_on_one(
     assert all("lora_" in name for name in found.weights)
 
 
-def test_a_killed_run_of_qlora_ends_with_the_bits_of_an_undisturbed_one(
-    cache: Path, rows: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NEXA_CACHE", str(cache))
-    runs, nursery = Runs(cache, rows, tmp_path), Nursery(cache, "hf", "bitsandbytes")
+@pytest.fixture(scope="module")
+def nursery(cache: Path) -> Iterator[Nursery]:
+    found = Nursery(cache, "hf", "bitsandbytes")
+    yield found
+    found.close()
+
+
+def test_a_killed_run_of_qlora_ends_with_the_bits_of_an_undisturbed_one(make: Make, model_folder: Path) -> None:
     change = {**quantised(model_folder), "training": {"max_steps": 40, "save_every_steps": 4}}
-
-    def make() -> Attempts:
-        made = runs.make(**change)
-        return Attempts(nursery, made, tmp_path / f"attempts-{runs.count}")
-
-    with closing(nursery):
-        check_killed_once(make, world=1, last_step=40)
+    check_killed_once(lambda: make(**change), world=1, last_step=40)
 
 
 def test_adapters_of_a_quantised_model_keep_the_precision_that_is_saved(

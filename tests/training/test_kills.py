@@ -6,22 +6,19 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.run import wait_until
-from tests.training.harness import Runs
-from tests.training.nursery import Attempts, Nursery
+from tests.training.nursery import Attempts, Make, Nursery
 
 pytestmark = pytest.mark.training
 
 LONG = {"training": {"max_steps": 240, "save_every_steps": 5}}
 SHORT = {"training": {"max_steps": 24, "save_every_steps": 1}, "optimizer": {"lr": 0.001}}
-
-Make = Callable[..., Attempts]
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +26,6 @@ def nursery(cache: Path) -> Iterator[Nursery]:
     found = Nursery(cache)
     yield found
     found.close()
-
-
-@pytest.fixture
-def make(nursery: Nursery, runs: Runs, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.setenv("NEXA_CACHE", str(cache))
-
-    def made(**change: object) -> Attempts:
-        return Attempts(nursery, runs.make(**change), tmp_path / f"attempts-{runs.count}")
-
-    return made
 
 
 def test_twenty_kills_at_random_moments_change_no_bit(make: Make) -> None:
