@@ -10,8 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nexa_train.config.load import load_job
+from nexa_train.rundir import RunDir
 from tests.cluster.run import wait_until
-from tests.training.harness import Run, Runs, ranks_of
+from tests.training.harness import Run, Runs, ranks_of, write_rows
 
 pytestmark = pytest.mark.training
 
@@ -76,6 +78,28 @@ def test_sigterm_commits_a_checkpoint_and_exits_75(runs: Runs, undisturbed: str)
     outcome = run.finish()
     assert outcome["checkpoint"]["weights_digest"] == undisturbed
     assert outcome["step"] == 60
+
+
+def test_sigterm_during_an_evaluation_commits_what_was_trained_and_exits_75(
+    runs: Runs, cache: Path, tmp_path: Path
+) -> None:
+    many = {"remote_uri": str(write_rows(tmp_path / "many.jsonl", 4000)), "validation": {"rows": 3000}}
+    run = runs.make(data=many, training={"max_steps": 6, "save_every_steps": 100, "eval_every_steps": 3})
+    process = run.start()
+
+    def evaluates() -> bool:
+        told = [RunDir(folder).read_progress() for folder in cache.glob(f"runs/{run_id}/*")]
+        return any(each and (each.phase, each.step) == ("validating", 3) for each in told)
+
+    run_id = load_job(run.job).run_id
+    wait_until(evaluates, timeout_seconds=120, what="the evaluation after step 3", interval_seconds=0.005)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    (stopped,) = run.manifests
+    assert stopped.step == 3
+    assert "validation_loss" not in stopped.metrics, "it was cut short"
+    assert run.finish()["step"] == 6
 
 
 def test_hf_with_dropout_goes_on_with_the_same_bits(runs: Runs) -> None:
