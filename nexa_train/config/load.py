@@ -1,8 +1,7 @@
 """Files, recipes and overrides -> one validated `Job`. Comes after `source.py`, before planning.
 
-Precedence, weakest first: the schema's defaults, the recipe (`--config-mode`), the job file, the command
-line's own flags, `--set key=value` in the order given. Every error names file, line, key, value, and what
-is allowed.
+Precedence, weakest first: the schema's defaults, the job file or in its place a recipe (`--config-mode`), the flags of
+`train.py`, `--set key=value` in the order given. Every error names file, line, key, value, and what is allowed.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from nexa_operator import goodput
+from nexa_operator.observe import NODE_GONE, NODE_NOT_READY
 from nexa_operator.reading import created_at
 from nexa_train.config.protocol import KILLED_FOR_MEMORY, NOT_MET, OUT_OF_MEMORY
 from nexa_train.errors import NexaError
@@ -37,7 +38,7 @@ CAUSES = frozenset(
     (
         *_names(NexaError),
         *(OUT_OF_MEMORY, NOT_MET, "Killed", "Stalled", "Stopped"),
-        *("DeadlineExceeded", "Disrupted", "NodeLost", "PodDeleted", "PodFailed"),
+        *("DeadlineExceeded", "Disrupted", NODE_GONE, NODE_NOT_READY, "PodDeleted"),
         *("ContainerCannotRun", "Evicted", "NodeShutdown", KILLED_FOR_MEMORY, "StartError"),
         *("MemoryError", "OSError", "OutOfMemoryError", "RuntimeError", "ValueError"),
     )

@@ -87,7 +87,8 @@ def _project_image(name: str, dockerfile: Path) -> Image:
 def _warn_of_size(name: str) -> None:
     if name == "trainer" and not _wheel_folders():
         hint = "name a folder with a CPU build of torch in PIP_FIND_LINKS for a third of it"
-        print(f"PyPI's torch is the CUDA build, the image will weigh some 6 GB: {hint}", file=sys.stderr, flush=True)
+        said = "the package index's torch is the CUDA build, the image will weigh some 6 GB"
+        print(f"{said}: {hint}", file=sys.stderr, flush=True)
 
 
 def _build(reference: str, dockerfile: Path, base: str, archive: Path) -> None:

