@@ -72,7 +72,7 @@ def _run(job: Job, node: Node, rundir: RunDir, *, port: int) -> Termination:
     try:
         server = serve(rundir, job, node, port=port)
         with Tail(sys.stdout.buffer) as output:
-            outcome = run_node(job, node, rundir, end=end, output=output.sink)
+            outcome = run_node(job, node, rundir, say=end, output=output.sink)
         server.shutdown()
     except NexaError as exc:
         return failed_outcome(job, node, exc)

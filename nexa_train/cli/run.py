@@ -46,7 +46,9 @@ def run_job(job: Job, *, as_json: bool) -> int:
     node = Node(ranks=job.spec.cluster.world_size)
     with _obeying_signals(rundir), log.open("wb") as output, _showing(console, job) as show:
         try:
-            outcome = run_node(job, node, rundir, end=partial(_end, as_json=as_json), output=output, on_progress=show)
+            outcome = run_node(
+                job, node, rundir, say=partial(_say_stalled, console, as_json=as_json), output=output, on_progress=show
+            )
         except NexaError as exc:
             if not as_json:
                 raise
@@ -59,12 +61,12 @@ def run_job(job: Job, *, as_json: bool) -> int:
     return _succeeded(job, outcome, as_json=as_json)
 
 
-def _end(outcome: Termination, *, as_json: bool) -> int:
+def _say_stalled(console: Console, outcome: Termination, *, as_json: bool) -> None:
     """The last words of a run that is ended where it stands."""
     if as_json:
         print(outcome.model_dump_json(), flush=True)
     print(f"nexa: error: {outcome.message}", file=sys.stderr, flush=True)
-    return outcome.exit_code
+    console.show_cursor()
 
 
 def _failed(console: Console, outcome: Termination, log: Path) -> int:
@@ -131,12 +133,15 @@ def _showing(console: Console, job: Job) -> Iterator[Callable[[Progress], None]]
         MofNCompleteColumn(),
         TextColumn("{task.fields[facts]}"),
     )
-    with Bar(*columns, console=console) as bar:
+    # Drawn when there is something new: a thread that draws all the time looks busy to the guard. stdout is the JSON's.
+    with Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False) as bar:
         task = bar.add_task("reading data and model", total=None, facts="")
 
         def show(progress: Progress) -> None:
             done, total = progress.step, progress.total_steps
-            bar.update(task, total=total, completed=done, description=progress.phase, facts=_facts(progress))
+            bar.update(
+                task, total=total, completed=done, description=progress.phase, facts=_facts(progress), refresh=True
+            )
 
         yield show
 

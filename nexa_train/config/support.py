@@ -132,6 +132,7 @@ _ON_KUBERNETES_ALONE = (
     "schedule.managed_by",
     "schedule.priority",
     "schedule.runtime",
+    "schedule.scheduler_name",
     "schedule.suspend",
     "schedule.ttl_seconds_after_finished",
 )

@@ -29,6 +29,7 @@ from nexa_train.data.prepare import Prepared, prepare
 from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nexa_train.errors import ConfigError, NexaError, StoppedError
 from nexa_train.launch import watchdog
+from nexa_train.launch.guard import guarded
 from nexa_train.launch.installed import check_installed
 from nexa_train.launch.memory import (
     out_of_memory_kills,
@@ -137,15 +138,15 @@ def run_node(
     node: Node,
     rundir: RunDir,
     *,
-    end: Callable[[Termination], int],
+    say: Callable[[Termination], object],
     output: IO[bytes] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Termination:
     """Take this node's ranks to their end.
 
     Args:
-        end: says last words and returns the exit code, for a process that hangs before its ranks run: it is ended where
-            it stands, and nothing is returned.
+        say: says the last words of a process that hangs before its ranks run: it is ended where it stands, with 70, and
+            nothing is returned.
         output: where the ranks' own output goes; None: where ours goes.
         on_progress: called a few times a second while ranks run.
 
@@ -153,7 +154,7 @@ def run_node(
         NexaError: see `make_ready`; StoppedError: a stop was asked for before a rank ran.
     """
     while True:
-        ready = _made_ready(job, node, rundir, end)
+        ready = _made_ready(job, node, rundir, say)
         if isinstance(ready, Termination):
             return ready
         ended = _run_ranks(ready, node, rundir, output, on_progress)
@@ -198,16 +199,13 @@ class _Signalled(BaseException):
     """Not an Exception: no library may swallow it."""
 
 
-def _made_ready(job: Job, node: Node, rundir: RunDir, end: Callable[[Termination], int]) -> RankWork | Termination:
+def _made_ready(job: Job, node: Node, rundir: RunDir, say: Callable[[Termination], object]) -> RankWork | Termination:
     """`make_ready`, ended where a stop is asked for or nothing moves: what is half made then has no name yet."""
     if rundir.stop_asked():
         raise _stopped_early(job)
     try:
         with (
-            watchdog.guarded(
-                job.spec.recovery.progress_deadline_seconds,
-                lambda stacks: os._exit(end(_stalled_early(job, node, stacks))),
-            ),
+            guarded(job.spec.recovery.progress_deadline_seconds, lambda stacks: say(_stalled_early(job, node, stacks))),
             _ended_by_signals(),
         ):
             return make_ready(job, node)

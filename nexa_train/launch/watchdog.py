@@ -1,28 +1,26 @@
-"""Whether ranks get on, and where they stand when they do not; and so for this process before they run. Used by `node`.
+"""Whether ranks get on, and where they stand when they do not. Used by `node` while ranks run.
 
 What counts is what was done, never a clock of theirs: ranks write a beat for each step, batch of the validation split
 and file of a checkpoint (`RunDir.beat`; `relay` tells other nodes' beats here, too). Importing libraries and reading a
 model cannot be counted so; there it is the processor time that ranks take, which is next to none where they hang.
-The process that makes ready for them also moves bytes, for a slow download takes little else.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import itertools
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 
 from nexa_train.artifact.manifest import run_folder
 from nexa_train.config.protocol import Progress
 from nexa_train.errors import AlreadyExistsError, NexaError
+from nexa_train.launch.processes import descendants, processor_seconds
 from nexa_train.rundir import RunDir
 from nexa_train.store import open_store
 
@@ -43,8 +41,6 @@ STOP_STEPS = 3
 """And how many times the longest step, or batch of the validation split, so far."""
 UPLOAD_SECONDS = 30.0
 """How long the store may take for the stacks: it may be the reason for the stall."""
-MOVED_BYTES = 65_536
-"""Read or written within the deadline: what a process that hangs moves in a deadline's looks is a tenth of it."""
 _POLL_SECONDS = 0.1
 
 
@@ -93,51 +89,6 @@ class Watchdog:
         return now - max(self.since, self.asked_to_stop) > max(STOP_SECONDS, STOP_STEPS * self.longest_step)
 
 
-@contextmanager
-def guarded(deadline_seconds: float, on_stall: Callable[[str], object]) -> Iterator[None]:
-    """Have a thread look whether this process gets on.
-
-    Args:
-        on_stall: called once, in that thread, with this process's stacks when it got nothing done for so long. The
-            thread that hangs cannot be ended; whoever is called ends the process.
-    """
-    over = Event()
-    thread = Thread(target=_guard, args=(deadline_seconds, over, on_stall), name="guard", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
-def _guard(deadline_seconds: float, over: Event, on_stall: Callable[[str], object]) -> None:
-    since, seen = time.monotonic(), _done()
-    while not over.wait(BUSY_LOOK * deadline_seconds):
-        now, done = time.monotonic(), _done()
-        busy, moved = (after - before for after, before in zip(done, seen, strict=True))
-        if busy > BUSY_SHARE * deadline_seconds or moved > MOVED_BYTES:
-            since, seen = now, done
-        elif now - since > deadline_seconds:
-            on_stall(_own_stacks())
-            return
-
-
-def _done() -> tuple[float, int]:
-    """Processor seconds that this process has taken, and bytes that it has read and written (proc(5), io)."""
-    counted = {"rchar": 0, "wchar": 0}
-    with suppress(OSError):  # where that may not be read, processor time alone counts
-        lines = Path("/proc/self/io").read_text().splitlines()
-        counted = {key: int(value) for key, _, value in (line.partition(": ") for line in lines)}
-    return time.process_time(), counted["rchar"] + counted["wchar"]
-
-
-def _own_stacks() -> str:
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        return file.read()
-
-
 def starts(progress: Progress | None) -> bool:
     """Whether ranks are still before their first batch."""
     return progress is None or progress.phase in ("starting", "preparing")
@@ -145,7 +96,7 @@ def starts(progress: Progress | None) -> bool:
 
 def busy_seconds(launched: int) -> float:
     """Processor time that the ranks below a process took."""
-    return sum(_processor_ticks(pid) for pid in _ranks(launched)) / os.sysconf("SC_CLK_TCK")
+    return sum(map(processor_seconds, _ranks(launched)))
 
 
 def capture(launched: int, rundir: RunDir, *, others: bool) -> str:
@@ -216,16 +167,7 @@ def _read(path: Path | None) -> str:
 
 
 def _ranks(launched: int) -> list[int]:
-    return [pid for pid in _descendants(launched) if _is_rank(pid)]
-
-
-def _descendants(pid: int) -> list[int]:
-    """A process and all below it, from /proc."""
-    found = [pid]
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # it ended meanwhile
-            found += [each for child in task.read_text().split() for each in _descendants(int(child))]
-    return found
+    return [pid for pid in descendants(launched) if _is_rank(pid)]
 
 
 def _is_rank(pid: int) -> bool:
@@ -235,15 +177,6 @@ def _is_rank(pid: int) -> bool:
     except OSError:
         return False
     return b"nexa_train.rank" in words and b"nexa_train.launch.torchrun" not in words
-
-
-def _processor_ticks(pid: int) -> int:
-    """utime and stime of proc(5)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return int(fields[11]) + int(fields[12])
 
 
 def _state(pid: int) -> str:
