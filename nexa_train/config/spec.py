@@ -411,7 +411,8 @@ class RecoveryRule(Strict):
     node_conditions: list[Annotated[Text, Field(min_length=1)]] = Field(
         default_factory=list,
         max_length=16,
-        description="Any of these conditions is true of its node; NodeNotReady and NodeGone count as such.",
+        description="Any of these conditions is true of its node, NodeNotReady and NodeGone among them. "
+        "An operator of one namespace reads no nodes: there no such rule fits.",
     )
     action: Literal["retry", "exclude_node", "fail"] = Field(
         description="exclude_node: retry, on other nodes than the one where it ended."
@@ -437,7 +438,10 @@ class RecoverySpec(Strict):
     )
     max_backoff_seconds: Int = Field(300, ge=0, le=86_400, description="No restart waits longer.")
     progress_deadline_seconds: Int = Field(
-        600, ge=1, le=604_800, description="Ranks that got nothing done for so long have stalled."
+        600,
+        ge=1,
+        le=604_800,
+        description="Ranks, or a node before it has any, that got nothing done for so long have stalled.",
     )
     rules: list[RecoveryRule] = Field(default_factory=list, max_length=32)
 
@@ -449,7 +453,7 @@ class ScheduleSpec(Strict):
     queue_name: ObjectName | None = Field(None, description="Kueue's local queue.")
     priority: ObjectName | None = Field(None, description="PriorityClass of the pods.")
     scheduler_name: ObjectName | None = Field(
-        None, description="Scheduler of the pods; one that knows gangs is told how many of them start together."
+        None, description="Scheduler of the pods. Volcano is told how many of them are to start together."
     )
     suspend: bool = Field(False, description="Hold the job, or stop it with a checkpoint.")
     active_deadline_seconds: Int | None = Field(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from nexa_operator.observe import NODE_GONE, NODE_NOT_READY, Gang, Rank
-from nexa_train.config.protocol import NOT_MET, OUT_OF_MEMORY
+from nexa_train.config.protocol import KILLED_FOR_MEMORY, NOT_MET, OUT_OF_MEMORY
 from nexa_train.config.spec import RecoveryRule
 
 Action: TypeAlias = Literal["retry", "exclude_node", "fail"]
@@ -28,11 +28,19 @@ BROKEN_NODE = (
 """What NVIDIA's driver says of broken hardware: another attempt there would end so again."""
 
 BROKEN_NODE_CONDITIONS = frozenset(
-    {"KernelDeadlock", "ReadonlyFilesystem", "GPUMissing", "XIDErrors", "NVLinkStatusInactive", "IBLinkFlapping"}
+    {
+        *("KernelDeadlock", "ReadonlyFilesystem", "AcceleratedHardwareNotReady"),
+        *("GPUMissing", "XIDErrors", "NVLinkStatusInactive", "IBLinkFlapping"),
+    }
 )
-"""What node-problem-detector, and AKS's checks of GPUs by it, report of nodes that do not heal by themselves."""
+"""Reported by node-problem-detector, EKS's node monitoring agent and AKS's checks of GPUs of nodes that do not heal by
+themselves."""
 
 _LOST_NODE = (NODE_GONE, NODE_NOT_READY)
+_PRESSURES = ("DiskPressure", "MemoryPressure", "NetworkUnavailable", "PIDPressure")
+_TELLING_CONDITIONS = BROKEN_NODE_CONDITIONS.union(_LOST_NODE, _PRESSURES)
+_KILLED = (137, 143)
+"""By SIGKILL or SIGTERM."""
 _DELETED = "PodDeleted"
 _STOPPED = "Stopped"
 _SUPERSEDED = "SupersededError"
@@ -66,38 +74,42 @@ def classify(gang: Gang, *, rules: Iterable[RecoveryRule] = (), ran: bool = True
     return min(told, key=_telling)
 
 
-def _telling(loss: Loss) -> int:
-    """Final beats disruption beats failure; what stopped as asked or was removed explains nothing."""
+def _telling(loss: Loss) -> tuple[int, bool]:
+    """Final beats disruption beats failure; what stopped as asked or was removed explains nothing.
+
+    Of equals the one on a broken node tells more: the others may have failed of losing it.
+    """
+    told = loss.action != "exclude_node"
     if loss.action == "fail":
-        return 0
+        return 0, told
     if loss.cause in (_STOPPED, _DELETED):
         # The Job's controller removes the other pods as soon as one has failed.
-        return 3
-    return 2 if loss.charged else 1
+        return 3, told
+    return (2 if loss.charged else 1), told
 
 
 def _loss(rank: Rank, rules: Iterable[RecoveryRule], *, ran: bool) -> Loss:
     words = rank.termination
     code = rank.exit_code if rank.exit_code is not None else words.exit_code if words else None
     cause = words.cause if words else _cause_without_words(rank, code)
-    message = "; ".join(filter(None, (words.message if words else rank.message, _node_says(rank))))
+    rules = tuple(rules)
+    message = words.message if words else rank.message
     said = f"{message}\n{words.log if words else ''}"
     action: Action | None = next((rule.action for rule in rules if _fits(rule, rank, code, cause, said)), None)
     # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
     gone = rank.disrupted or rank.replaced or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
-    # What had no time for a word went with its node; with words it is its own end that counts.
-    gone = gone or (words is None and not rank.node_conditions.isdisjoint(_LOST_NODE))
+    gone = gone or cause in _LOST_NODE
     # The next attempt takes fewer sequences at once; with one there is no next, so this ends by itself.
     adapts = words is not None and words.cause == OUT_OF_MEMORY and words.retryable
     # It waited for pods that had no room, or no image yet.
     alone = cause == NOT_MET and not ran
     return Loss(
         cause=cause,
-        message=message,
+        message="; ".join(filter(None, (message, _node_says(rank, rules)))),
         exit_code=code,
         action=action or _built_in(rank, code, said),
         charged=not (gone or adapts or alone),
-        node=rank.node,
+        node="" if rank.replaced else rank.node,  # its place was lost with it: this one is its follower's
         adapts=adapts,
     )
 
@@ -123,8 +135,18 @@ def _built_in(rank: Rank, code: int | None, said: str) -> Action:
     return "exclude_node" if broken else "retry"
 
 
-def _node_says(rank: Rank) -> str:
-    return f"node {rank.node}: {', '.join(sorted(rank.node_conditions))}" if rank.node_conditions else ""
+def _went_with(rank: Rank, code: int | None) -> str:
+    """How a rank without words lost its node; empty: it ended by itself, or was removed, whatever its node says."""
+    ended_by_itself = code not in (None, *_KILLED) or rank.reason == KILLED_FOR_MEMORY
+    if ended_by_itself or rank.deleting or rank.replaced:
+        return ""
+    return next((kind for kind in _LOST_NODE if kind in rank.node_conditions), "")
+
+
+def _node_says(rank: Rank, rules: Iterable[RecoveryRule]) -> str:
+    """Of its conditions those that tell of trouble, here or by a rule: others are true of good nodes."""
+    telling = _TELLING_CONDITIONS.union(*(rule.node_conditions for rule in rules)) & rank.node_conditions
+    return f"node {rank.node}: {', '.join(sorted(telling))}" if telling else ""
 
 
 def _cause_without_words(rank: Rank, code: int | None) -> str:
@@ -132,8 +154,7 @@ def _cause_without_words(rank: Rank, code: int | None) -> str:
         return "Disrupted"
     if code in FATAL_EXIT_CODES:
         return FATAL_EXIT_CODES[code]
-    lost = next((kind for kind in _LOST_NODE if kind in rank.node_conditions), "")
-    if lost:
+    if lost := _went_with(rank, code):
         return lost
     if rank.reason and rank.reason != "Error":
         return rank.reason

@@ -31,6 +31,8 @@ from nexa_operator.runtimes import Runtime, runtime_of
 from nexa_operator.runtimes.base import resumed_at
 from nexa_train.config.protocol import KILLED_FOR_MEMORY, CheckpointRef, Progress, Termination
 
+_NONE: frozenset[str] = frozenset()
+_READY = "Ready"
 NODE_NOT_READY = "NodeNotReady"
 NODE_GONE = "NodeGone"
 _MOST_NODES = 8
@@ -62,7 +64,8 @@ class Rank:
     """When it is deleted: until then the kubelet lets its containers end by themselves."""
     node: str = ""
     node_conditions: frozenset[str] = frozenset()
-    """What is true of that node, NodeNotReady and NodeGone with it; known of lost ranks, where nodes may be read."""
+    """What is true of that node: its conditions, where one that ends in Ready and is false counts as one that ends in
+    NotReady; or NodeGone. Known of lost ranks, where nodes may be read."""
     unplaced_since: datetime.datetime | None = None
     """Since when the scheduler has found no node for it; None: it has one, or was not tried yet."""
 
@@ -330,27 +333,31 @@ def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) 
 
 
 def nodes_of_lost_ranks(gang: Gang | None) -> tuple[str, ...]:
-    """Whose conditions may explain a loss: those where ranks ended first, no more than a look can ask for."""
-    lost = sorted(gang.lost_ranks, key=lambda rank: rank.ending_order) if gang else ()
-    return tuple(dict.fromkeys(rank.node for rank in lost if rank.node))[:_MOST_NODES]
+    """Whose conditions may explain a loss: of ranks that could say nothing, then of the first to end; a few of them."""
+    lost = [rank for rank in gang.lost_ranks if rank.node and not rank.replaced] if gang else []
+    lost.sort(key=lambda rank: (rank.termination is not None, rank.ending_order))
+    return tuple(dict.fromkeys(rank.node for rank in lost))[:_MOST_NODES]
 
 
 def with_nodes(gang: Gang, nodes: Mapping[str, Body | None]) -> Gang:
     """The gang with what its nodes say of themselves; None: the node is gone."""
     known = {name: _node_conditions(node) for name, node in nodes.items()}
-    ranks = (replace(rank, node_conditions=known.get(rank.node, frozenset())) for rank in gang.ranks)
+    # What follows a pod that is gone may be on another node than that was.
+    ranks = (
+        rank if rank.replaced else replace(rank, node_conditions=known.get(rank.node, _NONE)) for rank in gang.ranks
+    )
     return replace(gang, ranks=tuple(ranks))
 
 
 def _node_conditions(node: Body | None) -> frozenset[str]:
-    """Conditions that are true, of which all but Ready tell of trouble."""
     if node is None:
         return frozenset({NODE_GONE})
     told = {each["type"]: each["status"] for each in (node.get("status") or {}).get("conditions") or ()}
-    ready = told.pop("Ready", "Unknown") == "True"
-    return frozenset(kind for kind, status in told.items() if status == "True") | (
-        {NODE_NOT_READY} if not ready else set()
-    )
+    silent = {NODE_NOT_READY} if told.pop(_READY, "Unknown") != "True" else set[str]()
+    bad = {
+        f"{kind.removesuffix(_READY)}Not{_READY}" for kind in told if kind.endswith(_READY) and told[kind] == "False"
+    }
+    return frozenset(silent | bad | {kind for kind in told if told[kind] == "True"})
 
 
 def pods_due_seconds(seen: Observed, now: datetime.datetime) -> float | None:

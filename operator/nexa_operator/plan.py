@@ -40,6 +40,8 @@ class RunPlan:
     service: str
     image: str
     cluster: ClusterSpec
+    min_pods: int
+    """So many of the gang's are enough for a next attempt, if no more find a node."""
     environment: tuple[tuple[str, str], ...]
     """All of the protocol's but where pod 0 is, which the runtime knows."""
     storage: str | None
@@ -71,7 +73,7 @@ def make_plan(
     Raises:
         RuntimeUnavailableError: see `image_of`.
     """
-    name, namespace = job.metadata.name, job.metadata.namespace
+    name, namespace, least = job.metadata.name, job.metadata.namespace, job.spec.cluster.min_nodes
     job = job if num_nodes is None else _of_size(job, num_nodes)
     image = image_of(job, defaults)
     return RunPlan(
@@ -84,6 +86,7 @@ def make_plan(
         service=naming.service_name(name),
         image=image,
         cluster=job.spec.cluster,
+        min_pods=min(job.spec.cluster.num_nodes, least or job.spec.cluster.num_nodes),
         environment=(
             (ENV_JOB, _as_json(job)),
             (ENV_ATTEMPT, str(attempt)),

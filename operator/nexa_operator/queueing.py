@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from nexa_operator.kinds import WORKLOADS
+from nexa_operator.plan import RunPlan
 from nexa_operator.reading import Body, condition_of
 
 LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
@@ -27,9 +28,12 @@ def labels(queue: str | None, pod_labels: Mapping[str, str]) -> dict[str, str]:
     return {LABEL_QUEUE: queue, **kept}
 
 
-def gang_hint(scheduler: str | None, num_pods: int) -> Mapping[str, Mapping[str, str]]:
-    """Metadata of a Job whose pods are to start together or not at all, for a scheduler that was asked for by name."""
-    return {} if scheduler is None else {"annotations": {ANNOTATION_GANG_SIZE: str(num_pods)}}
+def gang_hint(plan: RunPlan) -> Mapping[str, Mapping[str, str]]:
+    """Metadata of a Job whose pods are to start together or not at all, for a scheduler that was asked for by name.
+
+    With `minNodes` so many are enough: by how many more find a node the next attempt's size is decided.
+    """
+    return {} if plan.scheduler is None else {"annotations": {ANNOTATION_GANG_SIZE: str(plan.min_pods)}}
 
 
 def waits_for(queue: str, workloads: Iterable[Body] | None) -> str:

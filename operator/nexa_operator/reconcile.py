@@ -259,7 +259,7 @@ class Reconciler:
         queue = ((body.get("spec") or {}).get("schedule") or {}).get("queueName")
         if queue and seen.gang and seen.gang.suspended:
             return replace(seen, admission=await self._admission(key.namespace, queue, seen.gang))
-        if seen.gang and self.reads_nodes:
+        if self.reads_nodes and seen.gang and not seen.record.finished and not seen.gang.deleting:
             seen = replace(seen, gang=await self._with_nodes(seen.gang))
         if seen.gang and pods_due_seconds(seen, self.clock()) == 0.0:
             return replace(seen, refusal=await self._refusal(key, seen.gang))
@@ -278,14 +278,14 @@ class Reconciler:
 
     async def _with_nodes(self, gang: Gang) -> Gang:
         """What the nodes of lost ranks say of themselves, as far as one may ask."""
-        told: dict[str, Body | None] = {}
-        for name in nodes_of_lost_ranks(gang):
-            try:
-                told[name] = await self.cluster.read(NODES, "", name)
-            except ApiError as exc:
-                # It explains a loss; without it another attempt is made all the same.
-                log.warning("node not read", node=name, error=str(exc))
-        return with_nodes(gang, told) if told else gang
+        names = nodes_of_lost_ranks(gang)
+        try:
+            nodes = await asyncio.gather(*(self.cluster.read(NODES, "", name) for name in names))
+        except ApiError as exc:
+            # They explain a loss; without them another attempt is made all the same.
+            log.warning("nodes not read", gang=gang.name, error=str(exc))
+            return gang
+        return with_nodes(gang, dict(zip(names, nodes, strict=True)))
 
     async def _admission(self, namespace: str, queue: str, gang: Gang) -> str:
         labels = f"{queueing.LABEL_GANG_UID}={gang.uid}"

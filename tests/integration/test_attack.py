@@ -565,7 +565,12 @@ FORMS = (
         "networkPolicy.namespaces={default}",
         "networkPolicy.store.to[0].ipBlock.cidr=10.0.0.7/32",
     ),
-    ("policy.allowedNodeSelectors={disk}", "policy.allowedTolerations={gpu}", "policy.allowedPriorities={low,high}"),
+    (
+        "policy.allowedNodeSelectors={disk}",
+        "policy.allowedTolerations={gpu}",
+        "policy.allowedPriorities={low,high}",
+        "policy.allowedSchedulers={volcano}",
+    ),
 )
 
 
@@ -585,9 +590,10 @@ def test_lists_of_the_administrator_hold(chart: Cluster):
         (toleration(key="other", operator="Exists"), "tolerations has a key"),
         ({"schedule": {"priority": "middle"}}, "names a class"),
         ({"cluster": {"labels": {"kueue.x-k8s.io/priority-class": "middle"}}}, "names a class"),
+        ({"schedule": {"schedulerName": "mine"}}, "schedulerName names one"),
     )
     for groups, message in refused:
         wait_until(lambda: message in said(admin, path, hostile(**groups)), timeout_seconds=30, what=message)  # noqa: B023
     cluster = {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
-    assert not said(admin, path, hostile(cluster=cluster, schedule={"priority": "high"}))
+    assert not said(admin, path, hostile(cluster=cluster, schedule={"priority": "high", "schedulerName": "volcano"}))
     admin.close()

@@ -34,7 +34,7 @@ def gang(plan: RunPlan) -> Object:
     spec = job_spec(plan, host=f"{plan.name}-0.{plan.service}.{plan.namespace}")
     if plan.queue is not None:
         spec["suspend"] = True
-    metadata = {**pod.gang_metadata(plan), **gang_hint(plan.scheduler, plan.cluster.num_nodes)}
+    metadata = {**pod.gang_metadata(plan), **gang_hint(plan)}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 

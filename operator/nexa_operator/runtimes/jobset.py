@@ -45,7 +45,7 @@ def gang(plan: RunPlan) -> Object:
                 "replicas": 1,
                 "template": {
                     # By these the operator hears of the Job.
-                    "metadata": {"labels": pod.labels(plan), **gang_hint(plan.scheduler, plan.cluster.num_nodes)},
+                    "metadata": {"labels": pod.labels(plan), **gang_hint(plan)},
                     "spec": job.job_spec(plan, host=f"{plan.name}-{REPLICATED}-0-0.{plan.service}.{plan.namespace}"),
                 },
             }

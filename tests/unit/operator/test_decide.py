@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -353,6 +354,48 @@ def test_what_went_with_its_node_is_not_the_job_s_fault_and_what_ended_by_itself
     assert (spoke.cause, spoke.charged, spoke.message) == ("Oops", True, f"no; node n7: {lost}")
     config = classify(gang(failed(exit_code=2, node_conditions=told)))
     assert (config.cause, config.action) == ("ConfigError", "fail")
+
+
+@pytest.mark.parametrize(
+    ("ended", "cause"),
+    [
+        ({"exit_code": 137, "reason": "OOMKilled"}, "OOMKilled"),
+        ({"exit_code": 139, "reason": "Error"}, "Killed"),
+        ({"exit_code": None, "deleting": True, "phase": "Running"}, "PodDeleted"),
+        ({"exit_code": None, "replaced": True, "phase": "Pending"}, "PodDeleted"),
+    ],
+)
+def test_what_ended_by_itself_or_was_removed_did_not_go_with_its_node(ended: dict[str, Any], cause: str) -> None:
+    rank = failed(**ended)
+    assert classify(gang(replace(rank, node_conditions=frozenset({"NodeNotReady"})))).cause == cause
+    assert (
+        classify(gang(rank)).charged is classify(gang(replace(rank, node_conditions=frozenset({"NodeGone"})))).charged
+    )
+
+
+def test_of_ranks_that_failed_alike_the_one_on_the_broken_node_is_the_cause_though_it_ended_later() -> None:
+    first = failed(0, node="n1", finished_at="2026-11-23T12:00:01Z", termination=words(cause="NcclError"))
+    later = failed(
+        1, node="n2", finished_at="2026-11-23T12:00:02Z", termination=words(), node_conditions=frozenset({"XIDErrors"})
+    )
+    got = classify(gang(first, later))
+    assert (got.action, got.node) == ("exclude_node", "n2")
+
+
+def test_what_is_true_of_good_nodes_is_not_said_and_no_rule_for_logs_reads_a_node_s_name() -> None:
+    told = frozenset({"EtcdIsVoter", "DiskPressure"})
+    rule = RecoveryRule(log_contains=["gpu"], action="fail")
+    got = classify(gang(failed(node="gpu-7", termination=words(message="no"), node_conditions=told)), rules=[rule])
+    assert (got.action, got.message) == ("retry", "no; node gpu-7: DiskPressure")
+    named = RecoveryRule(node_conditions=["EtcdIsVoter"], action="retry")
+    got = classify(gang(failed(node="n", termination=words(message="no"), node_conditions=told)), rules=[named])
+    assert got.message == "no; node n: DiskPressure, EtcdIsVoter"
+
+
+def test_what_follows_a_pod_that_is_gone_puts_no_node_to_blame() -> None:
+    rule = RecoveryRule(causes=["PodDeleted"], action="exclude_node")
+    got = classify(gang(rank(phase="Pending", replaced=True, node="n2")), rules=[rule])
+    assert (got.cause, got.node) == ("PodDeleted", "")
 
 
 @pytest.mark.parametrize("broken", sorted(BROKEN_NODE_CONDITIONS))

@@ -69,6 +69,8 @@ LOSSES = [
     gang(failure="DeadlineExceeded"),
     gang(failure="BackoffLimitExceeded"),
     gang(rank(deleting=True)),
+    gang(failed(exit_code=137, node_conditions=frozenset({"NodeNotReady"}))),
+    gang(failed(exit_code=None, node_conditions=frozenset({"NodeGone"}))),
     gang(failed(termination=words(cause="OutOfMemory"))),
     gang(failed(termination=words(cause="NonFiniteLossError"))),
 ]

@@ -316,6 +316,10 @@ def test_where_a_rank_is_placed_or_since_when_it_is_not() -> None:
 def test_nodes_are_asked_where_ranks_were_lost_the_first_to_end_first_and_no_more_than_a_few() -> None:
     lost = [failed(index, node=f"n{index}", finished_at=f"2026-11-23T12:00:{30 - index}Z") for index in range(20)]
     assert nodes_of_lost_ranks(gang(*lost)) == tuple(f"n{index}" for index in range(19, 11, -1))
+    silent = failed(30, node="silent")
+    spoke = [replace(rank, termination=words()) for rank in lost]
+    assert nodes_of_lost_ranks(gang(*spoke, silent))[0] == "silent", "it hung, and the others failed of that"
+    assert nodes_of_lost_ranks(gang(Rank(index=0, phase="Pending", node="n0", replaced=True))) == ()
     assert nodes_of_lost_ranks(gang(Rank(index=0, phase="Running", node="n0"), failed(1))) == ()
     assert nodes_of_lost_ranks(gang(failed(0, node="n0"), failed(1, node="n0"))) == ("n0",)
     assert nodes_of_lost_ranks(None) == ()
@@ -334,6 +338,8 @@ def node(**conditions: str) -> dict[str, Any]:
         (node(Ready="False", KernelDeadlock="True"), {"NodeNotReady", "KernelDeadlock"}),
         (node(Ready="True", KernelDeadlock="False", ReadonlyFilesystem="Unknown"), set()),
         (node(Ready="True", DiskPressure="True"), {"DiskPressure"}),
+        (node(Ready="True", KernelReady="True", StorageReady="Unknown"), {"KernelReady"}),
+        (node(Ready="True", AcceleratedHardwareReady="False"), {"AcceleratedHardwareNotReady"}),
     ],
 )
 def test_what_is_true_of_a_node_is_known_of_the_ranks_there(there: dict[str, Any] | None, told: set[str]) -> None:

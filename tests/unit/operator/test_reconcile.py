@@ -311,6 +311,21 @@ async def test_without_an_answer_about_the_node_another_attempt_is_made_all_the_
     assert (operator.job["status"]["restarts"], operator.job["status"]["chargedRestarts"]) == (1, 1)
 
 
+async def test_a_job_that_is_over_asks_for_no_node_however_often_it_is_looked_at() -> None:
+    operator = await running(recovery={"maxRestarts": 0}, schedule={"ttlSecondsAfterFinished": 600})
+    operator.world.put(NODES, {"metadata": {"name": "n7"}, "status": {"conditions": [condition("Ready")]}})
+    break_on(operator.world, "n7")
+    operator.world.pass_seconds(5)
+    await operator.look()
+    assert "Failed" in operator.true()
+    asked = operator.world.num_asked("get", NODES)
+    assert asked > 0
+    for _ in range(3):
+        operator.world.pass_seconds(60)
+        await operator.look()
+    assert operator.world.num_asked("get", NODES) == asked
+
+
 async def test_an_operator_of_one_namespace_asks_for_no_node() -> None:
     operator = await running(reads_nodes=False)
     break_on(operator.world, "gone")

@@ -137,6 +137,15 @@ def test_another_scheduler_is_told_how_many_pods_start_together_and_the_cluster_
     assert "group-min-member" not in json.dumps(plain)
 
 
+def test_a_gang_that_may_shrink_starts_with_as_many_pods_as_are_enough():
+    # Placed as a whole or not at all, it would never show how many find a node.
+    described = job(schedule={"schedulerName": "volcano"}, cluster={"numNodes": 4, "minNodes": 2})
+    for num_nodes, enough in ((None, "2"), (4, "2"), (2, "2")):
+        made = make_plan(described, owner_uid=UID, attempt=1, defaults=Defaults(image="i"), num_nodes=num_nodes)
+        document = RUNTIMES["job"].objects(made)[-1][1]
+        assert document["metadata"]["annotations"] == {"scheduling.volcano.sh/group-min-member": enough}
+
+
 def test_what_runs_beside_a_gang_is_no_gang():
     # One that waited for as many pods as the gang has would wait for ever.
     given = plan("job", schedule={"schedulerName": "volcano"}, cluster={"numNodes": 4})
