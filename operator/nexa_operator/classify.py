@@ -6,7 +6,7 @@ of its log and what the node says of itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -61,7 +61,7 @@ class Loss:
     """The next attempt differs in what this one failed with, so it need not wait."""
 
 
-def classify(gang: Gang, *, rules: Iterable[RecoveryRule] = (), ran: bool = True) -> Loss:
+def classify(gang: Gang, *, rules: Sequence[RecoveryRule] = (), ran: bool = True) -> Loss:
     """The one loss that explains the others: ranks left alone fail with connection errors of their own.
 
     Args:
@@ -79,26 +79,25 @@ def _telling(loss: Loss) -> tuple[int, bool]:
 
     Of equals the one on a broken node tells more: the others may have failed of losing it.
     """
-    told = loss.action != "exclude_node"
+    blames_no_node = loss.action != "exclude_node"
     if loss.action == "fail":
-        return 0, told
+        return 0, blames_no_node
     if loss.cause in (_STOPPED, _DELETED):
         # The Job's controller removes the other pods as soon as one has failed.
-        return 3, told
-    return (2 if loss.charged else 1), told
+        return 3, blames_no_node
+    return 2 if loss.charged else 1, blames_no_node
 
 
-def _loss(rank: Rank, rules: Iterable[RecoveryRule], *, ran: bool) -> Loss:
+def _loss(rank: Rank, rules: Sequence[RecoveryRule], *, ran: bool) -> Loss:
     words = rank.termination
     code = rank.exit_code if rank.exit_code is not None else words.exit_code if words else None
     cause = words.cause if words else _cause_without_words(rank, code)
-    rules = tuple(rules)
     message = words.message if words else rank.message
     said = f"{message}\n{words.log if words else ''}"
     action: Action | None = next((rule.action for rule in rules if _fits(rule, rank, code, cause, said)), None)
     # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
     gone = rank.disrupted or rank.replaced or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
-    gone = gone or cause in _LOST_NODE
+    gone = gone or (words is None and cause in _LOST_NODE)
     # The next attempt takes fewer sequences at once; with one there is no next, so this ends by itself.
     adapts = words is not None and words.cause == OUT_OF_MEMORY and words.retryable
     # It waited for pods that had no room, or no image yet.
@@ -143,7 +142,7 @@ def _went_with(rank: Rank, code: int | None) -> str:
     return next((kind for kind in _LOST_NODE if kind in rank.node_conditions), "")
 
 
-def _node_says(rank: Rank, rules: Iterable[RecoveryRule]) -> str:
+def _node_says(rank: Rank, rules: Sequence[RecoveryRule]) -> str:
     """Of its conditions those that tell of trouble, here or by a rule: others are true of good nodes."""
     telling = _TELLING_CONDITIONS.union(*(rule.node_conditions for rule in rules)) & rank.node_conditions
     return f"node {rank.node}: {', '.join(sorted(telling))}" if telling else ""

@@ -352,6 +352,8 @@ def test_what_went_with_its_node_is_not_the_job_s_fault_and_what_ended_by_itself
     assert (silent.cause, silent.charged, silent.message) == (lost, False, f"node n7: {lost}")
     spoke = classify(gang(failed(node="n7", termination=words(cause="Oops", message="no"), node_conditions=told)))
     assert (spoke.cause, spoke.charged, spoke.message) == ("Oops", True, f"no; node n7: {lost}")
+    forged = classify(gang(failed(node="n7", termination=words(cause=lost), node_conditions=told)))
+    assert forged.charged, "a trainer's words make nothing free"
     config = classify(gang(failed(exit_code=2, node_conditions=told)))
     assert (config.cause, config.action) == ("ConfigError", "fail")
 
