@@ -231,7 +231,7 @@ def test_a_missing_storage_profile_is_said_in_the_kubelet_s_words(product: Produ
 
 @pytest.mark.parametrize("backend", ["fsdp", "hf", "deepspeed"])
 def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: Path, backend: str) -> None:
-    steps = {"maxSteps": 120, "saveEverySteps": 10}
+    steps = {"maxSteps": 60, "saveEverySteps": 10}
     document = example(f"killed-{backend}", backend=backend, training=steps)
     name = product.apply(document)
 
@@ -245,9 +245,9 @@ def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: P
     status = wait_ended(product.cluster, name, each=seen.append)
     assert condition(status, "Succeeded")["status"] == "True", status
     assert status["attempt"] == 1
-    on_the_way = [each for each in seen if 0 < each.get("step", 0) < 120 and each.get("etaSeconds")]
+    on_the_way = [each for each in seen if 0 < each.get("step", 0) < 60 and each.get("etaSeconds")]
     assert on_the_way, "neither step nor ETA was told while it trained"
-    assert all(each["loss"] > 0 and each["progress"] == f"{each['step']}/120" for each in on_the_way)
+    assert all(each["loss"] > 0 and each["progress"] == f"{each['step']}/60" for each in on_the_way)
     assert product.nexa("verify", status["checkpoint"]["uri"]).returncode == 0
     job = tmp_path / "job.json"
     job.write_text(json.dumps(document))
