@@ -145,7 +145,7 @@ def main() -> int:
     os.environ.update(machine.environment(options.threads))
     with tempfile.TemporaryDirectory(prefix="nexa-bench-") as name:
         folder = Path(name)
-        bench = Bench(options.data.resolve(), folder, False, options.threads, {})
+        bench = Bench(options.data.resolve(), folder, False, options.threads)
         steps = 2 * EVERY * (options.pairs + 1)
         training = {"max_steps": steps, "save_every_steps": 2 * EVERY, "seed": 7}
         model = make_llama(folder / "llama-18m")

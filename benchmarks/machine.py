@@ -27,13 +27,18 @@ def best(dtype, size=2048, rounds=12):
         if sum(2 * size**3 / rate for rate in found) > 20:
             break
     return max(found)
-print(json.dumps({"fp32": best(torch.float32), "bf16": best(torch.bfloat16)}))
+kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+print(json.dumps({name: best(kinds[name]) for name in sys.argv[2:]}))
 """
 
 
-def matmul_limit(threads: int) -> dict[str, float]:
-    """FLOP/s of a square product of 2048, the best of several, by number format; in a process of its own."""
-    command = [sys.executable, "-c", _MATMUL, str(threads)]
+def matmul_limit(threads: int, *precisions: str) -> dict[str, float]:
+    """FLOP/s of a square product of 2048, the best of several, by number format; in a process of its own.
+
+    Args:
+        precisions: fp32, bf16: where a processor has no units for it one product takes a minute.
+    """
+    command = [sys.executable, "-c", _MATMUL, str(threads), *precisions]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment(threads))
     return dict(json.loads(done.stdout))
 

@@ -111,14 +111,13 @@ class Bench:
     """What all parts share.
 
     Attributes:
-        folder: for all that is written. limit: FLOP/s of this machine by number format.
+        folder: for all that is written.
     """
 
     data: Path
     folder: Path
     quick: bool
     threads: int
-    limit: dict[str, float]
 
     def work(
         self,
@@ -171,8 +170,13 @@ class Bench:
         config = {"train_sampling_strategy": "sequential", **config}
         return Side(name, {"engine": "trl", "config": config, **more} | self._peer(work), tokens, self.environment())
 
-    def by_turns(self, sides: list[Side], rounds: int) -> None:
-        """Train all sides in turns, A B C A B C; the first round warms up and does not count."""
+    def by_turns(self, sides: list[Side], rounds: int, *, precision: str = "fp32") -> float:
+        """Train all sides in turns, A B C A B C; the first round warms up and does not count.
+
+        Returns:
+            The machine's limit in FLOP/s: the median of one taken in each round that counts.
+        """
+        limits: list[float] = []
         with ExitStack() as running:
             for side in sides:
                 running.callback(side.kill)
@@ -181,8 +185,11 @@ class Bench:
                 for side in sides:
                     if side.rounds is None or number <= side.rounds:
                         side.turn(counted=number > 0)
+                if number > 0:
+                    limits.append(machine.matmul_limit(self.threads, precision)[precision])
             for side in sides:
                 side.finish()
+        return statistics.median(limits)
 
     def _peer(self, work: RankWork) -> dict[str, Any]:
         return {"model": str(work.located.folder), "work": work.to_dict(), "lr": RATE}
