@@ -29,6 +29,8 @@ _VERSION = re.compile(r"(\d+)\.(\d+)")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _STEP = re.compile(r"step-(\d{8,18})")
 _MAX_DEPTH = 64
+_LONGEST_PLACE = 80
+_ATOMS = frozenset({type(None), bool, int})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
@@ -38,7 +40,10 @@ def canonical_json(obj: object) -> bytes:
     Raises:
         ValueError: a number is not finite, a key is not a string, or a value has no JSON form.
     """
-    plain = _plain(obj, at="$")
+    return _written(_plain(obj, at="$"))
+
+
+def _written(plain: object) -> bytes:
     return json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
@@ -254,19 +259,18 @@ class Manifest(ManifestDraft):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; the inverse of `from_dict`."""
-        known = {name: getattr(self, name) for name in _FIELDS - {"files", "config_digest"}}
-        entries = [entry.to_dict() for entry in self.files]
-        own: dict[str, Any] = _plain(known, at="$")
-        return {
-            **_plain(self.extra, at="extra"),
-            **own,
-            "config_digest": self.config_digest,
-            "files": entries,
-        }
+        document: dict[str, Any] = _plain(self._document(), at="$")
+        return document
 
     def to_bytes(self) -> bytes:
         """The canonical JSON that is stored."""
-        return canonical_json(self.to_dict())
+        return _written(self._document())
+
+    def _document(self) -> dict[str, Any]:
+        """Not a copy: all in it was copied, and found to have a JSON form, on the way in."""
+        known = {name: getattr(self, name) for name in _FIELDS - {"files", "config_digest"}}
+        entries = [entry.to_dict() for entry in self.files]
+        return {**self.extra, **known, "config_digest": self.config_digest, "files": entries}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Manifest:
@@ -356,34 +360,81 @@ def _copied(value: object, kind: type, *, at: str) -> Any:
     return plain
 
 
-def _plain(value: object, *, at: str, depth: int = 0) -> Any:
+def _plain(value: object, *, at: str) -> Any:
     """`value` as fresh dicts, lists, strings, numbers, booleans and None; else ValueError saying where."""
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"{at[:80]} is nested more than {_MAX_DEPTH} deep")
-    if value is None or isinstance(value, bool | int):
-        return value
+    try:
+        return _fresh(value, 0)
+    except _UnfitError as exc:
+        raise ValueError(exc.said(at)) from None
+
+
+class _UnfitError(Exception):
+    """What has no JSON form. Where it stands is put together on the way out, for nearly all values have one."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem, self.place = problem, ""
+
+    def within(self, place: str) -> _UnfitError:
+        self.place = place + self.place
+        return self
+
+    def said(self, at: str) -> str:
+        return f"{at}{self.place}"[:_LONGEST_PLACE] + f" {self.problem}"
+
+
+def _fresh(value: object, depth: int) -> Any:
     if isinstance(value, str):
-        return _text(value, at=at)
+        return _text(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{at} is {value}, expected a finite number")
+            raise _UnfitError(f"is {value}, expected a finite number")
+        return value
+    if value is None or isinstance(value, int):
         return value
     if isinstance(value, Mapping):
-        return {_key(key, at=at): _plain(item, at=f"{at}.{key}", depth=depth + 1) for key, item in value.items()}
+        return _fresh_dict(value, depth)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        return [_plain(item, at=f"{at}[{index}]", depth=depth + 1) for index, item in enumerate(value)]
-    raise ValueError(f"{at} is a {type(value).__name__}, which has no JSON form")
+        return _fresh_list(value, depth)
+    raise _UnfitError(f"is a {type(value).__name__}, which has no JSON form")
 
 
-def _key(key: object, *, at: str) -> str:
-    if not isinstance(key, str):
-        raise ValueError(f"{at} has the key {key!r}, expected a string")
-    return _text(key, at=at)
+def _fresh_dict(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
+    _check_room(value, depth)
+    fresh, key = {}, None
+    for key in value:
+        if not isinstance(key, str):
+            raise _UnfitError(f"has the key {key!r}, expected a string")
+        _text(key)
+    try:
+        for key, item in value.items():
+            fresh[key] = item if type(item) in _ATOMS else _fresh(item, depth + 1)
+    except _UnfitError as exc:
+        raise exc.within(f".{key}") from None
+    return fresh
 
 
-def _text(value: str, *, at: str) -> str:
+def _fresh_list(value: Sequence[Any], depth: int) -> list[Any]:
+    _check_room(value, depth)
+    fresh: list[Any] = []
+    try:
+        for item in value:
+            fresh.append(item if type(item) in _ATOMS else _fresh(item, depth + 1))
+    except _UnfitError as exc:
+        raise exc.within(f"[{len(fresh)}]") from None
+    return fresh
+
+
+def _check_room(value: Mapping[Any, Any] | Sequence[Any], depth: int) -> None:
+    if depth > _MAX_DEPTH or (depth == _MAX_DEPTH and value):
+        raise _UnfitError(f"is nested more than {_MAX_DEPTH} deep")
+
+
+def _text(value: str) -> str:
+    if value.isascii():
+        return value
     try:
         value.encode()
-    except UnicodeEncodeError as exc:
-        raise ValueError(f"{at} holds half of a surrogate pair, which UTF-8 cannot write") from exc
+    except UnicodeEncodeError:
+        raise _UnfitError("holds half of a surrogate pair, which UTF-8 cannot write") from None
     return value
