@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -35,6 +35,8 @@ log = structlog.get_logger(__name__)
 _CRD_WAIT_SECONDS = 2.0
 _LIST_SECONDS = 60
 _END_SECONDS = 20
+_WIND_DOWN_SECONDS = 12
+"""Half of it kopf waits for what goes on; well before its own end, at which it kills the process."""
 _RELEASE_SECONDS = 4
 _BEGIN_AGAIN_SECONDS = 2.0
 
@@ -141,14 +143,53 @@ async def _watch(settings: Settings, cluster: Cluster, reconciler: Reconciler) -
     await _wait_for_crd(cluster, settings.watch_namespace)
     queue = reconciler.queue
     registry = registry_of(queue.add, queue.add_after, is_over=reconciler.is_over, heard=reconciler.metrics.heard)
+    ours = asyncio.all_tasks()
+    tasks = await kopf.spawn_tasks(
+        registry=registry,
+        settings=kopf_settings(settings),
+        standalone=True,
+        clusterwide=not settings.watch_namespace,
+        namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
+    )
+    await run_until_wound_down(tasks, asyncio.create_task(kopf.run_tasks(tasks, ignored=ours)))
+
+
+def _take_own_place() -> None:
+    os.execv(sys.executable, [sys.executable, "-m", "nexa_operator.main"])  # noqa: S606 - nothing of it is from outside
+
+
+async def run_until_wound_down(
+    tasks: Collection[asyncio.Task[None]],
+    running: asyncio.Task[None],
+    *,
+    limit_seconds: float = _WIND_DOWN_SECONDS,
+    begin_anew: Callable[[], None] = _take_own_place,
+) -> None:
+    """Wait for kopf's end.
+
+    Where one watch fails while another one reconnects, kopf 1.45 never ends: a task that it cancels from a callback is
+    not cancelled. It would then kill the process; this one takes its own place before that, and needs no restart.
+
+    Args:
+        tasks: kopf's, of which none ends before it winds down. running: which winds them down.
+
+    Raises:
+        WatchError: kopf gave up.
+    """
     try:
-        await kopf.operator(
-            registry=registry,
-            settings=kopf_settings(settings),
-            standalone=True,
-            clusterwide=not settings.watch_namespace,
-            namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
-        )
+        done, _ = await asyncio.wait({*tasks, running}, return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        running.cancel()
+        await asyncio.wait({running})
+        raise
+    failed = next((task.exception() for task in done if not task.cancelled() and task.exception()), None)
+    if failed:
+        await asyncio.wait({running}, timeout=limit_seconds)
+        if not running.done():
+            log.error("begins anew", error=repr(failed), reason="kopf does not come to its end")
+            begin_anew()
+    try:
+        await running
     except Exception as exc:
         raise WatchError from exc
 
