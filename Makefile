@@ -47,7 +47,7 @@ coverage: setup ## Run every test and report which lines ran (counting them cost
 		$(BIN)/coverage combine --quiet; $(BIN)/coverage report; exit $$failed
 
 .PHONY: test-unit
-test-unit: setup ## Run the tests that start no cluster and train nothing: within a minute
+test-unit: setup ## Run the tests that start no cluster and train nothing: in a minute or two
 	$(BIN)/pytest -q tests/unit -m 'not integration and not training and not e2e'
 
 .PHONY: test-soak
