@@ -31,7 +31,6 @@ from nexa_operator.runtimes import Runtime, runtime_of
 from nexa_operator.runtimes.base import resumed_at
 from nexa_train.config.protocol import KILLED_FOR_MEMORY, CheckpointRef, Progress, Termination
 
-_NONE: frozenset[str] = frozenset()
 _READY = "Ready"
 NODE_NOT_READY = "NodeNotReady"
 NODE_GONE = "NodeGone"
@@ -344,7 +343,8 @@ def with_nodes(gang: Gang, nodes: Mapping[str, Body | None]) -> Gang:
     known = {name: _node_conditions(node) for name, node in nodes.items()}
     # What follows a pod that is gone may be on another node than that was.
     ranks = (
-        rank if rank.replaced else replace(rank, node_conditions=known.get(rank.node, _NONE)) for rank in gang.ranks
+        replace(rank, node_conditions=known[rank.node]) if rank.node in known and not rank.replaced else rank
+        for rank in gang.ranks
     )
     return replace(gang, ranks=tuple(ranks))
 

@@ -279,6 +279,8 @@ class Reconciler:
     async def _with_nodes(self, gang: Gang) -> Gang:
         """What the nodes of lost ranks say of themselves, as far as one may ask."""
         names = nodes_of_lost_ranks(gang)
+        if not names:
+            return gang  # nearly every look: nothing is to be copied for it
         try:
             nodes = await asyncio.gather(*(self.cluster.read(NODES, "", name) for name in names))
         except ApiError as exc:
