@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,13 +171,12 @@ class Bench:
         config = {"train_sampling_strategy": "sequential", **config}
         return Side(name, {"engine": "trl", "config": config, **more} | self._peer(work), tokens, self.environment())
 
-    def by_turns(self, sides: list[Side], rounds: int, *, precision: str = "fp32") -> float:
+    def by_turns(self, sides: list[Side], rounds: int, *, measure: Callable[[], object] = lambda: None) -> None:
         """Train all sides in turns, A B C A B C; the first round warms up and does not count.
 
-        Returns:
-            The machine's limit in FLOP/s: the median of one taken in each round that counts.
+        Args:
+            measure: called at the end of each round that counts, for what is to be compared with the sides.
         """
-        limits: list[float] = []
         with ExitStack() as running:
             for side in sides:
                 running.callback(side.kill)
@@ -186,10 +186,9 @@ class Bench:
                     if side.rounds is None or number <= side.rounds:
                         side.turn(counted=number > 0)
                 if number > 0:
-                    limits.append(machine.matmul_limit(self.threads, precision)[precision])
+                    measure()
             for side in sides:
                 side.finish()
-        return statistics.median(limits)
 
     def _peer(self, work: RankWork) -> dict[str, Any]:
         return {"model": str(work.located.folder), "work": work.to_dict(), "lr": RATE}
