@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from threading import Event, Lock, Thread
 
 from nexa_train.config.protocol import EXIT_STALLED
-from nexa_train.launch.processes import bytes_moved, bytes_received, descendants, processor_seconds
+from nexa_train.launch.processes import bytes_moved, bytes_received, descendants, processor_seconds, send
+from nexa_train.launch.watchdog import BUSY_SHARE
 
 LOOKS = 20
 """Within a deadline. They are counted, not the seconds: a process that was stopped, or its machine, has not hung."""
-BUSY_SHARE = 0.01
-"""Who took so much of the deadline as processor time does something; who hangs takes a tenth of it."""
 LEAST_BUSY_SECONDS = 0.3
 """Of processor time: within a deadline of seconds the looks themselves take more than that share."""
 MOVED_BYTES = 2**20
@@ -103,6 +102,5 @@ def _stacks() -> str:
 
 def _end() -> None:
     for pid in reversed(descendants(os.getpid())[1:]):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        send(pid, signal.SIGKILL)
     os._exit(EXIT_STALLED)

@@ -1,8 +1,9 @@
-"""What processes did, from /proc. For `watchdog` and `guard`."""
+"""What processes did, from /proc, and signals to them. For `watchdog` and `guard`."""
 
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,3 +47,9 @@ def bytes_received() -> int:
         return 0
     counted = {name.strip(): int(values.split()[0]) for name, _, values in (line.partition(":") for line in lines)}
     return sum(received for name, received in counted.items() if name != "lo")
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Send it a signal, if it is there still."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)

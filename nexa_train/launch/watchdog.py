@@ -8,7 +8,6 @@ model cannot be counted so; there it is the processor time that ranks take, whic
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ from threading import Thread
 from nexa_train.artifact.manifest import run_folder
 from nexa_train.config.protocol import Progress
 from nexa_train.errors import AlreadyExistsError, NexaError
-from nexa_train.launch.processes import descendants, processor_seconds
+from nexa_train.launch.processes import descendants, processor_seconds, send
 from nexa_train.rundir import RunDir
 from nexa_train.store import open_store
 
@@ -109,11 +108,11 @@ def capture(launched: int, rundir: RunDir, *, others: bool) -> str:
     states = {pid: _state(pid) for pid in _ranks(launched)}
     asked = [pid for pid in states if pid in files]  # the signal would kill one that does not know it yet
     for pid in asked:
-        _signal(pid, signal.SIGUSR1)
+        send(pid, signal.SIGUSR1)
     if others:
         time.sleep(OTHERS_SECONDS)
     for pid in asked:
-        _signal(pid, signal.SIGCONT)  # one that was stopped can write now
+        send(pid, signal.SIGCONT)  # one that was stopped can write now
     _wait_until_still([files[pid] for pid in asked])
     parts = [f"process {pid}, {state}\n{_read(files.get(pid))}" for pid, state in states.items()]
     return "\n".join(parts) or "no rank was there\n"
@@ -185,8 +184,3 @@ def _state(pid: int) -> str:
             if line.startswith("State:"):
                 return line.partition(":")[2].strip()
     return "gone"
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)

@@ -109,7 +109,7 @@ def test_who_gets_on_is_left_alone(tmp_path: Path, body: str) -> None:
 
 
 def test_after_the_block_nobody_looks_any_more(tmp_path: Path) -> None:
-    process = start(tmp_path, "pass", deadline=0.5, then="time.sleep(1.2)")
+    process = start(tmp_path, "pass", deadline=0.5, then="time.sleep(1.2)")  # longer than the deadline
     process.communicate(timeout=60)
     assert process.returncode == 0
 
@@ -120,7 +120,7 @@ def test_a_process_that_was_stopped_has_not_hung(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(2.5)  # longer than the deadline
     os.kill(process.pid, signal.SIGCONT)
-    time.sleep(0.5)
+    time.sleep(0.5)  # several of its looks
     (tmp_path / "go").touch()
     process.communicate(timeout=60)
     assert process.returncode == 0
