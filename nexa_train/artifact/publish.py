@@ -187,12 +187,13 @@ class Publisher:
         """
         manifest = draft.complete(run_id=self.run_id, step=step, files=entries)
         generation = self._given_up.get(step, 0) + 1
-        key = f"{manifest.folder}/{manifest_name(generation)}"
-        self._create(key, manifest)
+        key, content = f"{manifest.folder}/{manifest_name(generation)}", manifest.to_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        self._create(key, manifest, content, digest)
         # The name may have been free because a successor went past it and has deleted what was there.
         if step_now(self.store, manifest.folder).generation > generation:
             raise SupersededError(f"{key} came too late: another attempt gave this step up; end this one")
-        return Committed(manifest=manifest, digest=manifest.digest, key=key)
+        return Committed(manifest=manifest, digest=digest, key=key)
 
     def _own(self, key: str, sha256: str) -> Stored:
         """What an earlier call of this very publisher wrote: nobody else knows the nonce."""
@@ -202,8 +203,7 @@ class Publisher:
                 raise DamagedError(f"{key} holds sha256 {found}, expected {sha256}: the file changed between tries")
             return stream.stored
 
-    def _create(self, key: str, manifest: Manifest) -> None:
-        content = manifest.to_bytes()
+    def _create(self, key: str, manifest: Manifest, content: bytes, digest: str) -> None:
         try:
             self.store.create(key, content)
         except AlreadyExistsError as exc:
@@ -216,7 +216,7 @@ class Publisher:
             if winner != content:
                 raise SupersededError(
                     f"step {manifest.step} of {manifest.run_id} was committed by another attempt "
-                    f"(manifest {hashlib.sha256(winner).hexdigest()}, ours {manifest.digest}); end this one"
+                    f"(manifest {hashlib.sha256(winner).hexdigest()}, ours {digest}); end this one"
                 ) from exc
 
 
