@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
@@ -43,8 +45,8 @@ async def wind_down(tasks: list[asyncio.Task[None]]) -> None:
         task.result()
 
 
-async def begun(*coroutines: object) -> tuple[list[asyncio.Task[None]], asyncio.Task[None]]:
-    tasks = [asyncio.ensure_future(each) for each in coroutines]  # type: ignore[call-overload]
+async def begun(*coroutines: Coroutine[Any, Any, None]) -> tuple[list[asyncio.Task[None]], asyncio.Task[None]]:
+    tasks = [asyncio.create_task(each) for each in coroutines]
     return tasks, asyncio.create_task(wind_down(tasks))
 
 
