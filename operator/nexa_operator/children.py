@@ -1,8 +1,8 @@
 """The children of jobs, listed for many jobs at once. Between the reconciler and the cluster.
 
 A list walks through all objects of its namespace, whatever labels it asks for: with one list a look, ten times the
-jobs are a hundred times the work. So looks that ask while a list is under way share the next one. Nobody gets an
-answer that was begun before it asked, and a look alone waits for nobody.
+jobs are a hundred times the work. So looks that ask while a list is under way, or was begun a moment ago, share the
+next one. Nobody gets an answer that was begun before it asked, and a look alone waits for nobody.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from nexa_operator.naming import LABEL_JOB_UID
 
 _MOST_AT_ONCE = 100
 """UIDs of one request: its address must stay shorter than what proxies take, 8 KiB."""
-
 Place: TypeAlias = tuple[Kind, str]
 Answer: TypeAlias = asyncio.Future[list[Object]]
 
 
 @dataclass(kw_only=True)
 class Children:
-    """For one event loop; not for threads."""
+    """For one event loop; not for threads.
+
+    Attributes:
+        apart_seconds: from one list to the next of the same kind and namespace, at least, so that more looks share it.
+    """
 
     cluster: Cluster
+    apart_seconds: float = 0.1
     _asked: dict[Place, dict[str, Answer]] = field(default_factory=dict)
     _listing: dict[Place, asyncio.Task[None]] = field(default_factory=dict)
 
@@ -45,7 +49,7 @@ class Children:
         try:
             while asked := self._asked.get(place):
                 now = {uid: asked.pop(uid) for uid in list(islice(asked, _MOST_AT_ONCE))}
-                await self._list(place, now)
+                await asyncio.gather(self._list(place, now), asyncio.sleep(self.apart_seconds))
         finally:
             del self._listing[place]
             self._asked.pop(place, None)

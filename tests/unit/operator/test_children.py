@@ -53,6 +53,21 @@ async def test_who_asks_during_a_list_shares_the_next_and_sees_what_came_meanwhi
     assert server.asked[1:] == [("pods", f"{LABEL_JOB_UID} in (b,c,d)")]
 
 
+async def test_who_asks_soon_after_a_list_shares_the_next_and_who_asks_first_does_not_wait() -> None:
+    server = Server()
+    server.there = [*"abc"]
+    server.go_on.set()
+    children = Children(cluster=server, apart_seconds=1.0)  # type: ignore[arg-type]
+    begun = asyncio.get_running_loop().time()
+    first = await begin(children.of(PODS, "team", "a"))
+    assert [labels for _, labels in server.asked] == [f"{LABEL_JOB_UID} in (a)"]
+    await asyncio.gather(*first)
+    others = [*await begin(children.of(PODS, "team", "b")), *await begin(children.of(PODS, "team", "c"))]
+    assert [len(await task) for task in others] == [1, 1]
+    assert [labels for _, labels in server.asked[1:]] == [f"{LABEL_JOB_UID} in (b,c)"]
+    assert asyncio.get_running_loop().time() - begun >= children.apart_seconds
+
+
 async def test_other_kinds_and_namespaces_do_not_wait() -> None:
     server = Server()
     children = Children(cluster=server)  # type: ignore[arg-type]
