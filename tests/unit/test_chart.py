@@ -80,8 +80,14 @@ def test_a_wrong_value_is_refused_by_the_schema(helm, value):
 
 
 def rules(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The operator's; what is for users has a label by which their roles take it up."""
     roles = [document for document in documents if document["kind"] in ("Role", "ClusterRole")]
-    return [rule for role in roles for rule in role["rules"]]
+    return [rule for role in roles if not aggregated_to(role) for rule in role["rules"]]
+
+
+def aggregated_to(role: dict[str, Any]) -> set[str]:
+    prefix = "rbac.authorization.k8s.io/aggregate-to-"
+    return {label.removeprefix(prefix) for label in role["metadata"]["labels"] if label.startswith(prefix)}
 
 
 @pytest.mark.parametrize("values", [(), ("watchNamespace=team-a",)])
@@ -110,6 +116,23 @@ def test_the_rights_are_exactly_those_that_are_used(helm, namespace, of_the_clus
         *(("events", verb) for verb in ("create", "list")),
         *(("leases", verb) for verb in ("get", "create", "patch")),
     }
+
+
+def test_users_see_jobs_and_make_them_by_the_roles_that_they_have_and_never_write_their_status(helm):
+    roles = [role for role in every(render(helm), "ClusterRole") if aggregated_to(role)]
+    granted = {
+        to: {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
+        for role in roles
+        for to in aggregated_to(role)
+    }
+    assert set(granted) == {"view", "edit", "admin"}
+    assert granted["edit"] == granted["admin"]
+    writes = {"create", "delete", "deletecollection", "patch", "update"}
+    assert {verb for _, verb in granted["view"]} == {"get", "list", "watch"}
+    assert {verb for resource, verb in granted["edit"] if resource == "nexatrainingjobs"} >= writes
+    assert not writes & {verb for to in granted.values() for resource, verb in to if resource.endswith("/status")}
+    for value in ("rbac.aggregate=false", "watchNamespace=team-a"):
+        assert not [role for role in every(render(helm, value), "ClusterRole") if aggregated_to(role)]
 
 
 def test_in_one_namespace_there_is_no_cluster_wide_right(helm):
