@@ -74,18 +74,19 @@ def classify(gang: Gang, *, rules: Sequence[RecoveryRule] = (), ran: bool = True
     return min(told, key=_telling)
 
 
-def _telling(loss: Loss) -> tuple[int, bool]:
+def _telling(loss: Loss) -> tuple[int, bool, bool]:
     """Final beats disruption beats failure; what stopped as asked or was removed explains nothing.
 
-    Of equals the one on a broken node tells more: the others may have failed of losing it.
+    Of equals the one on a broken node tells more, then one that had no memory: the others may have failed of losing it,
+    within the same second by their nodes' clocks.
     """
-    blames_no_node = loss.action != "exclude_node"
+    blames_no_node, had_memory = loss.action != "exclude_node", loss.cause not in (KILLED_FOR_MEMORY, OUT_OF_MEMORY)
     if loss.action == "fail":
-        return 0, blames_no_node
+        return 0, blames_no_node, had_memory
     if loss.cause in (_STOPPED, _DELETED):
         # The Job's controller removes the other pods as soon as one has failed.
-        return 3, blames_no_node
-    return 2 if loss.charged else 1, blames_no_node
+        return 3, blames_no_node, had_memory
+    return 2 if loss.charged else 1, blames_no_node, had_memory
 
 
 def _loss(rank: Rank, rules: Sequence[RecoveryRule], *, ran: bool) -> Loss:
@@ -97,7 +98,7 @@ def _loss(rank: Rank, rules: Sequence[RecoveryRule], *, ran: bool) -> Loss:
     action: Action | None = next((rule.action for rule in rules if _fits(rule, rank, code, cause, said)), None)
     # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
     gone = rank.disrupted or rank.replaced or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
-    gone = gone or (words is None and cause in _LOST_NODE)
+    gone = gone or (words is None and (cause in _LOST_NODE or rank.never_began))
     # The next attempt takes fewer sequences at once; with one there is no next, so this ends by itself.
     adapts = words is not None and words.cause == OUT_OF_MEMORY and words.retryable
     # It waited for pods that had no room, or no image yet.

@@ -55,6 +55,7 @@ class Resume:
 
     attempt: int
     num_nodes: int
+    why: str = "no longer suspended"
     forgives: bool = False
     """Nodes that were excluded may be taken again: there are no others."""
 
@@ -83,7 +84,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Linger:
-    """A rank was lost, and others are ending: what they say may explain it."""
+    """A rank was lost, and others are ending: what they say may explain it, what they commit is gone on from."""
 
     seconds: float
 
@@ -159,7 +160,8 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
             reason=DEADLINE, message=f"schedule.activeDeadlineSeconds {schedule.active_deadline_seconds} is over"
         )
     queued = schedule.queue_name is not None
-    if schedule.suspend:
+    unseen = seen.unavailable and record.num_nodes is not None  # what has begun may run on
+    if schedule.suspend and not unseen:
         running = gang is not None and not gang.deleting and (queued or not gang.suspended)
         if gang is not None and running:
             return Suspend(gang=gang.name, withdraw=queued)
@@ -172,7 +174,7 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
         return _resume(seen, gang, spec, now)
     # Ranks of a gang that its queue suspended go because of that: it goes on when it is let go again.
     if gang.failure or (gang.lost_ranks and not gang.suspended):
-        return _after_loss(seen, gang, spec)
+        return _after_loss(seen, gang, spec, now)
     return _run(seen, gang, spec, now)
 
 
@@ -195,8 +197,13 @@ def _resume(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -
     stopping = _stopping_seconds(gang.ranks, now)
     if stopping > 0:
         return _stopping(stopping)
-    grown = elastic.larger(seen, spec, now) if seen.rooms else None
-    return Resume(attempt=gang.attempt + 1, num_nodes=grown or spec.cluster.num_nodes)
+    num_nodes = (elastic.larger(seen, spec, now) if seen.rooms else None) or spec.cluster.num_nodes
+    why = Resume.why
+    if num_nodes != (seen.record.num_nodes or num_nodes):
+        why = f"with {num_nodes} pods"
+    elif gang.deleting and seen.record.account.state != goodput.SUSPENDED:
+        why = "in place of one that somebody deleted"
+    return Resume(attempt=gang.attempt + 1, num_nodes=num_nodes, why=why)
 
 
 def _stopping(seconds: float) -> Wait:
@@ -216,7 +223,8 @@ def _run(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> D
     if fewer is not None:
         return Shrink(attempt=gang.attempt + 1, num_nodes=fewer)
     if seen.record.excluded_nodes and elastic.unplaced_seconds(gang, now) >= FORGIVE_SECONDS:
-        return Resume(attempt=gang.attempt + 1, num_nodes=current, forgives=True)
+        why = "on excluded nodes too: there is room on no other"
+        return Resume(attempt=gang.attempt + 1, num_nodes=current, why=why, forgives=True)
     missing = spec.cluster.num_nodes - current
     if _is_outdated(spec, current):
         return Suspend(gang=gang.name, withdraw=spec.schedule.queue_name is not None, resizes=True)
@@ -252,13 +260,16 @@ def rest(seen: Observed, *, ttl_seconds: int | None, now: datetime.datetime) -> 
     return Rest(remaining_seconds=remaining) if remaining > 0 else Expire()
 
 
-def _after_loss(seen: Observed, gang: Gang, spec: JobSpec) -> Restart | Fail | Linger:
+def _after_loss(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> Restart | Fail | Linger:
     recovery, record = spec.recovery, seen.record
     loss = classify(gang, rules=recovery.rules, ran=record.ran)
     if loss.action == "fail":
         return Fail(reason=loss.cause, message=loss.message or f"{loss.cause} is not retried", loss=loss)
     if seen.lost_seconds < LAST_WORDS_SECONDS and any(rank.phase == "Running" for rank in gang.ranks):
         return Linger(seconds=LAST_WORDS_SECONDS - seen.lost_seconds)
+    committing = max((_seconds_until(rank.gone_by, now) for rank in gang.ranks if rank.commits), default=0.0)
+    if committing > 0 and not loss.charged:
+        return Linger(seconds=committing)  # the next attempt would begin with what is there now, and repeat the rest
     refilled = _refilled(seen)
     charged = (0 if refilled else record.charged) + loss.charged
     if charged > recovery.max_restarts:

@@ -34,6 +34,8 @@ from nexa_train.config.protocol import KILLED_FOR_MEMORY, CheckpointRef, Progres
 _READY = "Ready"
 NODE_NOT_READY = "NodeNotReady"
 NODE_GONE = "NodeGone"
+_IN_ORDER = ("EvictionByEvictionAPI", "PreemptionByScheduler")
+"""Disruptions whose pods are asked to go, by a drain for example, and given the time that they ask for."""
 _MOST_NODES = 8
 _MOST_DIGITS = 9
 _NO_INDEX = -1
@@ -54,8 +56,8 @@ class Rank:
     message: str = ""
     finished_at: str = ""
     termination: Termination | None = None
-    disrupted: bool = False
-    """DisruptionTarget: evicted, preempted, its node lost or shut down."""
+    disruption: str = ""
+    """Reason of its DisruptionTarget: evicted, preempted, its node lost or shut down."""
     deleting: bool = False
     replaced: bool = False
     """Its pod ran and is gone. The runtime makes another, with which the others will not go on."""
@@ -67,6 +69,25 @@ class Rank:
     NotReady; or NodeGone. Known of lost ranks, where nodes may be read."""
     unplaced_since: datetime.datetime | None = None
     """Since when the scheduler has found no node for it; None: it has one, or was not tried yet."""
+    began: bool = True
+    """Whether its kubelet has made anything of its containers."""
+    uid: str = ""
+    """Of its pod."""
+
+    @property
+    def disrupted(self) -> bool:
+        return self.disruption != ""
+
+    @property
+    def never_began(self) -> bool:
+        """Whether its kubelet refused it: after a reboot for want of devices, or as the node shuts down."""
+        return self.phase == "Failed" and not self.began
+
+    @property
+    def commits(self) -> bool:
+        """Whether it was asked to go and is given time, on a node that is there: it commits what it has trained."""
+        in_order = self.deleting and self.disruption in _IN_ORDER
+        return in_order and not self.ended and self.node_conditions.isdisjoint((NODE_GONE, NODE_NOT_READY))
 
     @property
     def ended(self) -> bool:
@@ -122,6 +143,13 @@ class Gang:
     @property
     def rank_zero(self) -> Rank | None:
         return next((rank for rank in self.ranks if rank.index == 0 and not rank.deleting), None)
+
+    @property
+    def last_words(self) -> Termination | None:
+        """Of rank 0 or, where it left none, of another rank that has trained: they are at the same step."""
+        zeros = (rank.termination for rank in self.ranks if rank.index == 0)
+        others = (rank.termination for rank in self.ranks if rank.termination and rank.termination.trained_seconds)
+        return next(filter(None, (*zeros, *others)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +213,7 @@ class Observed:
 
         Of equal steps the one told of last: after a damaged checkpoint its step is committed once more.
         """
-        ranks = self.gang.ranks if self.gang else ()
+        ranks = self.gang.ranks if self.gang else self.strays
         told = [rank.termination.checkpoint for rank in ranks if rank.termination]
         return newest(self.record.checkpoint, self.progress.checkpoint if self.progress else None, *told)
 
@@ -331,6 +359,13 @@ def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) 
     )
 
 
+def with_vanished(gang: Gang, remembered: Iterable[Rank]) -> Gang:
+    """The gang with lost ranks that were seen before and whose pods are gone since: they may tell the most."""
+    there = {rank.uid for rank in gang.ranks}
+    vanished = tuple(rank for rank in remembered if rank.uid not in there)
+    return replace(gang, ranks=tuple(sorted((*gang.ranks, *vanished), key=_rank_order))) if vanished else gang
+
+
 def nodes_of_lost_ranks(gang: Gang | None) -> tuple[str, ...]:
     """Whose conditions may explain a loss: of ranks that could say nothing, then of the first to end; a few of them."""
     lost = [rank for rank in gang.lost_ranks if rank.node and not rank.replaced] if gang else []
@@ -418,12 +453,14 @@ def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
         message=waiting.get("message") or _unscheduled(status) or status.get("message", ""),
         finished_at=ended.get("finishedAt") or "",
         termination=_last_words(ended.get("message", "")),
-        disrupted=bool(first_true(pod, "DisruptionTarget")),
+        disruption=first_true(pod, "DisruptionTarget").get("reason", ""),
         deleting=is_deleting(pod),
         replaced=replaces and phase == "Pending",
         gone_by=as_time(pod["metadata"].get("deletionTimestamp")),
         node=(pod.get("spec") or {}).get("nodeName", ""),
         unplaced_since=as_time(scheduled.get("lastTransitionTime")) if waits else None,
+        began="containerStatuses" in status,
+        uid=pod["metadata"].get("uid", ""),
     )
 
 

@@ -44,6 +44,7 @@ from nexa_operator.news import LATER_SECONDS
 from nexa_operator.observe import (
     Gang,
     Observed,
+    Rank,
     finished_of,
     nodes_of_lost_ranks,
     observe,
@@ -52,6 +53,7 @@ from nexa_operator.observe import (
     read_record,
     refusal_in,
     with_nodes,
+    with_vanished,
 )
 from nexa_operator.plan import Defaults, RunPlan, image_of, make_plan
 from nexa_operator.progress import ProgressReader, Target
@@ -83,6 +85,8 @@ _STANDS_SECONDS = 1.0
 """Until the pods of a gang that others keep room for stand in line for it."""
 _RESYNC_AGAIN_SECONDS = 5.0
 _ROOM_SECONDS = 60.0
+_POLICY = "ValidatingAdmissionPolicy '"
+"""In the server's words where such a one denies, by default with the code for what is invalid."""
 _LATE_SECONDS = 0.05
 """Timers and the clock are not the same: a look that comes a moment too early would be for nothing."""
 
@@ -110,6 +114,15 @@ class _Refusal:
     said: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Loss:
+    """When this operator first saw that a gang cannot go on, and all ranks that it saw lost."""
+
+    gang: str
+    since: datetime.datetime
+    ranks: tuple[Rank, ...] = ()
+
+
 @dataclass(kw_only=True)
 class Reconciler:
     """One look after the other; never two at the same job at once."""
@@ -126,7 +139,7 @@ class Reconciler:
     _trouble: dict[Key, str] = field(default_factory=dict)
     _invalid: dict[Key, str] = field(default_factory=dict)
     _over: set[Key] = field(default_factory=set)
-    _losses: dict[Key, tuple[int, datetime.datetime]] = field(default_factory=dict)
+    _losses: dict[Key, _Loss] = field(default_factory=dict)
     _refusals: dict[Key, _Refusal] = field(default_factory=dict)
     _attended: dict[Key, datetime.datetime] = field(default_factory=dict)
     """When this operator last counted itself at a job that parts."""
@@ -210,7 +223,7 @@ class Reconciler:
         job, decision = judge(body, seen, defaults=self.defaults, now=self.clock(), invalid=self._invalid.get(key, ""))
         if isinstance(decision, Rest | Expire):
             self._forget(key)
-            await self._write_status(body, caught_up(body.get("status") or {}, body["metadata"].get("generation", 0)))
+            await self._say_later(key, body, job, seen, decision)
             left = await self._clear(key, body, seen, decision)
             if seen.unavailable:
                 # A gang may be there, and run, and nobody tells when it can be seen again.
@@ -234,6 +247,13 @@ class Reconciler:
             await self._tell(key, body, happening)
         await self._carry_out(key, {**body, "status": status}, job, seen, decision)
 
+    async def _say_later(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
+        before = body.get("status") or {}
+        status = caught_up(before, seen=seen, decision=decision, context=self._context(key, body, job, seen))
+        await self._write_status(body, status)
+        for happening in happenings(before, status, decision):
+            await self._tell(key, body, happening)
+
     def _look_again(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
         """At what nobody will tell of."""
         due = list(_unwatched(body, seen, decision, now=self.clock()))
@@ -255,26 +275,28 @@ class Reconciler:
         has_pods = bool(children or body.get("status"))
         pods = await self._children.of(PODS, key.namespace, key.uid) if has_pods else []
         seen = observe(body, children=children, pods=pods, progress=self.progress.latest(key))
-        seen = replace(seen, lost_seconds=self._lost_seconds(key, seen.gang))
         queue = ((body.get("spec") or {}).get("schedule") or {}).get("queueName")
         if queue and seen.gang and seen.gang.suspended:
             return replace(seen, admission=await self._admission(key.namespace, queue, seen.gang))
         if self.reads_nodes and seen.gang and not seen.record.finished and not seen.gang.deleting:
             seen = replace(seen, gang=await self._with_nodes(seen.gang))
+        seen = self._with_loss(key, seen)
         if seen.gang and pods_due_seconds(seen, self.clock()) == 0.0:
             return replace(seen, refusal=await self._refusal(key, seen.gang))
         return seen
 
-    def _lost_seconds(self, key: Key, gang: Gang | None) -> float:
-        """By this operator's clock, since it first saw that this gang cannot go on; 0: it can."""
+    def _with_loss(self, key: Key, seen: Observed) -> Observed:
+        """With what this operator saw before of a gang that cannot go on: since when, and ranks that are gone since."""
+        before = self._losses.pop(key, None)
+        if before is None or seen.gang is None or before.gang != seen.gang.uid:
+            before = _Loss(gang=seen.gang.uid if seen.gang else "", since=self.clock())
+        gang = seen.gang
+        if gang and not (gang.suspended or gang.deleting):  # else nobody asks why its ranks go
+            gang = with_vanished(gang, before.ranks)
         if gang is None or not (gang.failure or gang.lost_ranks):
-            self._losses.pop(key, None)
-            return 0.0
-        attempt, since = self._losses.get(key, (-1, self.clock()))
-        if attempt != gang.attempt:
-            since = self.clock()
-        self._losses[key] = (gang.attempt, since)
-        return (self.clock() - since).total_seconds()
+            return replace(seen, lost_seconds=0.0)
+        self._losses[key] = replace(before, ranks=gang.lost_ranks)
+        return replace(seen, gang=gang, lost_seconds=(self.clock() - before.since).total_seconds())
 
     async def _with_nodes(self, gang: Gang) -> Gang:
         """What the nodes of lost ranks say of themselves, as far as one may ask."""
@@ -344,7 +366,10 @@ class Reconciler:
         kind = runtime_of(body).KIND
         try:
             for gang in _to_remove(seen, decision):
-                await self.cluster.delete(kind, key.namespace, gang.name, uid=gang.uid)
+                if isinstance(decision, Fail):
+                    await self._end_gang(key, body, gang)
+                else:
+                    await self.cluster.delete(kind, key.namespace, gang.name, uid=gang.uid)
             if isinstance(decision, Suspend) and seen.gang is not None:
                 await self._suspend(key, body, seen.gang.ref, decision)
             if job is not None and isinstance(decision, Probe):
@@ -372,13 +397,18 @@ class Reconciler:
             await self.cluster.patch(runtime.KIND, {"metadata": metadata, "spec": runtime.suspension()})
 
     async def _clear(self, key: Key, body: Body, seen: Observed, decision: Decision) -> bool:
-        """What a finished job has left to do, also where the look that finished it was cut short; whether there was."""
+        """What a finished job has left to do, also where the look that finished it was cut short; whether there is."""
         gangs = _to_remove(seen, decision)
         for gang in gangs:
-            await self.cluster.delete(runtime_of(body).KIND, key.namespace, gang.name, uid=gang.uid)
+            await self._end_gang(key, body, gang)
         for room in seen.rooms:
             await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
-        return bool(gangs or seen.rooms)
+        ending = seen.gang is not None and seen.gang.deleting  # its ranks may still commit
+        return bool(gangs or seen.rooms or ending)
+
+    async def _end_gang(self, key: Key, body: Body, gang: Ref) -> None:
+        """Of a job that is over: after its pods, so that their last words can still be read."""
+        await self.cluster.delete(runtime_of(body).KIND, key.namespace, gang.name, uid=gang.uid, children_first=True)
 
     def _plan(self, key: Key, body: Body, job: Job) -> RunPlan:
         """Of the attempt on record."""
@@ -459,7 +489,9 @@ class Reconciler:
         try:
             created = [await self.cluster.create(kind, document) for kind, document in runtime_of(body).objects(plan)]
         except InvalidError as exc:
-            self._invalid[key] = str(exc)
+            # A policy's answer, unlike the schema's, is that of a day: whoever wrote it may think again.
+            if _POLICY not in str(exc):
+                self._invalid[key] = str(exc)
             raise
         if created[-1]:
             said = f"attempt {plan.attempt} with {plan.cluster.num_nodes} pods"

@@ -116,10 +116,20 @@ def next_status(previous: Body, *, seen: Observed, decision: Decision, context: 
     return status if status == previous or spent is None else {**status, "goodput": spent}
 
 
-def caught_up(previous: Body, generation: int) -> dict[str, Any]:
-    """What a finished job says of a later spec: the same, for what may still change of it changes nothing."""
-    conditions = [{**each, "observedGeneration": generation} for each in previous.get("conditions") or []]
-    return {**previous, "observedGeneration": generation, "conditions": conditions}
+def caught_up(previous: Body, *, seen: Observed, decision: Decision, context: Context) -> dict[str, Any]:
+    """What a finished job says later: that it has seen a later spec, of which nothing changes it any more, and what its
+    ranks committed while they were ended."""
+    news = {}
+    if seen.checkpoint and (seen.record.checkpoint is None or seen.checkpoint.step > seen.record.checkpoint.step):
+        facts = _facts(previous, seen, decision)
+        news = {key: value for key, value in facts.items() if value is not None}
+        news["checkpoint"] = _checkpoint(seen.checkpoint)
+    before = previous.get("conditions") or []
+    true = {each["type"]: (each["reason"], each["message"]) for each in before if each["status"] == "True"}
+    if news:
+        true |= _committed(seen)
+    conditions = [_condition(old, old["type"], true.get(old["type"]), previous["phase"], context) for old in before]
+    return {**previous, **news, "observedGeneration": context.generation, "conditions": conditions}
 
 
 def _counts(previous: Body, seen: Observed, decision: Decision) -> dict[str, int]:
@@ -205,7 +215,7 @@ def timestamp(when: datetime.datetime) -> str:
 
 
 def _facts(previous: Body, seen: Observed, decision: Decision) -> dict[str, Any]:
-    """From the last words of rank 0, else from its progress, else what is on record."""
+    """From the last words of the ranks, else from progress, else what is on record."""
     kept = ("step", "totalSteps", "progress", "loss", "validationLoss")
     told = _told(seen)
     if told is None:
@@ -230,8 +240,7 @@ def _facts(previous: Body, seen: Observed, decision: Decision) -> dict[str, Any]
 
 
 def _told(seen: Observed) -> Progress | Termination | None:
-    rank = seen.gang.rank_zero if seen.gang else None
-    return rank.termination if rank and rank.termination else seen.progress
+    return (seen.gang.last_words if seen.gang else None) or seen.progress
 
 
 def _number(value: float | None) -> float | None:
@@ -293,12 +302,16 @@ def _verdict(previous: Body, seen: Observed, decision: Decision, context: Contex
         said = "by schedule.suspend"
         true = {"Suspended": ("Suspended", said), "Ready": ("Suspended", said)}
         return _Verdict(phase="Suspended", true=true)
-    if context.trouble:
+    if context.trouble and not _all_run(seen, context):
         refused = ("Refused", _shortened(context.trouble))
         return _Verdict(phase="Pending", true={"Queued": refused, "Reconciling": refused})
     if isinstance(decision, Starting):
         return _starting(decision)
     return _watching(previous, seen, context)
+
+
+def _all_run(seen: Observed, context: Context) -> bool:
+    return seen.gang is not None and seen.gang.num_up >= context.num_nodes
 
 
 def _waiting(decision: Wait, context: Context) -> _Verdict:
@@ -316,9 +329,7 @@ def _starting(decision: Create | Restart | Resume | Shrink) -> _Verdict:
     elif isinstance(decision, Shrink):
         phase, reason, said = "Restarting", "Shrinking", f"with {decision.num_nodes} pods, for which there is room"
     elif isinstance(decision, Resume):
-        phase, reason, said = "Pending", "Resuming", "no longer suspended"
-        if decision.forgives:
-            said = "on excluded nodes too: there is room on no other"
+        phase, reason, said = "Pending", "Resuming", decision.why
     else:
         phase, reason, said = "Pending", "Creating", ""
     why = (reason, f"attempt {decision.attempt} {said}".strip())
@@ -330,7 +341,7 @@ def _watching(previous: Body, seen: Observed, context: Context) -> _Verdict:
         queued = (WAITING_FOR_ADMISSION, _shortened(f"attempt {seen.record.attempt} {seen.admission}"))
         return _Verdict(phase="Queued", true=dict.fromkeys(_QUEUED, queued))
     ranks, up = (seen.gang.ranks, seen.gang.num_up) if seen.gang else ((), 0)
-    if up >= context.num_nodes:
+    if _all_run(seen, context):
         said = ("Running", f"{context.num_nodes} of {context.num_nodes} pods of attempt {seen.record.attempt}")
         return _Verdict(phase="Running", true={"Running": said, "Ready": said})
     held_up = next((rank for rank in ranks if rank.phase == "Pending" and _is_held_up(rank)), None)
@@ -359,9 +370,7 @@ def _hindrance(rank: Rank) -> tuple[str, str]:
 
 
 def _conditions(previous: Body, verdict: _Verdict, seen: Observed, context: Context) -> list[dict[str, Any]]:
-    true = dict(verdict.true)
-    if seen.checkpoint:
-        true["CheckpointReady"] = ("Committed", f"step {seen.checkpoint.step}")
+    true = {**verdict.true, **_committed(seen)}
     if "Running" in true and not context.progress_known:
         true["ProgressUnknown"] = ("Unreachable", "pod 0 does not answer; that alone restarts nothing")
     return [
@@ -371,15 +380,19 @@ def _conditions(previous: Body, verdict: _Verdict, seen: Observed, context: Cont
     ]
 
 
+def _committed(seen: Observed) -> dict[str, tuple[str, str]]:
+    return {"CheckpointReady": ("Committed", f"step {seen.checkpoint.step}")} if seen.checkpoint else {}
+
+
 def _condition(old: Body, kind: str, true: tuple[str, str] | None, phase: str, context: Context) -> dict[str, Any]:
     status = "True" if true else "False"
     reason, message = true or (phase, "")
-    flipped = old.get("status") != status
+    now = timestamp(context.now)
     return {
         "type": kind,
         "status": status,
         "observedGeneration": context.generation,
-        "lastTransitionTime": timestamp(context.now) if flipped else old["lastTransitionTime"],
+        "lastTransitionTime": now if old.get("status") != status else old.get("lastTransitionTime", now),
         "reason": reason,
         "message": message,
     }
@@ -408,7 +421,7 @@ def happenings(old: Body, new: Body, decision: Decision) -> Iterator[Happening]:
         said = f"step {checkpoint['step']}: {checkpoint.get('digest', '')} {checkpoint.get('uri', '')}".rstrip()
         yield Happening(type="Normal", reason="CheckpointCommitted", message=said)
     if isinstance(decision, Resume):
-        yield Happening(type="Normal", reason="Resumed", message=f"attempt {attempt}")
+        yield Happening(type="Normal", reason="Resumed", message=f"attempt {attempt} {decision.why}")
     if isinstance(decision, Restart):
         said = f"attempt {attempt} after {_described(decision.loss)}"
         yield Happening(type="Warning", reason="Restarted", message=said)

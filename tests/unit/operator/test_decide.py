@@ -67,7 +67,7 @@ def ago(seconds: float) -> datetime.datetime:
         ),
         pytest.param(
             seen(gang(failed(), deleting=True)),
-            Resume(attempt=1, num_nodes=2),
+            Resume(attempt=1, num_nodes=2, why="in place of one that somebody deleted"),
             id="someone deletes the gang and its ranks have ended: another attempt",
         ),
     ],
@@ -130,10 +130,61 @@ def test_a_failure_target_without_any_pod_left_ends_the_attempt_without_a_charge
 
 
 def test_a_pod_on_a_dead_node_that_never_ends_is_lost_all_the_same():
-    dead = rank(1, deleting=True, disrupted=True)
+    dead = rank(1, deleting=True, disruption="DeletionByTaintManager")
     got = decision(seen(gang(rank(0), dead)))
     assert isinstance(got, Restart)
     assert got.loss == Loss(cause="Disrupted", charged=False)
+
+
+EVICTED = {"deleting": True, "disruption": "EvictionByEvictionAPI", "gone_by": NOW + datetime.timedelta(seconds=117)}
+
+
+def test_ranks_that_are_drained_are_waited_for_while_they_commit() -> None:
+    got = decision(seen(gang(rank(0, **EVICTED), rank(1)), lost_seconds=5.0))
+    assert got == Linger(seconds=117.0)
+    ended = gang(failed(0, deleting=True, exit_code=75, termination=words(cause="Stopped")), failed(1, exit_code=75))
+    assert isinstance(decision(seen(ended, lost_seconds=9.0)), Restart)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"disruption": "DeletionByTaintManager"},
+        {"disruption": ""},
+        {"node_conditions": frozenset({"NodeNotReady"})},
+        {"gone_by": ago(1)},
+        {"phase": "Failed", "exit_code": 75},
+    ],
+    ids=["its node is silent", "somebody deleted it", "its node is silent since", "its time is over", "it has ended"],
+)
+def test_nobody_waits_for_ranks_that_commit_nothing(change: dict[str, Any]) -> None:
+    got = decision(seen(gang(rank(0, **{**EVICTED, **change}), rank(1)), lost_seconds=5.0))
+    assert isinstance(got, Restart)
+    assert not got.loss.charged
+
+
+def test_a_failure_of_another_rank_s_own_does_not_wait_for_those_that_are_drained() -> None:
+    broken = failed(1, exit_code=2, termination=words(cause="ConfigError", exit_code=2, retryable=False))
+    assert isinstance(decision(seen(gang(rank(0, **EVICTED), broken), lost_seconds=5.0)), Fail)
+
+
+def test_a_pod_that_its_kubelet_refused_is_not_the_job_s_fault() -> None:
+    refused = failed(1, exit_code=None, began=False, reason="UnexpectedAdmissionError")
+    got = decision(seen(gang(rank(0), refused)))
+    assert got.loss == Loss(cause="UnexpectedAdmissionError", charged=False)
+    assert (got.charged, got.losses) == (0, 1), "it waits ever longer all the same"
+
+
+def test_of_two_that_failed_in_the_same_second_the_one_without_memory_tells_why() -> None:
+    reset = failed(0, finished_at=SECOND, termination=words(cause="RuntimeError", message="Connection reset by peer"))
+    killed = failed(1, finished_at=SECOND, exit_code=137, reason="OOMKilled")
+    assert decision(seen(gang(reset, killed))).loss.cause == "OOMKilled"
+
+
+def test_what_has_begun_and_cannot_be_seen_is_not_called_suspended() -> None:
+    begun = seen(unavailable="install it", record=Record(num_nodes=2))
+    assert decision(begun, schedule=SUSPENDED) == Wait(reason="RuntimeUnavailable", message="install it")
+    assert decision(seen(unavailable="install it"), schedule=SUSPENDED) == Hold()
 
 
 @pytest.mark.parametrize(("code", "cause"), [(2, "ConfigError"), (3, "NotFoundError"), (5, "DataError")])
@@ -179,7 +230,7 @@ def test_the_budget(record, newest, outcome):
 
 
 def test_disruptions_never_exhaust_the_budget():
-    lost = gang(failed(exit_code=137, disrupted=True))
+    lost = gang(failed(exit_code=137, disruption="TerminationByKubelet"))
     got = decision(seen(lost, record=Record(charged=0)), max_restarts=0)
     assert isinstance(got, Restart)
     assert got.charged == 0
@@ -217,7 +268,7 @@ FIRST, SECOND = "2026-11-23T12:00:00Z", "2026-11-23T12:00:05Z"
         pytest.param(
             [
                 failed(0, finished_at=FIRST, termination=words(cause="ConnectionError")),
-                failed(1, finished_at=SECOND, disrupted=True, exit_code=137),
+                failed(1, finished_at=SECOND, disruption="TerminationByKubelet", exit_code=137),
             ],
             "Disrupted",
             id="a disruption explains failures that were noticed before it",
@@ -301,7 +352,7 @@ def test_after_progress_a_restart_waits_for_nothing() -> None:
 
 
 def test_disruptions_in_a_row_wait_too() -> None:
-    got = decision(seen(gang(failed(disrupted=True)), record=Record(losses=2)))
+    got = decision(seen(gang(failed(disruption="TerminationByKubelet")), record=Record(losses=2)))
     assert (got.charged, got.wait_seconds) == (0, 20.0)
 
 
@@ -485,7 +536,7 @@ def test_a_smaller_gang_asks_for_room_and_grows_when_there_is_some() -> None:
     assert grows(room=2, room_since=ago(0)) == Suspend(gang="demo-a0", resizes=True)
     stopped = gang(*(failed(index) for index in (0, 1)), suspended=True)
     more = seen(stopped, record=Record(num_nodes=2), rooms=("demo-a0-room",), room=2, room_since=ago(30))
-    assert decision(more, cluster=ELASTIC) == Resume(attempt=1, num_nodes=4)
+    assert decision(more, cluster=ELASTIC) == Resume(attempt=1, num_nodes=4, why="with 4 pods")
     starting = gang(rank(0, node="n0"), rank(1, phase="Pending", node="n1"))
     assert decision(seen(starting, record=Record(num_nodes=2)), cluster=ELASTIC) == Watch()
 
@@ -496,7 +547,7 @@ def test_room_for_some_is_not_held_for_nothing() -> None:
     got = decision(seen(gang(*placed(2)), record=Record(num_nodes=2), **some), cluster=ELASTIC, batch=12)
     assert got == Suspend(gang="demo-a0", resizes=True)
     stopped = seen(gang(failed(), suspended=True), record=Record(num_nodes=2), rooms=("demo-a0-room",), **some)
-    assert decision(stopped, cluster=ELASTIC, batch=12) == Resume(attempt=1, num_nodes=3)
+    assert decision(stopped, cluster=ELASTIC, batch=12) == Resume(attempt=1, num_nodes=3, why="with 3 pods")
 
 
 def test_only_a_job_that_may_be_smaller_asks_for_room() -> None:
@@ -520,7 +571,8 @@ def test_excluded_nodes_are_tried_again_when_no_other_has_room() -> None:
     short, long = (seen(gang(rank(0), pending(1, seconds)), record=record) for seconds in (299, 300))
     assert decision(short) == Watch()
     assert next_look_seconds(short, Watch(), spec=spec_of(), now=NOW) == 300
-    assert decision(long) == Resume(attempt=1, num_nodes=2, forgives=True)
+    why = "on excluded nodes too: there is room on no other"
+    assert decision(long) == Resume(attempt=1, num_nodes=2, why=why, forgives=True)
 
 
 def test_pods_that_outlive_a_deleted_gang_are_waited_for_and_left_behind_where_they_hang() -> None:

@@ -63,7 +63,7 @@ def test_ten_thousand_hostile_words_make_no_series_and_no_line():
 LOSSES = [
     gang(failed(exit_code=137)),
     gang(failed(exit_code=3)),
-    gang(failed(disrupted=True)),
+    gang(failed(disruption="TerminationByKubelet")),
     gang(failed(reason="OOMKilled", exit_code=137)),
     gang(failed(reason="Evicted")),
     gang(failure="DeadlineExceeded"),

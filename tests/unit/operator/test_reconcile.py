@@ -333,3 +333,74 @@ async def test_an_operator_of_one_namespace_asks_for_no_node() -> None:
     await operator.look()
     assert operator.job["status"]["restarts"] == 1
     assert operator.world.num_asked("get", NODES) == 0
+
+
+async def test_why_a_rank_was_lost_is_not_forgotten_when_its_pod_goes_before_the_others_have_ended() -> None:
+    operator = await running()
+    first, second = (operator.world.objects[PODS.plural, name] for name in operator.world.names(PODS))
+    second["status"] |= {"phase": "Failed", "conditions": [condition("DisruptionTarget", reason="DeletionByPodGC")]}
+    await operator.look()
+    assert "Running" in operator.true(), "the other may still say why"
+    operator.world.remove(PODS, second["metadata"]["name"])
+    said = words(cause="RuntimeError", message="Connection reset by peer").as_bytes().decode()
+    first["status"] |= {"phase": "Failed", "containerStatuses": ended(1, said)}
+    operator.world.pass_seconds(3)
+    await operator.look()
+    status = operator.job["status"]
+    assert (status["attempt"], status["chargedRestarts"], status["lastFailure"]["cause"]) == (1, 0, "Disrupted")
+
+
+class Denying(World):
+    """A policy of its administrators denies every Job."""
+
+    denies = "admission webhook"
+
+    async def create(self, kind: Kind, body: dict[str, Any]) -> bool:
+        if kind == JOBS and self.denies:
+            raise InvalidError("POST", status=422, message=self.denies)
+        return await super().create(kind, body)
+
+
+async def test_what_a_policy_denies_is_tried_again_and_what_the_schema_does_not_take_is_not() -> None:
+    world = Denying()
+    world.denies = "ValidatingAdmissionPolicy 'freeze' with binding 'all' denied request: not this week"
+    operator = Operator(world)
+    for _ in range(2):
+        with pytest.raises(InvalidError):
+            await operator.look()
+    assert operator.true()["Queued"] == "Refused"
+    assert "not this week" in str(operator.job["status"])
+    world.denies = ""
+    await operator.look()
+    assert world.names(JOBS) == ["demo-a0"]
+
+    world = Denying()
+    world.denies = 'Job "demo-a0" is invalid: spec.template: Required value'
+    operator = Operator(world)
+    with pytest.raises(InvalidError):
+        await operator.look()
+    await operator.look()
+    assert operator.true()["Failed"] == "ConfigRejected"
+
+
+async def test_a_job_that_ran_out_of_time_names_what_its_ranks_commit_as_they_are_ended() -> None:
+    operator = await running(schedule={"activeDeadlineSeconds": 60})
+    operator.world.pass_seconds(61)
+    operator.world.keeps = True
+    await operator.look()
+    assert operator.true()["Failed"] == "DeadlineExceeded"
+    gang = operator.world.objects[JOBS.plural, "demo-a0"]
+    assert "deletionTimestamp" in gang["metadata"]
+    await operator.look()
+    assert not operator.reconciler.is_over(operator.key), "its ranks still commit"
+    committed = {"step": 137, "uri": "s3://m/step-137", "digest": "d" * 64}
+    said = words(cause="Stopped", exit_code=75, step=137, checkpoint=committed).as_bytes().decode()
+    for name in operator.world.names(PODS):
+        operator.world.objects[PODS.plural, name]["status"] |= {"phase": "Failed", "containerStatuses": ended(75, said)}
+    await operator.look()
+    assert operator.job["status"]["checkpoint"]["step"] == 137
+    assert operator.true()["Failed"] == "DeadlineExceeded"
+    operator.world.remove(PODS)
+    operator.world.remove(JOBS)
+    await operator.look()
+    assert operator.reconciler.is_over(operator.key)

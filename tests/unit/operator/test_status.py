@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from nexa_operator.classify import Loss
-from nexa_operator.decide import Create, Fail, Hold, Probe, Restart, Resume, Shrink, Succeed, Suspend, Wait, Watch
+from nexa_operator.decide import Create, Fail, Hold, Probe, Rest, Restart, Resume, Shrink, Succeed, Suspend, Wait, Watch
 from nexa_operator.observe import Observed, Record
 from nexa_operator.status import Context, caught_up, duration, happenings, next_status
+from nexa_train.config.protocol import CheckpointRef
 from tests.unit.operator.builders import LATER, NOW, checkpoint, failed, gang, progress, rank, seen, words
 
 
@@ -318,8 +319,49 @@ def test_another_size_is_told_and_on_record() -> None:
     assert [h.reason for h in happenings(status, growing, resizes)] == ["Resizing"]
 
 
+def later(previous: dict[str, Any], observed: Observed, generation: int = 2) -> dict[str, Any]:
+    context = Context(generation=generation, created=NOW, run_id="r", num_nodes=2, now=LATER)
+    return caught_up(previous, seen=observed, decision=Rest(), context=context)
+
+
 def test_a_finished_job_has_seen_a_later_generation_and_says_the_same() -> None:
-    before = {"phase": "Failed", "observedGeneration": 1, "conditions": [{"type": "Failed", "observedGeneration": 1}]}
-    after = {"phase": "Failed", "observedGeneration": 2, "conditions": [{"type": "Failed", "observedGeneration": 2}]}
-    assert caught_up(before, 2) == after
-    assert caught_up(after, 2) == after
+    failed_for = Fail(reason="DeadlineExceeded", message="it is over")
+    before = write({}, seen(gang(rank(0)), record=Record(checkpoint=checkpoint(100))), failed_for)
+    after = later(before, seen(record=Record(checkpoint=checkpoint(100))))
+    assert after["observedGeneration"] == 2
+    assert [each.pop("observedGeneration") for each in after["conditions"]] == [2] * len(after["conditions"])
+    same = [{k: v for k, v in each.items() if k != "observedGeneration"} for each in before["conditions"]]
+    assert after["conditions"] == same
+    assert {**after, "conditions": 0} == {**before, "conditions": 0, "observedGeneration": 2}
+
+
+@pytest.mark.parametrize("known", [None, checkpoint(100)])
+def test_a_finished_job_names_what_its_ranks_committed_while_they_were_ended(known: CheckpointRef | None) -> None:
+    failed_for = Fail(reason="DeadlineExceeded", message="it is over")
+    before = write({}, seen(gang(rank(0)), record=Record(checkpoint=known)), failed_for)
+    said = words(cause="Stopped", exit_code=75, step=137, total_steps=500, checkpoint=checkpoint(137))
+    ended = gang(rank(0, deleting=True, termination=said), deleting=True)
+    after = later(before, seen(ended, record=Record(checkpoint=known)), generation=1)
+    assert (after["checkpoint"]["step"], after["step"], after["progress"]) == (137, 137, "137/500")
+    assert (after["phase"], truths(after)["Failed"]) == ("Failed", "DeadlineExceeded")
+    assert [(h.reason, h.message[:9]) for h in happenings(before, after, Rest())] == [
+        ("CheckpointCommitted", "step 137:")
+    ]
+    ready = next(each for each in after["conditions"] if each["type"] == "CheckpointReady")
+    assert (ready["status"], ready["message"]) == ("True", "step 137")
+    assert later(after, seen(record=Record(checkpoint=checkpoint(137))), generation=1) == after
+
+
+def test_what_the_server_refused_does_not_make_pods_that_run_pending() -> None:
+    context = Context(generation=1, created=NOW, run_id="r", num_nodes=2, now=NOW, trouble="500")
+    for ranks, phase in (((rank(0), rank(1)), "Running"), ((rank(0),), "Pending")):
+        assert next_status({}, seen=seen(gang(*ranks)), decision=Watch(), context=context)["phase"] == phase
+
+
+def test_the_last_words_of_rank_zero_count_as_it_goes_and_those_of_another_where_it_left_none() -> None:
+    said = words(step=191, trained_seconds=460.0, uncommitted_seconds=0.0)
+    polled = progress(step=150, trained_seconds=400.0, uncommitted_seconds=390.0)
+    for ranks in ((rank(0, deleting=True, termination=said),), (rank(0), rank(1, termination=said))):
+        assert write({}, seen(gang(*ranks), progress=polled), Watch())["step"] == 191
+    early = rank(1, termination=words(step=0))
+    assert write({}, seen(gang(rank(0), early), progress=polled), Watch())["step"] == 150

@@ -35,6 +35,8 @@ class World:
         self.unserved: set[Kind] = set()
         self.refused: set[Kind] = set()
         self.warnings: list[Object] = []
+        self.keeps = False
+        """Whether what is to go after its children waits for them; a test removes them."""
         self._numbers = itertools.count(1)
 
     def pass_seconds(self, seconds: float) -> None:
@@ -129,7 +131,11 @@ class World:
     ) -> None:
         self._note("delete", kind, name)
         there = self.get(kind, name)
-        if there is not None and uid in ("", there["metadata"]["uid"]):
+        if there is None or uid not in ("", there["metadata"]["uid"]):
+            return
+        if children_first and self.keeps:
+            there["metadata"]["deletionTimestamp"] = timestamp(self.now)
+        else:
             self.remove(kind, name)
 
     def _note(self, verb: str, kind: Kind, what: str) -> None:
