@@ -34,7 +34,7 @@ from nexa_train.checkpoint import Saved, Saver
 from nexa_train.config.job import Job
 from nexa_train.config.protocol import CheckpointRef, Progress
 from nexa_train.data.tokenizer import FILES as TOKENIZER_FILES
-from nexa_train.errors import DamagedError, ForeignError, NotFoundError, StoppedError
+from nexa_train.errors import DamagedError, ForeignError, NonFiniteLossError, NotFoundError, StoppedError
 from nexa_train.rundir import RunDir
 from nexa_train.store import Store
 
@@ -59,6 +59,9 @@ class _Record:
 
     loss: float | None = None
     validation_loss: float | None = None
+    """Of this process's last evaluation, or of the committed step that it went on from."""
+    validated: int | None = None
+    """The step of it."""
     initial_validation_loss: float | None = None
     logs: list[dict[str, Any]] = field(default_factory=list)
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RATE_WINDOW_STEPS + 1))
@@ -103,8 +106,8 @@ class TrainingPipeline:
             self._tell("preparing")
             self._prepare()
             if self.step == 0 and self.context.validation.num_sequences:
-                self._tell("validating")
-                self.record.validation_loss = self.record.initial_validation_loss = self.backend.validate()
+                self._validate()
+                self.record.initial_validation_loss = self.record.validation_loss
             self.record.began = self.record.committed = time.monotonic()
             self.record.recent.append((self.record.began, 0))
             self._tell("training")
@@ -192,9 +195,8 @@ class TrainingPipeline:
         self.record.recent.append((time.monotonic(), metrics.tokens))
         last = metrics.step == self.context.total_steps
         every, stop = self.facts.job.spec.training.eval_every_steps, self.stop_agreed()
-        if last or (every and metrics.step % every == 0):
-            self._tell("validating")
-            self.record.validation_loss = None if stop else self.backend.validate()
+        if (last or (every and metrics.step % every == 0)) and not stop:
+            self._validate()
         if last or self.stopping or metrics.step % self.context.plan.save_every == 0:
             self._save()
         if last or self.stopping:
@@ -203,11 +205,28 @@ class TrainingPipeline:
         self._tell("training")
         return self.stopping
 
+    def _validate(self) -> None:
+        """Evaluate the step where training stands; what a stop cuts short leaves the record as it was.
+
+        Raises:
+            NonFiniteLossError: on every rank.
+        """
+        self._tell("validating")
+        loss = self.backend.validate()
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"step {self.step}: the loss on the validation split is {loss}, so weights or rows are broken; this "
+                "step is not committed: lower optimizer.lr, or look at the validation rows"
+            )
+        self.record.validation_loss, self.record.validated = loss, self.step
+
     @property
     def _lacks_validation(self) -> bool:
         """Whether all is trained, but a stop came before the loss on the validation split was known."""
         ended = self.step == self.context.total_steps
-        return ended and self.record.validation_loss is None and self.context.validation.num_sequences > 0
+        return ended and self.record.validated != self.step and self.context.validation.num_sequences > 0
 
     def _validate_what_was_committed(self) -> None:
         """Take the last evaluation again that a stop cut short in an attempt before this one.
@@ -217,8 +236,7 @@ class TrainingPipeline:
         the last step uncommitted would give up training for the sake of one number.
         """
         if self._lacks_validation and not self.stopping:
-            self._tell("validating")
-            self.record.validation_loss = self.backend.validate()
+            self._validate()
 
     def _save(self) -> None:
         """Hand the state over to the background, once the save before is committed."""
@@ -250,7 +268,7 @@ class TrainingPipeline:
         metrics = {
             "loss": record.loss,
             "perplexity": self._perplexity(),
-            "validation_loss": record.validation_loss,
+            "validation_loss": record.validation_loss if record.validated == self.step else None,
             "initial_validation_loss": record.initial_validation_loss,
         }
         return ManifestDraft(
@@ -280,6 +298,7 @@ class TrainingPipeline:
             weights_digest=manifest.weights_digest or "",
         )
         self.record.loss, self.record.validation_loss = metrics.get("loss"), metrics.get("validation_loss")
+        self.record.validated = None if self.record.validation_loss is None else self.step
         self.record.initial_validation_loss = metrics.get("initial_validation_loss")
 
     def _finish(self) -> None:

@@ -22,7 +22,7 @@ from nexa_train.config import Job
 from nexa_train.config.protocol import CheckpointRef, Progress, Termination
 from nexa_train.config.support import without_meaning
 from nexa_train.errors import NexaError
-from nexa_train.launch.node import Node, failed_outcome, run_node
+from nexa_train.launch.node import Node, adopt_environment, failed_outcome, run_node
 from nexa_train.report.plot import plot_run
 from nexa_train.rundir import RunDir
 
@@ -40,6 +40,7 @@ def run_job(job: Job, *, as_json: bool) -> int:
     console = Console(stderr=True)
     if ignored := without_meaning(job.spec, "here"):
         print(f"nexa: not applied on this machine: {', '.join(ignored)}", file=sys.stderr)
+    adopt_environment(job)
     rundir = RunDir(cache_folder("runs", job.run_id) / secrets.token_hex(4))
     rundir.path.mkdir()
     log = rundir.path / "ranks.log"
@@ -82,14 +83,23 @@ def _succeeded(job: Job, outcome: Termination, *, as_json: bool) -> int:
     if checkpoint is None:
         raise NexaError(f"{job.run_id} ended without a checkpoint, which should not be possible; please report it")
     report = verify(checkpoint.uri)
-    plot, initial = plot_run(job)
+    plot, initial = _plot(job)
     if not as_json:
         _report(job, outcome, checkpoint, report, plot, initial)
     return 0 if report.ok else 1
 
 
+def _plot(job: Job) -> tuple[Path | None, float | None]:
+    """See `plot_run`; what has been trained is no worse for a plot that could not be drawn."""
+    try:
+        return plot_run(job)
+    except OSError as exc:
+        print(f"nexa: warning: the loss plot is left out: {exc}", file=sys.stderr)
+        return None, None
+
+
 def _report(
-    job: Job, outcome: Termination, checkpoint: CheckpointRef, report: Report, plot: Path, initial: float | None
+    job: Job, outcome: Termination, checkpoint: CheckpointRef, report: Report, plot: Path | None, initial: float | None
 ) -> None:
     """Plain lines on stdout: paths stay whole, to be copied."""
     if outcome.message:
@@ -100,7 +110,8 @@ def _report(
     print(f"                  sha256:{checkpoint.digest}, weights sha256:{checkpoint.weights_digest}")
     verdict = "verified" if report.ok else "DAMAGED"
     print(f"                  {verdict}: {report.num_files} files, {report.num_bytes} bytes")
-    print(f"loss plot         {plot}")
+    if plot is not None:
+        print(f"loss plot         {plot}")
 
 
 @contextmanager

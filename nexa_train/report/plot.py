@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from nexa_train.artifact.manifest import Manifest
 from nexa_train.artifact.publish import committed_folders, read_manifest
 from nexa_train.config import Job
+from nexa_train.errors import DamagedError, NotFoundError
 from nexa_train.store import open_store
 
 
 def plot_run(job: Job) -> tuple[Path, float | None]:
-    """Draw the run's losses; returns the SVG's path and the validation loss before the first step.
+    """Draw the losses of a run's checkpoints; returns the SVG's path and the validation loss before the first step.
 
-    The plot goes beside the artifacts where those are in a folder, else below `artifacts` here.
+    A damaged checkpoint is left out. The plot goes beside the artifacts where those are in a folder, else below
+    `artifacts` here.
     """
     store = open_store(job.spec.artifacts.uri)
-    manifests = [read_manifest(store, folder).manifest for folder in committed_folders(store, job.run_id)]
+    manifests = []
+    for committed in committed_folders(store, job.run_id):
+        with suppress(DamagedError, NotFoundError):  # `nexa verify` is who says so; others may delete them meanwhile
+            manifests.append(read_manifest(store, committed).manifest)
     folder = Path("artifacts" if "://" in store.uri else store.uri) / "reports" / job.run_id
     folder.mkdir(parents=True, exist_ok=True)
     draw(manifests, folder / "loss.svg", title=job.metadata.name)

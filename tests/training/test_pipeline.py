@@ -23,7 +23,7 @@ import pytest
 from nexa_train.artifact.manifest import FileEntry, Manifest
 from nexa_train.config.load import load_job
 from nexa_train.config.protocol import Termination
-from nexa_train.errors import ForeignError, RefusedError, StoppedError
+from nexa_train.errors import ForeignError, NonFiniteLossError, RefusedError, StoppedError
 from nexa_train.launch.node import Node, make_ready
 from nexa_train.launch.work import RankWork
 from nexa_train.rundir import RunDir
@@ -222,6 +222,47 @@ def test_a_last_evaluation_that_was_cut_short_is_taken_again_and_what_was_commit
     assert progress.validation_loss == plain.manifests[-1].metrics["validation_loss"]
     assert progress.checkpoint == stopped.checkpoint
     assert committed_bytes(run) == before
+
+
+def test_only_what_was_evaluated_is_committed_with_a_loss_on_the_validation_split(runs: Runs) -> None:
+    training = {"max_steps": 6, "save_every_steps": 2, "eval_every_steps": 4}
+    run = runs.make(training=training, data={"validation": {"rows": 32}})
+    pipeline_of(run).run()
+    metrics = {manifest.step: manifest.metrics for manifest in run.manifests}
+    assert [step for step in metrics if "validation_loss" in metrics[step]] == [4, 6]
+    assert len({metrics[step]["initial_validation_loss"] for step in metrics}) == 1
+    assert metrics[6]["validation_loss"] != metrics[6]["initial_validation_loss"]
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_validation_loss_that_is_not_finite_ends_the_run_before_its_step_is_committed(runs: Runs, step: int) -> None:
+    training = {"max_steps": 6, "save_every_steps": 2, "eval_every_steps": 4}
+    run = runs.make(training=training, data={"validation": {"rows": 32}})
+    pipeline = pipeline_of(run)
+    validate = pipeline.backend.validate
+    pipeline.backend.validate = lambda: math.nan if pipeline.step == step else validate()  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteLossError, match=rf"^step {step}: the loss on the validation split is nan"):
+        pipeline.run()
+    assert [manifest.step for manifest in run.manifests] == list(range(2, step, 2))
+
+
+def test_a_plot_leaves_out_a_damaged_checkpoint_and_a_finished_run_is_no_worse_without_one(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nexa_train.cli.run import _plot
+
+    run = runs.make(**SHORT)
+    pipeline_of(run).run()
+    job = load_job(run.job)
+    first = next(run.artifacts.glob("checkpoints/*/step-00000002/manifest*.json"))
+    first.write_bytes(first.read_bytes()[:-1])
+    plot, _ = _plot(job)
+    assert plot is not None
+    assert plot.is_file()
+    shutil.rmtree(run.artifacts / "reports")
+    (run.artifacts / "reports").touch()
+    assert _plot(job) == (None, None)
+    assert "nexa: warning: the loss plot is left out" in capsys.readouterr().err
 
 
 def test_a_run_without_rows_to_validate_on_has_ended_with_its_last_step(runs: Runs) -> None:
