@@ -24,8 +24,9 @@ def check_data(job: Job) -> tuple[str, ...]:
     try:
         located = locate(spec.model)
     except NotFoundError as exc:
-        uris = [uri for uri in (spec.data.remote_uri, spec.data.validation.uri) if uri]
-        raws = [read_rows(uri) for uri in uris]
+        raws = [read_rows(spec.data.remote_uri)]
+        if spec.data.validation.uri:
+            raws.append(read_rows(spec.data.validation.uri, key="data.validation.uri"))
         for raw in raws:
             check_rows(raw.rows(), spec.data)
         return (f"data: {sum(raw.num_rows for raw in raws)} rows can be read; not tokenised, because: {exc}",)

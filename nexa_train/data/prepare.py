@@ -79,7 +79,8 @@ def prepare(spec: JobSpec, tokenizer: ChatTokenizer) -> Prepared:
             sample is left to learn from.
     """
     raw = read_rows(spec.data.remote_uri)
-    held_out = read_rows(spec.data.validation.uri) if spec.data.validation.uri else None
+    validation = spec.data.validation.uri
+    held_out = read_rows(validation, key="data.validation.uri") if validation else None
     digest = raw.digest if held_out is None else digest_of([raw.digest, held_out.digest])
     key = digest_of(_key(spec, tokenizer, digest))
     folder = cache_folder("data") / key[:32]

@@ -32,16 +32,36 @@ class Row:
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Where rows are, and the key of the job that says so."""
+
+    uri: str
+    key: str
+
+    def not_found(self, said: str) -> NotFoundError:
+        return NotFoundError(f"{self.key}: {self.uri}{said}")
+
+    def unreadable(self, exc: OSError) -> NoReturn:
+        """What is there and cannot be read is never left out without a word."""
+        raise NotFoundError(f"{self.key}: {exc.filename} cannot be read: {exc.strerror}") from exc
+
+
+@dataclass(frozen=True)
 class RawData:
     """A data set that was read through once.
 
     Attributes:
-        digest: SHA-256 over the names and bytes of its files. num_rows: lines that are not blank.
+        place: of its rows. digest: SHA-256 over the names and bytes of its files. num_rows: lines that are not blank.
     """
 
-    uri: str
+    place: _Place
     digest: str
     num_rows: int
+
+    @property
+    def uri(self) -> str:
+        """Where it is."""
+        return self.place.uri
 
     def rows(self) -> Iterator[Row]:
         """Every row, in the order of names and lines.
@@ -50,28 +70,31 @@ class RawData:
             DataError: a malformed row; or the bytes are others than those of the digest, known after the last row.
         """
         sha = hashlib.sha256()
-        for name, number, at, line in _lines(self.uri, sha):
+        for name, number, at, line in _lines(self.place, sha):
             yield _parse(f"{name} row {number}", line, at)
         if sha.hexdigest() != self.digest:
             raise DataError(f"{self.uri}: changed while it was read; run again once nothing writes there")
 
 
-def read_rows(uri: str) -> RawData:
+def read_rows(uri: str, *, key: str = "data.remote_uri") -> RawData:
     """Read through a JSONL file, a folder of them, an s3:// object or prefix, or `stdlib:docstrings`.
 
+    Args:
+        key: of the job, which named it.
+
     Raises:
-        NotFoundError: nothing there. DataError: no row. ConfigError: a URI of another kind.
+        NotFoundError: nothing there. DataError: no row, or rows twice. ConfigError: a URI of another kind.
     """
-    sha = hashlib.sha256()
-    count = sum(1 for _ in _lines(uri, sha))
+    sha, place = hashlib.sha256(), _Place(uri, key)
+    count = sum(1 for _ in _lines(place, sha))
     if not count:
         raise DataError(f"{uri}: no rows; a data set needs at least one JSON object a line")
-    return RawData(uri, sha.hexdigest(), count)
+    return RawData(place, sha.hexdigest(), count)
 
 
-def _lines(uri: str, sha: hashlib._Hash) -> Iterator[tuple[str, int, int, bytes]]:
+def _lines(place: _Place, sha: hashlib._Hash) -> Iterator[tuple[str, int, int, bytes]]:
     """Lines that are not blank: name of the file, number, first byte, the line. `sha` has it all after the last one."""
-    for name, file in _files(uri):
+    for name, file in _files(place):
         inner, at = hashlib.sha256(), 0
         with file:
             # Lines of bytes end at newlines only; those of text also at U+2028 and others, which JSON may hold.
@@ -83,16 +106,17 @@ def _lines(uri: str, sha: hashlib._Hash) -> Iterator[tuple[str, int, int, bytes]
         sha.update(name.encode() + b"\0" + inner.digest())
 
 
-def _files(uri: str) -> Iterator[tuple[str, BinaryIO]]:
+def _files(place: _Place) -> Iterator[tuple[str, BinaryIO]]:
     """Names (relative, so that a copy elsewhere has the same digest) and open files, in order of name."""
+    uri = place.uri
     if uri == STDLIB:
         yield STDLIB, io.BytesIO(_stdlib())
     elif uri.startswith("s3://"):
-        yield from _remote(uri)
+        yield from _remote(place)
     elif "://" in uri and not uri.startswith("file://"):
-        raise ConfigError(f"data.remote_uri: {uri} is not supported; use a folder, a .jsonl file or s3://")
+        raise ConfigError(f"{place.key}: {uri} is not supported; use a folder, a .jsonl file or s3://")
     else:
-        yield from _local(Path(uri.removeprefix("file://")).expanduser(), uri)
+        yield from _local(Path(uri.removeprefix("file://")).expanduser(), place)
 
 
 @cache
@@ -100,34 +124,48 @@ def _stdlib() -> bytes:
     return "\n".join(json.dumps(row, ensure_ascii=False, sort_keys=True) for row in docstring_rows()).encode()
 
 
-def _local(path: Path, uri: str) -> Iterator[tuple[str, BinaryIO]]:
+def _local(path: Path, place: _Place) -> Iterator[tuple[str, BinaryIO]]:
     if path.is_file():
-        yield path.name, _opened(path)
+        yield path.name, _opened(path, place)
         return
     if not path.is_dir():
-        raise NotFoundError(f"data.remote_uri: {uri}: no such file or folder; give one with --set data.remote_uri=FILE")
-    below = os.walk(path, onerror=_refuse)
-    files = sorted(Path(folder, name) for folder, _, names in below for name in names if name.endswith(".jsonl"))
+        raise place.not_found(f": no such file or folder; give one with --set {place.key}=FILE")
+    files = sorted(
+        folder / name for folder, names in _folders(path, place) for name in names if name.endswith(".jsonl")
+    )
     if not files:
-        raise NotFoundError(f"data.remote_uri: folder {uri} holds no *.jsonl file")
+        raise place.not_found(": the folder holds no *.jsonl file")
     for file in files:
-        yield file.relative_to(path).as_posix(), _opened(file)
+        yield file.relative_to(path).as_posix(), _opened(file, place)
 
 
-def _opened(path: Path) -> BinaryIO:
+def _folders(path: Path, place: _Place) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below, through links too, with the names of their files.
+
+    Not those of a name with two dots in front: in a mounted ConfigMap or Secret they hold once more what the links
+    beside them show.
+
+    Raises:
+        DataError: links lead to one folder twice, so that its rows would be, or into themselves.
+    """
+    seen: dict[Path, Path] = {}
+    for name, below, names in os.walk(path, onerror=place.unreadable, followlinks=True):
+        folder = Path(name)
+        if (first := seen.setdefault(folder.resolve(), folder)) is not folder:
+            raise DataError(f"{place.key}: {folder} and {first} are the same folder, whose rows would be there twice")
+        below[:] = sorted(each for each in below if not each.startswith(".."))
+        yield folder, names
+
+
+def _opened(path: Path, place: _Place) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as exc:
-        _refuse(exc)
+        place.unreadable(exc)
 
 
-def _refuse(exc: OSError) -> NoReturn:
-    """What is there and cannot be read is never left out without a word."""
-    raise NotFoundError(f"data.remote_uri: {exc.filename} cannot be read: {exc.strerror}") from exc
-
-
-def _remote(uri: str) -> Iterator[tuple[str, BinaryIO]]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
+def _remote(place: _Place) -> Iterator[tuple[str, BinaryIO]]:
+    bucket, _, key = place.uri.removeprefix("s3://").partition("/")
     folder, _, name = key.rpartition("/")
     store = open_store(f"s3://{bucket}/{folder}" if folder else f"s3://{bucket}")
     if name.endswith(".jsonl"):
@@ -136,7 +174,7 @@ def _remote(uri: str) -> Iterator[tuple[str, BinaryIO]]:
     prefix = f"{name}/" if name else ""
     keys = [item.key for item in store.list(prefix) if item.key.endswith(".jsonl")]
     if not keys:
-        raise NotFoundError(f"data.remote_uri: {uri} holds no *.jsonl object")
+        raise place.not_found(": holds no *.jsonl object")
     for each in keys:
         yield each.removeprefix(prefix), store.open(each)
 

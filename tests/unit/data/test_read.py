@@ -47,6 +47,40 @@ def test_a_file_that_is_not_there_says_how_to_give_one(tmp_path: Path) -> None:
         read_rows(str(tmp_path / "none.jsonl"))
 
 
+def test_the_key_that_names_what_is_not_there_is_the_one_to_set(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError) as caught:
+        read_rows(str(tmp_path / "none.jsonl"), key="data.validation.uri")
+    assert str(caught.value).startswith("data.validation.uri: ")
+    assert str(caught.value).endswith("give one with --set data.validation.uri=FILE")
+
+
+def test_a_mounted_config_map_holds_its_rows_once(tmp_path: Path) -> None:
+    dated = tmp_path / "..2026_11_29_10_00_00.123"
+    dated.mkdir()
+    (dated / "rows.jsonl").write_text('{"a": 1}')
+    (tmp_path / "..data").symlink_to(dated.name)
+    (tmp_path / "rows.jsonl").symlink_to("..data/rows.jsonl")
+    assert [(row.values["a"], row.where) for row in read(tmp_path)] == [(1, "rows.jsonl row 1")]
+
+
+def test_rows_behind_a_link_to_a_folder_are_read(tmp_path: Path) -> None:
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "b.jsonl").write_text('{"a": 2}')
+    (data := tmp_path / "data").mkdir()
+    (data / "a.jsonl").write_text('{"a": 1}')
+    (data / "part").symlink_to(elsewhere)
+    assert [row.where for row in read(data)] == ["a.jsonl row 1", "part/b.jsonl row 1"]
+
+
+@pytest.mark.parametrize("target", ["../data", "part"])
+def test_links_that_lead_to_a_folder_twice_are_refused(tmp_path: Path, target: str) -> None:
+    (part := tmp_path / "data" / "part").mkdir(parents=True)
+    (part / "a.jsonl").write_text('{"a": 1}')
+    (tmp_path / "data" / "link").symlink_to(target)
+    with pytest.raises(DataError, match=r"data\.remote_uri: .* are the same folder, whose rows would be there twice"):
+        read(tmp_path / "data")
+
+
 def test_a_folder_without_rows_says_so(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("nothing")
     (tmp_path / "odd.jsonl").mkdir()
