@@ -91,6 +91,8 @@ def _rest(spec: JobSpec) -> list[str]:
     problems = []
     if spec.model.attn == "flash" and spec.cluster.gpus_per_node == 0:
         problems.append("model.attn: flash runs on GPUs alone (cluster.gpus_per_node is 0); use auto, sdpa or eager")
+    elif spec.model.attn == "flash" and spec.training.precision == "fp32":
+        problems.append("model.attn: flash takes no fp32; set training.precision bf16, or use auto, sdpa or eager")
     if spec.model.from_scratch and spec.model.name != "tiny":
         problems.append(
             f"model: d_model, n_layers and n_heads build a new model, so name {spec.model.name} would not be read; "

@@ -145,10 +145,11 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
         fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as exc:  # the Rust library raises plain Exception
         raise ConfigError(f"model: {folder / 'tokenizer.json'} cannot be read: {exc}") from exc
-    config = _json(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    config = read_object(path) if path.is_file() else {}
     eos = _token(config.get("eos_token"))
     if eos is None or fast.token_to_id(eos) is None:
-        raise ConfigError(f"model: {folder / 'tokenizer_config.json'} names no eos_token that the tokenizer knows")
+        raise ConfigError(f"model: {path} names no eos_token that the tokenizer knows")
     # Long texts are cut by us, where it is counted, never by the tokenizer.
     fast.no_truncation()
     fast.no_padding()
@@ -165,13 +166,19 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def read_object(path: Path) -> dict[str, Any]:
+    """A file of a model folder that holds one JSON object.
+
+    Raises:
+        ConfigError: it does not.
+    """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as exc:
-        raise ConfigError(f"model: {path} is not valid JSON: {exc}") from exc
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"model: {path} is not valid JSON: {exc}; fetch the model again") from exc
+    if not isinstance(found, dict):
+        raise ConfigError(f"model: {path} holds {type(found).__name__}, expected a JSON object")
+    return found
 
 
 def _token(value: Any) -> str | None:

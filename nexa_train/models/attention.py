@@ -8,14 +8,17 @@ hands through them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FUSED, EXPLICIT = "nexa-fused", "nexa-explicit"
-"""Names for `attn_implementation`: torch's fused kernels, or the formula step by step."""
+from nexa_train.errors import ConfigError
+
+Kind: TypeAlias = Literal["auto", "eager", "sdpa", "flash"]
+"""`model.attn`: the fastest that can be had; the formula step by step; torch's fused kernels, sample by sample; its
+flash attention, all samples at once."""
 
 FLASH_HEAD = 256
 """Channels of a head that torch's flash attention takes at most."""
@@ -41,12 +44,11 @@ class Rows:
 
     Attributes:
         edges: int32 [samples + 1] into the flattened tokens. lengths: the same as differences, on the host.
-        fuse: by torch's kernels, else by the formula step by step.
     """
 
     edges: Tensor
     lengths: tuple[int, ...]
-    fuse: bool
+    kind: Kind
 
 
 def attend(
@@ -66,11 +68,20 @@ def attend(
         query: float [tokens, heads, head_dim]. key, value: the same with kv_heads, which divide heads.
         window: tokens that one sees, with itself. softcap: scores are bent by its tanh (Gemma 2), which none of torch's
             kernels knows.
+
+    Raises:
+        ConfigError: the kernel that was asked for cannot be had.
     """
     parts = [part.to(value.dtype) for part in (query, key, value)]
-    fuse = rows.fuse and softcap is None
-    if fuse and not dropout and _has_flash(value):
-        return _flash(parts, rows.edges, max(rows.lengths), scaling, window)
+    if rows.kind in ("auto", "flash"):
+        obstacle = _obstacle_to_flash(value, dropout, softcap)
+        if not obstacle:
+            return _flash(parts, rows.edges, max(rows.lengths), scaling, window)
+        if rows.kind == "flash":
+            raise ConfigError(f"model.attn: flash takes no {obstacle}; use auto, sdpa or eager")
+    if rows.kind == "sdpa" and softcap is not None:
+        raise ConfigError("model.attn: sdpa takes no scores with a soft cap, as this model's are; use auto or eager")
+    fuse = rows.kind != "eager" and softcap is None
     outputs = []
     for split in zip(*(torch.split(part, list(rows.lengths)) for part in parts), strict=True):
         sample = [part.transpose(0, 1) for part in split]  # [heads, length, head_dim]
@@ -89,7 +100,7 @@ def row_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    fuse: bool,
+    kind: Kind,
     edges: Tensor,
     lengths: tuple[int, ...],
     scaling: float,
@@ -103,7 +114,7 @@ def row_attention(
     Args:
         query: float [batch, heads, length, head_dim]. key, value: the same with kv_heads, which divide heads.
         attention_mask: None, as no mask is registered under our names.
-        edges, lengths, fuse: see `Rows`. sliding_window, softcap: see `attend`.
+        edges, lengths, kind: see `Rows`. sliding_window, softcap: see `attend`.
 
     Returns:
         float [batch, length, heads, head_dim].
@@ -115,7 +126,7 @@ def row_attention(
         queries,
         keys,
         values,
-        Rows(edges, lengths, fuse),
+        Rows(edges, lengths, kind),
         scaling=scaling,
         dropout=dropout,
         window=sliding_window,
@@ -154,10 +165,19 @@ def _explicit(
     return F.dropout(weights.to(value.dtype), dropout) @ value
 
 
-def _has_flash(value: Tensor) -> bool:
-    if not value.is_cuda or torch.cuda.get_device_capability(value.device) < FLASH_CAPABILITY:
-        return False
-    return value.dtype in (torch.bfloat16, torch.float16) and value.shape[-1] <= FLASH_HEAD
+def _obstacle_to_flash(value: Tensor, dropout: float, softcap: float | None) -> str:
+    """What torch's flash attention does not take; empty: it takes all of it."""
+    if not value.is_cuda:
+        return "processor, only GPUs"
+    if torch.cuda.get_device_capability(value.device) < FLASH_CAPABILITY:
+        return f"GPU before compute capability {'.'.join(map(str, FLASH_CAPABILITY))}"
+    if value.dtype not in (torch.bfloat16, torch.float16):
+        return f"{str(value.dtype).removeprefix('torch.')}, only bf16"
+    if value.shape[-1] > FLASH_HEAD:
+        return f"head of {value.shape[-1]} channels, at most {FLASH_HEAD}"
+    if dropout:
+        return "attention dropout"
+    return "" if softcap is None else "scores with a soft cap, as this model's are"
 
 
 def _flash(rows: list[Tensor], edges: Tensor, longest: int, scaling: float, window: int | None) -> Tensor:

@@ -5,7 +5,6 @@ Comes after `locate.py`; the backends call it. The same seed gives the same fres
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Union
@@ -19,7 +18,7 @@ from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.errors import ConfigError
 from nexa_train.models.decoder import Decoder, draw_weights, load_weights
 from nexa_train.models.decoder_config import read_config, scratch_config
-from nexa_train.models.locate import Located
+from nexa_train.models.locate import Located, read_model_config
 from nexa_train.registry import Architecture
 
 if TYPE_CHECKING:
@@ -49,22 +48,18 @@ def _scratch(spec: JobSpec, sizes: Architecture, tokenizer: ChatTokenizer) -> Ca
     length, ids = spec.model.max_seq_len, {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     config = read_config(scratch_config(sizes, length, **ids))
     assert config is not None  # noqa: S101 - it is a llama
-    decoder = Decoder(config, explicit=_explicit(spec))
+    decoder = Decoder(config, attention=spec.model.attn)
     draw_weights(decoder, spec.training.seed)
     return decoder if spec.backend in NATIVE else _pretrained().like(decoder, spec)
 
 
 def _stored(spec: JobSpec, folder: Path) -> Causal:
-    config = read_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = read_config(read_model_config(folder / "config.json"))
     if config is None or spec.backend not in NATIVE:
         return _pretrained().load_pretrained(spec, folder)
-    decoder = Decoder(config, explicit=_explicit(spec))
+    decoder = Decoder(config, attention=spec.model.attn)
     load_weights(decoder, folder)
     return decoder
-
-
-def _explicit(spec: JobSpec) -> bool:
-    return spec.model.attn == "eager"
 
 
 def _pretrained() -> ModuleType:

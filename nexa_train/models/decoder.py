@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nexa_train.errors import ConfigError
-from nexa_train.models.attention import Rows, attend
+from nexa_train.models.attention import Kind, Rows, attend
 from nexa_train.models.decoder_config import INITIAL_DEVIATION, DecoderConfig
 from nexa_train.models.fused import rms_norm, rotate, swiglu
 
@@ -126,9 +126,9 @@ class Decoded(NamedTuple):
 class Body(nn.Module):
     """All of the decoder but its head."""
 
-    def __init__(self, config: DecoderConfig, *, explicit: bool) -> None:
+    def __init__(self, config: DecoderConfig, *, attention: Kind) -> None:
         super().__init__()
-        self.config, self.explicit, self.recompute = config, explicit, False
+        self.config, self.attention, self.recompute = config, attention, False
         self.embed_tokens = Embedding(config.vocab_size, config.d_model, config.padding)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = Norm(config.d_model, config.eps)
@@ -143,7 +143,7 @@ class Body(nn.Module):
         """
         del use_cache
         hidden: Tensor = self.embed_tokens(input_ids.flatten())
-        rows, angles = Rows(edges, lengths, fuse=not self.explicit), self._angles(position_ids.flatten())
+        rows, angles = Rows(edges, lengths, self.attention), self._angles(position_ids.flatten())
         for layer in self.layers:
             if self.recompute and self.training:
                 hidden = checkpoint(layer, hidden, angles, rows, use_reentrant=False)
@@ -161,14 +161,14 @@ class Body(nn.Module):
 class Decoder(nn.Module):
     """A causal language model whose logits are the head's product; nothing here makes them (`losses.py`)."""
 
-    def __init__(self, config: DecoderConfig, *, explicit: bool = False) -> None:
+    def __init__(self, config: DecoderConfig, *, attention: Kind = "auto") -> None:
         """On the CPU in float32, with weights that `draw_weights` or `load_weights` must set.
 
         Args:
-            explicit: attention by its formula, not by torch's kernels.
+            attention: how its scores are made.
         """
         super().__init__()
-        self.config, self.model = config, Body(config, explicit=explicit)
+        self.config, self.model = config, Body(config, attention=attention)
         self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight

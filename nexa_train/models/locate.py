@@ -21,12 +21,14 @@ from typing import Any
 
 from nexa_train.cache import cache_folder, made_whole
 from nexa_train.config.spec import JobSpec, ModelSpec
-from nexa_train.data.tokenizer import ChatTokenizer
+from nexa_train.data.tokenizer import ChatTokenizer, read_object
 from nexa_train.errors import ConfigError, NexaError, NotFoundError
 from nexa_train.registry import MODELS, TINY_VOCAB_SIZE, Architecture, scratch
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Decoders whose logits are the head's product, perhaps with a soft cap, so that the loss may apply the head itself."""
+
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 TINY_TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny_tokenizer"
 
@@ -90,7 +92,7 @@ def locate(model: ModelSpec) -> Located:
 def architecture(model: ModelSpec, located: Located | None = None) -> Architecture | None:
     """Sizes of a model: from its folder where there is one, else as the registry knows them; None: unknown."""
     if located is not None and located.scratch is None:
-        return sizes_of(json.loads((located.folder / "config.json").read_text(encoding="utf-8")))
+        return sizes_of(read_model_config(located.folder / "config.json"))
     if model.d_model and model.n_layers and model.n_heads:
         return scratch(model.d_model, model.n_layers, model.n_heads, TINY_VOCAB_SIZE)
     entry = MODELS.get(model.name)
@@ -136,7 +138,7 @@ def check_model(located: Located, spec: JobSpec, tokenizer: ChatTokenizer) -> No
     """
     if located.scratch is not None:
         return
-    config = json.loads((located.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_model_config(located.folder / "config.json")
     if (kind := config.get("model_type")) not in MODEL_TYPES:
         raise ConfigError(
             f"model.name: {spec.model.name} is of type {kind}; this version trains {', '.join(MODEL_TYPES)}"
@@ -147,6 +149,19 @@ def check_model(located: Located, spec: JobSpec, tokenizer: ChatTokenizer) -> No
     known, needed = config.get("vocab_size"), max(tokenizer.fast.get_vocab().values()) + 1
     if known is not None and needed > known:
         raise ConfigError(f"model.name: {spec.model.name} embeds {known} ids, but its tokenizer makes {needed}")
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """A model's config.json.
+
+    Raises:
+        ConfigError: it is not JSON, or a size in it is not one.
+    """
+    config = read_object(path)
+    for key in _SIZES:
+        if key in config and not (type(config[key]) is int and config[key] > 0):
+            raise ConfigError(f"model: {path}: {key} is {config[key]!r}, expected a whole number of 1 or more")
+    return config
 
 
 def sizes_of(config: dict[str, Any]) -> Architecture | None:
@@ -193,7 +208,7 @@ def _cached_sizes(model: ModelSpec) -> Architecture | None:
 
     with suppress(ValueError):  # no name that the hub would have
         found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-        return sizes_of(json.loads(Path(found).read_text(encoding="utf-8"))) if isinstance(found, str) else None
+        return sizes_of(read_model_config(Path(found))) if isinstance(found, str) else None
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -17,18 +17,18 @@ from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesC
 from nexa_train.backend_config.adapters import quantization_arguments
 from nexa_train.config.spec import JobSpec, QloraTuning
 from nexa_train.errors import ConfigError
-from nexa_train.models.attention import EXPLICIT, FUSED, row_attention
+from nexa_train.models.attention import Kind, row_attention
 from nexa_train.models.build import NATIVE
 from nexa_train.models.decoder import Decoder, missing_weights
-
-AttentionInterface.register(FUSED, partial(row_attention, fuse=True))
-AttentionInterface.register(EXPLICIT, partial(row_attention, fuse=False))
 
 ATTENTION = {"auto": "sdpa", "eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
 """transformers' names for `model.attn`, where another library's trainer makes the batches."""
 
-ROW_ATTENTION = {"auto": FUSED, "eager": EXPLICIT, "sdpa": FUSED, "flash": FUSED}
+ROW_ATTENTION: dict[Kind, str] = {kind: f"nexa-{kind}" for kind in get_args(Kind)}
 """Ours, where microbatches are rows of samples."""
+
+for _kind, _name in ROW_ATTENTION.items():
+    AttentionInterface.register(_name, partial(row_attention, kind=_kind))
 
 
 def quieten() -> None:

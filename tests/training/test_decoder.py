@@ -44,14 +44,14 @@ def model_of(kind: str, folder: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from nexa_train.models.pretrained import FUSED
+    from nexa_train.models.pretrained import ROW_ATTENTION
 
     name, change = KINDS[kind]
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     config = AutoConfig.for_model(name, **{**sizes, **heads, "pad_token_id": None, **change})
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=FUSED, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ROW_ATTENTION["auto"], dtype=torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.4 if parameter.ndim == 1 else 0.0, 0.2)
     model.save_pretrained(folder)
@@ -96,8 +96,8 @@ def test_loss_and_gradients_are_those_of_transformers(kind: str, tmp_path: Path)
     theirs, batch = model_of(kind, tmp_path), rows()
     expected, slopes = loss_and_gradients(theirs, batch)
     size = max(slope.norm() for slope in slopes.values())
-    for explicit, recompute in ((False, False), (True, False), (False, True)):
-        ours = decoder_of(tmp_path, explicit=explicit)
+    for attention, recompute in (("auto", False), ("sdpa", False), ("eager", False), ("auto", True)):
+        ours = decoder_of(tmp_path, attention=attention)
         if recompute:
             ours.activation_checkpointing_enable({"use_reentrant": False})
         found, gradients = loss_and_gradients(ours, batch)

@@ -145,7 +145,7 @@ def test_a_row_of_samples_has_the_loss_and_gradients_that_transformers_gives_eac
     from torch.nn.functional import cross_entropy
 
     from nexa_train import losses
-    from nexa_train.models.pretrained import EXPLICIT, FUSED
+    from nexa_train.models.pretrained import ROW_ATTENTION
 
     causal = family_model(kind)
     samples = [torch.randint(0, 97, (length,)) for length in LENGTHS]
@@ -158,7 +158,7 @@ def test_a_row_of_samples_has_the_loss_and_gradients_that_transformers_gives_eac
     expected = gradients(causal)
     monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 7 * 97 * 4)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    for attention in (EXPLICIT, FUSED):
+    for attention in (ROW_ATTENTION["eager"], ROW_ATTENTION["auto"]):
         causal.set_attn_implementation(attention)
         loss = losses.CausalLoss(causal)(torch.cat(samples)[None], positions[None], torch.cat(targets)[None])
         loss.backward()
@@ -191,14 +191,31 @@ def test_the_heads_gradients_are_those_of_whole_logits_and_none_is_made_for_a_fr
         loss.backward()
 
 
+@pytest.mark.parametrize(
+    ("kind", "softcap", "expected"),
+    [("flash", None, "flash takes no processor, only GPUs"), ("sdpa", 5.0, "sdpa takes no scores with a soft cap")],
+)
+def test_a_kind_of_attention_that_cannot_be_had_is_refused_and_not_replaced(
+    kind: Any, softcap: float | None, expected: str
+) -> None:
+    import torch
+
+    from nexa_train.errors import ConfigError
+    from nexa_train.models.attention import Rows, attend
+
+    part = torch.randn(3, 1, 4)
+    with pytest.raises(ConfigError, match=f"^model.attn: {expected}"):
+        attend(part, part, part, Rows(torch.tensor([0, 3]), (3,), kind), scaling=1.0, softcap=softcap)
+
+
 def test_no_target_at_all_is_a_loss_of_zero_with_gradients_of_zero() -> None:
     import torch
 
     from nexa_train.losses import IGNORE, CausalLoss
-    from nexa_train.models.pretrained import FUSED
+    from nexa_train.models.pretrained import ROW_ATTENTION
 
     causal = family_model("llama")
-    causal.set_attn_implementation(FUSED)
+    causal.set_attn_implementation(ROW_ATTENTION["auto"])
     nothing = torch.zeros(1, 1, dtype=torch.int64)
     loss = CausalLoss(causal)(nothing, nothing, nothing + IGNORE)
     loss.backward()

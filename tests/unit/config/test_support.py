@@ -14,6 +14,10 @@ LORA = {"type": "lora", "rank": 4}
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "flash attention": ({"model": {"attn": "flash"}}, "model.attn: flash runs on GPUs alone"),
+    "flash in fp32": (
+        {"model": {"attn": "flash"}, "cluster": {"gpus_per_node": 1}, "training": {"precision": "fp32"}},
+        "model.attn: flash takes no fp32",
+    ),
     "a name beside sizes": (
         {"model": {"name": "falcon3-1b", "d_model": 64, "n_layers": 1, "n_heads": 2}},
         "model: d_model, n_layers and n_heads build a new model, so name falcon3-1b would not be read",
@@ -122,7 +126,7 @@ def test_every_pair_that_a_backend_claims_is_let_through(backend: str, method: s
 def test_options_of_a_backend_are_let_through_where_it_runs() -> None:
     check_supported(spec(backend="deepspeed", deepspeed={"zero_stage": 3, "offload": "all"}))
     check_supported(spec(backend="axolotl", axolotl={"sharding": "deepspeed"}, deepspeed={"zero_stage": 1}))
-    check_supported(spec(model={"attn": "flash"}, cluster={"gpus_per_node": 1}))
+    check_supported(spec(model={"attn": "flash"}, cluster={"gpus_per_node": 1}, training={"precision": "bf16"}))
 
 
 def test_keys_that_mean_nothing_in_a_place_are_named_where_they_are_stated() -> None:

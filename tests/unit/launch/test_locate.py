@@ -58,6 +58,32 @@ def test_a_model_that_does_not_fit_the_job_is_refused_by_its_config(
         check_model(locate(spec.model), spec, load_tokenizer(TINY_TOKENIZER))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"model_type": "lla', "is not valid JSON: Unterminated string"),
+        ("[" * 100_000, "is not valid JSON: "),
+        ("[]", "holds list, expected a JSON object"),
+        ('{"num_attention_heads": 0}', "num_attention_heads is 0, expected a whole number of 1 or more"),
+        ('{"hidden_size": "64"}', "hidden_size is '64', expected a whole number of 1 or more"),
+    ],
+    ids=["cut short", "without end", "a list", "no heads", "a word"],
+)
+def test_a_config_that_cannot_be_one_is_named(tmp_path: Path, text: str, said: str) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    model = ModelSpec(name=str(folder))
+    spec = JobSpec.model_validate({"model": {"name": str(folder)}, "data": {"remote_uri": "x"}})
+    for reads in (
+        lambda: architecture_here(model),
+        lambda: check_model(locate(model), spec, load_tokenizer(TINY_TOKENIZER)),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            reads()
+        assert str(caught.value).startswith(f"model: {folder.resolve() / 'config.json'}")
+        assert said in str(caught.value)
+
+
 def test_a_revision_of_something_without_revisions_is_refused(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     with pytest.raises(ConfigError, match="only a hub id has revisions"):
