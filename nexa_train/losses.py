@@ -115,8 +115,11 @@ class PreferenceLoss(nn.Module):
         if self.reference is not None:
             found: Tensor = self.reference(*batch)
             return found
+        was_training = self.policy.training
+        self.policy.eval()
         with without_adapters(self.policy):
             found = self.policy(*batch)
+        self.policy.train(was_training)
         return found
 
 

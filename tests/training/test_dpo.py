@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,25 @@ def _positions(ids: Any) -> Any:
     import torch
 
     return torch.arange(len(ids))
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
+def test_the_reference_has_no_dropout_whatever_the_policy_has(pairs: Path, tuning: dict[str, Any]) -> None:
+    from nexa_train.backends.fsdp import FsdpBackend
+    from nexa_train.models.decoder import Attention
+
+    context = make_context(job(pairs, **DPO, **tuning))
+    backend = FsdpBackend(context)
+    backend.setup()
+    loss = backend.engine.module.train()
+    for module in loss.modules():
+        if isinstance(module, Attention):
+            module.config = replace(module.config, attention_dropout=0.5)
+    batch = context.train.batch([3, 14])
+    arguments = (batch.input_ids, batch.position_ids, batch.targets)
+    found, again = (loss._expected(*arguments) for _ in range(2))
+    assert found.equal(again)
+    assert not loss.policy(*arguments).equal(loss.policy(*arguments)), "the policy has it"
 
 
 @pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
