@@ -126,8 +126,8 @@ def _split_set(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text}: expected key=value, such as --set training.max_steps=20")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"--set {text}: the value is not valid YAML") from exc
+    except (yaml.YAMLError, ValueError) as exc:  # ValueError: of what looks like a date and is none, 2024-02-30
+        raise ConfigError(f"--set {text}: the value is not valid YAML; put text in quotes") from exc
 
 
 def _apply(spec: dict[str, Any], dotted: str, value: Any, origin: str) -> Path_:

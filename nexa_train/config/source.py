@@ -67,7 +67,7 @@ def parse_source(text: str, *, name: str) -> Source:
     loader = yaml.SafeLoader("")
     try:
         values = loader.construct_document(documents[0])
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, ValueError) as exc:  # ValueError: of what looks like a date and is none, 2024-02-30
         raise ConfigError(f"{name}: not valid YAML: {exc}") from exc
     return Source(name, values, lines)
 
