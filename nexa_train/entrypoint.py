@@ -46,7 +46,7 @@ from nexa_train.config.protocol import (
     Termination,
 )
 from nexa_train.errors import ConfigError, NexaError, StoppedError
-from nexa_train.launch.node import Node, failed_outcome, run_node
+from nexa_train.launch.node import Node, adopt_environment, failed_outcome, run_node
 from nexa_train.launch.tail import Tail
 from nexa_train.rundir import RunDir
 
@@ -62,6 +62,7 @@ def main() -> int:
         return end(
             Termination(run_id="", exit_code=exc.exit_code, cause=type(exc).__name__, message=str(exc), retryable=False)
         )
+    adopt_environment(job)
     with tempfile.TemporaryDirectory(prefix="nexa-run-") as folder:
         return end(_run(job, node, RunDir(Path(folder)), port=port))
 

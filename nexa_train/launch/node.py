@@ -65,6 +65,11 @@ class Node:
     """An earlier one that was killed for memory as a whole, before it could note with how many sequences."""
 
 
+def adopt_environment(job: Job) -> None:
+    """Give this process, and the ranks after it, what the job gives its containers; a pod has it from its start."""
+    os.environ.update({variable.name: variable.value for variable in job.spec.cluster.env})
+
+
 def make_ready(job: Job, node: Node) -> RankWork | Termination:
     """Check everything, prepare the data, claim the run's name.
 
@@ -351,9 +356,8 @@ def rank_environment(work: RankWork, node: Node) -> dict[str, str]:
     # cuBLAS needs this for equal bits (its documentation, "Results reproducibility").
     fixed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     fixed |= axolotl.environment(work.job.spec)
-    own = {variable.name: variable.value for variable in work.job.spec.cluster.env}
     inherited = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_S_OWN}
-    return {**inherited, **own, **fixed}
+    return {**inherited, **fixed}
 
 
 def _finished(work: RankWork, store: Store) -> Termination | None:

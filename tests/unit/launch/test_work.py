@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nexa_train.launch.node import Node, rank_environment
+from nexa_train.launch.node import Node, adopt_environment, rank_environment
 from nexa_train.launch.work import RankWork
 from nexa_train.models.locate import Located
 from nexa_train.plan import make_plan
@@ -58,3 +59,15 @@ def test_ranks_inherit_no_place_in_a_world_that_others_mean(monkeypatch: pytest.
     environment = rank_environment(work(None), Node(count=2))
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(environment)
     assert environment["PET_SHUTDOWN_TIMEOUT"] == "60", "torchrun's own settings reach it"
+
+
+def test_what_a_job_gives_its_containers_the_launcher_has_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ENDPOINT_URL", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "before")
+    values = {"AWS_ENDPOINT_URL": "https://store", "OMP_NUM_THREADS": "64"}
+    env = [{"name": name, "value": value} for name, value in values.items()]
+    adopt_environment(job(cluster={"env": env}))
+    assert {name: os.environ[name] for name in values} == values
+    environment = rank_environment(work(None), Node())
+    assert environment["AWS_ENDPOINT_URL"] == "https://store"
+    assert environment["OMP_NUM_THREADS"] == str(work(None).plan.threads), "but for what equal bits need"
