@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from nexa_train.backends.base import RankContext
+from nexa_train.checkpoint import PATIENCE
 from nexa_train.config.protocol import OUT_OF_MEMORY, Termination
 from nexa_train.data.batches import Split
 from nexa_train.data.cursor import Order
@@ -90,8 +91,9 @@ def _run(rundir: RunDir, rank: int) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     configure(work, local_rank)
     if world > 1:
-        # Flags and sums of a few bytes live on the CPU also where weights do not.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        # Flags and sums of a few bytes live on the CPU also where weights do not. It is the launcher's watchdog that
+        # judges who waits for too long: torch's half an hour would end ranks while the first one reads a checkpoint.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
         work = replace(work, plan=agreed(work.plan))
     context = make_context(work, rank, world)
     facts = RunFacts(work.job, work.attempt, work.dataset, work.code, work.world_facts())

@@ -19,7 +19,7 @@ writes and commits in the background. Before: a backend's `stage`. After: `artif
 from __future__ import annotations
 
 from nexa_train.checkpoint.files import Saved
-from nexa_train.checkpoint.saver import Saver
+from nexa_train.checkpoint.saver import PATIENCE, Saver
 from nexa_train.checkpoint.state import (
     Buffers,
     TorchState,
@@ -30,6 +30,7 @@ from nexa_train.checkpoint.state import (
 )
 
 __all__ = [
+    "PATIENCE",
     "Buffers",
     "Saved",
     "Saver",

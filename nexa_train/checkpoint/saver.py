@@ -47,7 +47,8 @@ from nexa_train.errors import NexaError, RefusedError
 from nexa_train.rundir import RunDir
 
 PATIENCE = timedelta(days=1)
-"""Of a rank with the others' uploads; a rank that died is noticed at once, by its closed connections."""
+"""Of a rank with what another does alone, such as an upload; one that died is noticed at once, by its closed
+connections."""
 
 _UPLOADS = 2
 
