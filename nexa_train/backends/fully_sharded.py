@@ -16,7 +16,9 @@ from nexa_train.models.build import Causal
 def shard(module: CausalLoss | PreferenceLoss, causal: Causal, *, bf16: bool) -> None:
     """Keep of each weight this rank's rows alone; `causal` is the trained model within."""
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32 if bf16 else None,
+        cast_forward_inputs=False,  # the embedding is in bf16 already, and rotary angles are to stay in float32
     )
     if isinstance(module, PreferenceLoss) and module.reference is not None:
         _shard_layers(module.reference.causal, policy)
