@@ -77,14 +77,18 @@ class Watch:
 
 
 def _trainer(pipeline: TrainingPipeline, folder: Path) -> Any:
-    """Trainer around the model and optimiser that the backend trains."""
+    """Trainer around the weights and the optimiser that the backend trains, in transformers' llama."""
     import torch
-    from transformers import Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
     backend: Any = pipeline.backend
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**backend.causal.config.to_dict()))
+    model.load_state_dict(backend.causal.state_dict(), assign=True)
+    model.tie_weights()
     schedule = torch.optim.lr_scheduler.LambdaLR(backend.optimizer, lambda step: 1.0)
     arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none")
-    return Trainer(backend.causal, arguments, optimizers=(backend.optimizer, schedule))
+    return Trainer(model, arguments, optimizers=(backend.optimizer, schedule))
 
 
 def _clocks() -> tuple[float, float]:
