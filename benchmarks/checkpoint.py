@@ -82,8 +82,7 @@ def _trainer(pipeline: TrainingPipeline, folder: Path) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
     backend: Any = pipeline.backend
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**backend.causal.config.to_dict()))
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**backend.causal.config.to_dict()))
     model.load_state_dict(backend.causal.state_dict(), assign=True)
     model.tie_weights()
     schedule = torch.optim.lr_scheduler.LambdaLR(backend.optimizer, lambda step: 1.0)
