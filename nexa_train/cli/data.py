@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nexa_train.config import Job
 from nexa_train.data.prepare import prepare
-from nexa_train.data.read import read_rows
+from nexa_train.data.read import read_splits
 from nexa_train.data.render import check_rows
 from nexa_train.data.tokenizer import load_tokenizer
 from nexa_train.errors import NotFoundError
@@ -24,9 +24,7 @@ def check_data(job: Job) -> tuple[str, ...]:
     try:
         located = locate(spec.model)
     except NotFoundError as exc:
-        raws = [read_rows(spec.data.remote_uri)]
-        if spec.data.validation.uri:
-            raws.append(read_rows(spec.data.validation.uri, key="data.validation.uri"))
+        raws = [raw for raw in read_splits(spec.data) if raw]
         for raw in raws:
             check_rows(raw.rows(), spec.data)
         return (f"data: {sum(raw.num_rows for raw in raws)} rows can be read; not tokenised, because: {exc}",)

@@ -35,7 +35,7 @@ from nexa_train.config.spec import JobSpec
 from nexa_train.data.audit import SplitAudit, report, warnings
 from nexa_train.data.cursor import permutation
 from nexa_train.data.pack import pack
-from nexa_train.data.read import RawData, read_rows
+from nexa_train.data.read import RawData, read_splits
 from nexa_train.data.render import Rendered, render_rows
 from nexa_train.data.tokenise import Samples, encode, mask
 from nexa_train.data.tokenizer import ChatTokenizer
@@ -75,12 +75,10 @@ def prepare(spec: JobSpec, tokenizer: ChatTokenizer) -> Prepared:
     """Prepare the job's data, or find it prepared.
 
     Raises:
-        NotFoundError, ConfigError, DataError: see `read_rows` and `render_rows`; DataError also where no
+        NotFoundError, ConfigError, DataError: see `read_splits` and `render_rows`; DataError also where no
             sample is left to learn from.
     """
-    raw = read_rows(spec.data.remote_uri)
-    validation = spec.data.validation.uri
-    held_out = read_rows(validation, key="data.validation.uri") if validation else None
+    raw, held_out = read_splits(spec.data)
     digest = raw.digest if held_out is None else digest_of([raw.digest, held_out.digest])
     key = digest_of(_key(spec, tokenizer, digest))
     folder = cache_folder("data") / key[:32]

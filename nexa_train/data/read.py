@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from nexa_train.config.spec import DataSpec
 from nexa_train.data.stdlib import docstring_rows
 from nexa_train.errors import ConfigError, DataError, NotFoundError
 from nexa_train.store import open_store
@@ -90,6 +91,12 @@ def read_rows(uri: str, *, key: str = "data.remote_uri") -> RawData:
     if not count:
         raise DataError(f"{uri}: no rows; a data set needs at least one JSON object a line")
     return RawData(place, sha.hexdigest(), count)
+
+
+def read_splits(data: DataSpec) -> tuple[RawData, RawData | None]:
+    """Read through what a job trains on, and what it validates on where that is elsewhere; see `read_rows`."""
+    held_out = data.validation.uri
+    return read_rows(data.remote_uri), read_rows(held_out, key="data.validation.uri") if held_out else None
 
 
 def _lines(place: _Place, sha: hashlib._Hash) -> Iterator[tuple[str, int, int, bytes]]:

@@ -138,7 +138,7 @@ def test_rows_that_change_while_they_are_read_leave_nothing(
     rows = numbered(tmp_path / "a.jsonl", 5)
     raw = read_rows(str(rows))
     numbered(rows, 6)
-    monkeypatch.setattr("nexa_train.data.prepare.read_rows", lambda _: raw)
+    monkeypatch.setattr("nexa_train.data.prepare.read_splits", lambda _: (raw, None))
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(spec(rows, data={"validation": {"rows": 1}}), tiny)
     assert list((cache / "data").iterdir()) == []
