@@ -19,6 +19,7 @@ from nexa_operator.naming import LABEL_JOB_UID
 
 _MOST_AT_ONCE = 100
 """UIDs of one request: its address must stay shorter than what proxies take, 8 KiB."""
+
 Place: TypeAlias = tuple[Kind, str]
 Answer: TypeAlias = asyncio.Future[list[Object]]
 

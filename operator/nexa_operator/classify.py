@@ -82,11 +82,12 @@ def _telling(loss: Loss) -> tuple[int, bool, bool]:
     """
     blames_no_node, had_memory = loss.action != "exclude_node", loss.cause not in (KILLED_FOR_MEMORY, OUT_OF_MEMORY)
     if loss.action == "fail":
-        return 0, blames_no_node, had_memory
-    if loss.cause in (_STOPPED, _DELETED):
-        # The Job's controller removes the other pods as soon as one has failed.
-        return 3, blames_no_node, had_memory
-    return 2 if loss.charged else 1, blames_no_node, had_memory
+        place = 0
+    elif loss.cause in (_STOPPED, _DELETED):
+        place = 3  # the Job's controller removes the other pods as soon as one has failed
+    else:
+        place = 2 if loss.charged else 1
+    return place, blames_no_node, had_memory
 
 
 def _loss(rank: Rank, rules: Sequence[RecoveryRule], *, ran: bool) -> Loss:

@@ -223,7 +223,10 @@ class Reconciler:
         job, decision = judge(body, seen, defaults=self.defaults, now=self.clock(), invalid=self._invalid.get(key, ""))
         if isinstance(decision, Rest | Expire):
             self._forget(key)
-            await self._say_later(key, body, job, seen, decision)
+            context = self._context(key, body, job, seen)
+            status = caught_up(body.get("status") or {}, seen=seen, decision=decision, context=context)
+            await self._write_status(body, status)
+            await self._tell_all(key, body, status, decision)
             left = await self._clear(key, body, seen, decision)
             if seen.unavailable:
                 # A gang may be there, and run, and nobody tells when it can be seen again.
@@ -243,16 +246,8 @@ class Reconciler:
         self.metrics.told(body.get("status") or {}, status, context.now)
         if isinstance(decision, Restart):
             self.metrics.restarted(decision.loss.cause)
-        for happening in happenings(body.get("status") or {}, status, decision):
-            await self._tell(key, body, happening)
+        await self._tell_all(key, body, status, decision)
         await self._carry_out(key, {**body, "status": status}, job, seen, decision)
-
-    async def _say_later(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
-        before = body.get("status") or {}
-        status = caught_up(before, seen=seen, decision=decision, context=self._context(key, body, job, seen))
-        await self._write_status(body, status)
-        for happening in happenings(before, status, decision):
-            await self._tell(key, body, happening)
 
     def _look_again(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
         """At what nobody will tell of."""
@@ -366,10 +361,9 @@ class Reconciler:
         kind = runtime_of(body).KIND
         try:
             for gang in _to_remove(seen, decision):
-                if isinstance(decision, Fail):
-                    await self._end_gang(key, body, gang)
-                else:
-                    await self.cluster.delete(kind, key.namespace, gang.name, uid=gang.uid)
+                # Of a job that is over: after its pods, so that their last words can still be read.
+                over = isinstance(decision, Fail)
+                await self.cluster.delete(kind, key.namespace, gang.name, uid=gang.uid, children_first=over)
             if isinstance(decision, Suspend) and seen.gang is not None:
                 await self._suspend(key, body, seen.gang.ref, decision)
             if job is not None and isinstance(decision, Probe):
@@ -400,15 +394,13 @@ class Reconciler:
         """What a finished job has left to do, also where the look that finished it was cut short; whether there is."""
         gangs = _to_remove(seen, decision)
         for gang in gangs:
-            await self._end_gang(key, body, gang)
+            await self.cluster.delete(
+                runtime_of(body).KIND, key.namespace, gang.name, uid=gang.uid, children_first=True
+            )
         for room in seen.rooms:
             await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
         ending = seen.gang is not None and seen.gang.deleting  # its ranks may still commit
         return bool(gangs or seen.rooms or ending)
-
-    async def _end_gang(self, key: Key, body: Body, gang: Ref) -> None:
-        """Of a job that is over: after its pods, so that their last words can still be read."""
-        await self.cluster.delete(runtime_of(body).KIND, key.namespace, gang.name, uid=gang.uid, children_first=True)
 
     def _plan(self, key: Key, body: Body, job: Job) -> RunPlan:
         """Of the attempt on record."""
@@ -502,6 +494,11 @@ class Reconciler:
             await self.cluster.delete(TRAINING_JOBS, key.namespace, key.name, uid=key.uid)
         elif decision.remaining_seconds is not None:
             self.queue.add_after(key, decision.remaining_seconds)
+
+    async def _tell_all(self, key: Key, body: Body, status: Object, decision: Decision) -> None:
+        """Of what the new status says and the one before did not."""
+        for happening in happenings(body.get("status") or {}, status, decision):
+            await self._tell(key, body, happening)
 
     async def _tell(self, key: Key, body: Body, happening: Happening) -> None:
         log.info("event", job=key.name, namespace=key.namespace, reason=happening.reason, message=happening.message)
