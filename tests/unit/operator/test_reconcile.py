@@ -351,9 +351,9 @@ async def test_why_a_rank_was_lost_is_not_forgotten_when_its_pod_goes_before_the
 
 
 class Denying(World):
-    """A policy of its administrators denies every Job."""
+    """Denies every Job, in these words."""
 
-    denies = "admission webhook"
+    denies = ""
 
     async def create(self, kind: Kind, body: dict[str, Any]) -> bool:
         if kind == JOBS and self.denies:
