@@ -5,6 +5,7 @@ When it fails, what ended it is in the run folder before the process is gone.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -164,5 +166,17 @@ def _last_words(rundir: RunDir, rank: int, exit_code: int, cause: str, message: 
     return exit_code
 
 
+def leave(exit_code: int) -> NoReturn:
+    """End the process, without taking the interpreter apart.
+
+    A thread of gloo may be the last to let go of a tensor. Where it asks for the GIL while the interpreter is being
+    finalised it ends the process by SIGABRT, after all work was done (github.com/pytorch/pytorch/pull/179291).
+    """
+    atexit._run_exitfuncs()  # temporary folders are removed by these
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))

@@ -109,6 +109,8 @@ def main(folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    from nexa_train.rank import leave
+
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
     dist.init_process_group("gloo")
@@ -118,6 +120,7 @@ def main(folder: Path) -> None:
     if rank == 0:
         (folder / "trained.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

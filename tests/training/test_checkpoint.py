@@ -395,6 +395,8 @@ def two_ranks(rank: int, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
+    from nexa_train.rank import leave
+
     torch.set_num_threads(1)
     path = Path(folder)
     dist.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
@@ -405,6 +407,7 @@ def two_ranks(rank: int, folder: str) -> None:
         _stage_one_row(path, rank)
     finally:
         dist.destroy_process_group()
+    leave(0)
 
 
 def sharded_model() -> nn.Module:

@@ -69,6 +69,8 @@ def two_ranks(rank: int, folder: str, rows: str) -> None:
     import torch
     import torch.distributed as dist
 
+    from nexa_train.rank import leave
+
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
@@ -87,6 +89,7 @@ def two_ranks(rank: int, folder: str, rows: str) -> None:
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
+    leave(0)
 
 
 STAGES = {"zero 1": 1, "zero 2": 2, "zero 3": 3}

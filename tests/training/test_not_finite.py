@@ -26,6 +26,8 @@ def two_ranks(rank: int, folder: str, rows: str, port: int) -> None:
     import torch
     import torch.distributed as dist
 
+    from nexa_train.rank import leave
+
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
@@ -33,6 +35,7 @@ def two_ranks(rank: int, folder: str, rows: str, port: int) -> None:
     said = {backend: failed(Path(rows), backend, rank) for backend in BACKENDS}
     Path(folder, f"{rank}.json").write_text(json.dumps(said), encoding="utf-8")
     dist.destroy_process_group()
+    leave(0)
 
 
 def spoil(backend: Any, *, passes: range) -> None:
