@@ -31,7 +31,6 @@ _MERGE = "application/merge-patch+json"
 _NOT_PRINTABLE = re.compile(r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 _TIMEOUT_SECONDS = 30
 _PAGE_SIZE = 200
-_ERRORS: dict[int, type[ApiError]] = {409: ConflictError, 422: InvalidError}
 _METHODS = {"get": "GET", "list": "GET", "create": "POST", "patch": "PATCH", "delete": "DELETE"}
 
 
@@ -170,9 +169,8 @@ class KubernetesCluster:
             raise ApiError(f"{method} {path}", status=0, message=f"not the API server's answer: {raw[:200]!r}")
         answer = answer or {"message": raw[:200].decode(errors="replace")}
         if response.status >= 300:
-            kind = _ERRORS.get(response.status, ApiError)
             message = answer.get("message") or response.reason
-            raise kind(f"{method} {path}", status=response.status, message=message)
+            raise _refusal(response.status, answer)(f"{method} {path}", status=response.status, message=message)
         return answer
 
 
@@ -180,6 +178,15 @@ def as_yaml(body: Object) -> str:
     """JSON that is YAML too: that knows no surrogate pairs, by which JSON escapes what is beyond 16 bits."""
     text = json.dumps(body, ensure_ascii=False)
     return _NOT_PRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _refusal(status: int, answer: Object) -> type[ApiError]:
+    """What kind of no it is. Policies and webhooks may answer 422 as well; only the kind's own rules name a field."""
+    if status == 409:
+        return ConflictError
+    details = answer.get("details")
+    causes = details.get("causes") if isinstance(details, dict) else None
+    return InvalidError if status == 422 and any(cause.get("field") for cause in causes or ()) else ApiError
 
 
 def _items(answer: Object) -> list[Object]:

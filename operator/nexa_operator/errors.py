@@ -43,7 +43,10 @@ class ConflictError(ApiError):
 
 
 class InvalidError(ApiError):
-    """The object breaks the server's own rules: asking again would change nothing."""
+    """The object breaks the rules of its kind: asking again would change nothing.
+
+    What a policy or a webhook denies is none: whoever wrote it may think again.
+    """
 
 
 class NameTakenError(ApiError):

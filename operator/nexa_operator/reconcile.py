@@ -85,8 +85,6 @@ _STANDS_SECONDS = 1.0
 """Until the pods of a gang that others keep room for stand in line for it."""
 _RESYNC_AGAIN_SECONDS = 5.0
 _ROOM_SECONDS = 60.0
-_POLICY = "ValidatingAdmissionPolicy '"
-"""In the server's words where such a one denies, by default with the code for what is invalid."""
 _LATE_SECONDS = 0.05
 """Timers and the clock are not the same: a look that comes a moment too early would be for nothing."""
 
@@ -481,9 +479,7 @@ class Reconciler:
         try:
             created = [await self.cluster.create(kind, document) for kind, document in runtime_of(body).objects(plan)]
         except InvalidError as exc:
-            # A policy's answer, unlike the schema's, is that of a day: whoever wrote it may think again.
-            if _POLICY not in str(exc):
-                self._invalid[key] = str(exc)
+            self._invalid[key] = str(exc)
             raise
         if created[-1]:
             said = f"attempt {plan.attempt} with {plan.cluster.num_nodes} pods"

@@ -81,6 +81,52 @@ def test_the_run_id_is_the_one_that_the_same_file_has_on_a_laptop(ns):
     assert run_id == Job.model_validate({"metadata": metadata, "spec": spec}).run_id
 
 
+def test_what_a_policy_denies_is_tried_again_until_it_is_allowed(ns):
+    freeze = {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingAdmissionPolicy",
+        "metadata": {"name": "freeze"},
+        "spec": {
+            "matchConstraints": {
+                "resourceRules": [
+                    {"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}
+                ]
+            },
+            "validations": [{"expression": "false", "message": "not this week"}],
+        },
+    }
+    here = {"matchLabels": {"kubernetes.io/metadata.name": ns.namespace}}
+    binding = {
+        **freeze,
+        "kind": "ValidatingAdmissionPolicyBinding",
+        "spec": {
+            "policyName": "freeze",
+            "validationActions": ["Deny"],
+            "matchResources": {"namespaceSelector": here},
+        },
+    }
+    ns.kubectl(
+        "create", "--filename=-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": [freeze, binding]})
+    )
+    try:
+        probe = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "probe"}, "spec": {"template": POD}}
+        create = ["--namespace", ns.namespace, "create", "--dry-run=server", "--filename=-"]
+        ns.wait(
+            lambda: ns.cluster.kubectl(*create, input=json.dumps(probe), check=False).returncode != 0,
+            "the policy denies Jobs",
+        )
+        ns.submit("frozen")
+        ns.wait(lambda: ns.condition("frozen", "Queued").get("reason") == "Refused", "it is refused", "frozen")
+        assert "not this week" in ns.condition("frozen", "Queued")["message"]
+    finally:
+        for kind in ("validatingadmissionpolicybinding", "validatingadmissionpolicy"):
+            ns.cluster.kubectl("delete", f"{kind}/freeze")
+    ns.wait(lambda: ns.get("job/frozen-a0"), "the gang is made once it is allowed", "frozen")
+
+
+POD = {"spec": {"restartPolicy": "Never", "containers": [{"name": "main", "image": "trainer:test"}]}}
+
+
 def test_running_is_said_once_all_pods_run_and_not_before(ns):
     ns.submit("running")
     first, second = ns.wait_pods("running-a0", 2)

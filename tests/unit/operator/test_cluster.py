@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexa_operator.cluster import KubernetesCluster, as_yaml
-from nexa_operator.errors import ApiError
+from nexa_operator.errors import ApiError, ConflictError, InvalidError
 from nexa_operator.kinds import JOBS
 
 
@@ -21,21 +21,43 @@ def test_what_is_applied_reads_alike_as_json_and_as_yaml(text: str) -> None:
     assert yaml.safe_load(as_yaml(body)) == body
 
 
+class Api:
+    """Answers every request alike."""
+
+    def __init__(self, answer: bytes, status: int = 200) -> None:
+        self.answer, self.status, self.reason = answer, status, ""
+
+    async def param_serialize(self, *_: object, **__: object) -> tuple[()]:
+        return ()
+
+    async def call_api(self, *_: object, **__: object) -> Api:
+        return self
+
+    async def read(self) -> bytes:
+        return self.answer
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("answer", [b"<html>back soon</html>", b"[]", b'{"kind": "Status"}'])
 async def test_what_is_not_the_api_server_s_list_is_an_error_of_the_api_and_no_crash(answer: bytes) -> None:
-    class Api:
-        async def param_serialize(self, *_: object, **__: object) -> tuple[()]:
-            return ()
-
-        async def call_api(self, *_: object, **__: object) -> Api:
-            return self
-
-        async def read(self) -> bytes:
-            return answer
-
-        status, reason = 200, "OK"
-
     with pytest.raises(ApiError) as caught:
-        await anext(KubernetesCluster(Api()).walk(JOBS, "team"), None)
+        await anext(KubernetesCluster(Api(answer)).walk(JOBS, "team"), None)
     assert caught.value.status == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("status", "causes", "kind"),
+    [
+        (422, [{"reason": "FieldValueRequired", "message": "Required value", "field": "spec.template"}], InvalidError),
+        (422, [{"message": "ValidatingAdmissionPolicy 'freeze' denied request: not this week"}], ApiError),
+        (422, None, ApiError),
+        (409, [{"reason": "FieldValueInvalid", "field": "metadata.uid"}], ConflictError),
+        (403, [{"field": "spec"}], ApiError),
+    ],
+)
+async def test_only_what_names_a_field_is_invalid_for_good(status: int, causes: object, kind: type[ApiError]) -> None:
+    answer = {"kind": "Status", "message": "no", "details": {"causes": causes} if causes else "as a proxy may"}
+    with pytest.raises(ApiError) as caught:
+        await KubernetesCluster(Api(json.dumps(answer).encode(), status)).read(JOBS, "team", "demo")
+    assert type(caught.value) is kind
