@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from nexa_train.data.render import Rendered
-from nexa_train.data.tokenise import Samples, encode, mask
+from nexa_train.data.tokenise import Samples, Spelling, encode, mask
 from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nexa_train.models.locate import TINY_TOKENIZER
 
@@ -23,6 +23,14 @@ TINY = load_tokenizer(TINY_TOKENIZER)
 
 def byte_level() -> Tokenizer:
     return TINY.fast
+
+
+def composed() -> Tokenizer:
+    """As Qwen's: accents are composed, and a token of its own takes the white space around it away."""
+    found = Tokenizer.from_str(TINY.fast.to_str())
+    found.normalizer = normalizers.NFC()
+    found.add_tokens([AddedToken("7", lstrip=True, rstrip=True)])
+    return found
 
 
 def trimmed() -> Tokenizer:
@@ -54,7 +62,7 @@ def words() -> Tokenizer:
 
 KINDS = {
     make.__name__: ChatTokenizer(TINY.folder, make(), None, TINY.eos, "a")
-    for make in (byte_level, trimmed, pieces, words)
+    for make in (byte_level, composed, trimmed, pieces, words)
 }
 
 
@@ -113,8 +121,8 @@ def test_ids_targets_and_counts_are_those_of_the_rule(kind: str, a_row: int, dat
     limit = data.draw(st.integers(1, 20))
     tokenizer, rendered = KINDS[kind], [each for row in rows for each in row]
     expected = plainly(rendered, tokenizer, limit, a_row)
-    [(_, _, encodings)] = encode([("x", rendered)], tokenizer)
-    found = mask(rendered, encodings, tokenizer, limit=limit, a_row=a_row)
+    [(_, _, tokenised)] = encode([("x", rendered)], tokenizer)
+    found = mask(rendered, tokenised, tokenizer, limit=limit, a_row=a_row)
     assert split(found.ids, found) == expected.ids
     assert split(found.targets, found) == expected.targets
     assert {name: found.counts[name] for name in expected.counts} == expected.counts
@@ -133,15 +141,30 @@ def test_chunks_come_back_in_their_order_and_are_taken_only_as_they_are_needed()
             taken.append(number)
             yield number, [Rendered("a" * number, ((0, number),), "a row")]
 
-    for number, rendered, encodings in encode(chunks(), TINY):
+    for number, rendered, tokenised in encode(chunks(), TINY):
         assert [len(each.text) for each in rendered] == [number]
-        assert [TINY.fast.decode(each.ids) for each in encodings] == ["a" * number]
+        assert TINY.fast.decode(tokenised.ids.tolist()) == "a" * number
         assert len(taken) <= number + 1 + len(os.sched_getaffinity(0))
 
 
 def test_the_tokenizers_tested_are_of_different_kinds() -> None:
     kinds = {
-        kind: tokenizer.fast.encode(" a  \U0001f600é", add_special_tokens=False).offsets
+        kind: tokenizer.fast.encode(" a  \U0001f600e\u0301 7", add_special_tokens=False).offsets
         for kind, tokenizer in KINDS.items()
     }
     assert len({json.dumps(offsets) for offsets in kinds.values()}) == len(KINDS), kinds
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_byte_level_tokenizers_are_not_asked_for_offsets_unless_these_leave_white_space_out(kind: str) -> None:
+    assert (Spelling.of(KINDS[kind]) is not None) == (kind in ("byte_level", "composed"))
+
+
+def test_tokens_beyond_what_a_vocabulary_with_gaps_counts_are_placed_by_offsets() -> None:
+    gaps = Tokenizer(models.BPE({"a": 0, "b": 7, "ab": 9}, [("a", "b")]))
+    gaps.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelling = Spelling(ChatTokenizer(TINY.folder, gaps, None, TINY.eos, None))
+    assert spelling.last == 3
+    tokenised = spelling([Rendered("aabb", ((1, 3),), "a row"), Rendered("aa", ((1, 2),), "a row")])
+    assert tokenised.ids.tolist() == [0, 9, 7, 0, 0]
+    assert sorted(tokenised.spans) == [(1, 2), (4, 5)]
