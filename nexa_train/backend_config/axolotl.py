@@ -46,12 +46,18 @@ def environment(spec: JobSpec) -> dict[str, str]:
 
 
 def axolotl_config(
-    spec: JobSpec, plan: TrainPlan, *, base_model: str | None = None, output: str = "output"
+    spec: JobSpec,
+    plan: TrainPlan,
+    *,
+    base_model: str | None = None,
+    padding: str = "(the end token of the model)",
+    output: str = "output",
 ) -> dict[str, Any]:
-    """What Axolotl is given.
+    """What Axolotl is given. Beside it weights are loaded in float32, and on a CPU without a device map.
 
     Args:
         base_model: folder of weights and tokenizer; None: not located yet, as the job names it.
+        padding: the end token, as the tokenizer writes it.
         output: folder for what Axolotl insists on writing; nothing of it is kept.
 
     Raises:
@@ -59,6 +65,7 @@ def axolotl_config(
     """
     return {
         **_model(spec, plan, base_model or spec.model.name),
+        "special_tokens": {"pad_token": padding},
         **_data(spec),
         **_tuning(spec),
         **_steps(spec, plan),
@@ -191,7 +198,7 @@ def _not_sharded(spec: JobSpec, plan: TrainPlan) -> str:
         # accelerate 1.13, state.py: on a CPU neither becomes the type of a distributed run.
         return "needs GPUs, on a CPU accelerate would shard nothing; use none"
     if spec.axolotl.sharding == "fsdp":
-        return ""
+        return "takes tuning.type full and lora in this version, not qlora" * (spec.tuning.type == "qlora")
     if spec.deepspeed.zero_stage == 3:
         return "takes deepspeed.zero_stage 1 and 2 in this version, not 3; use those, or fsdp"
     if spec.method.type != "sft" or spec.tuning.type == "qlora":

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from nexa_train.backend_config.objects import made_by_nexa
 from nexa_train.config.spec import JobSpec
 from nexa_train.plan import TrainPlan
 
 BUCKET_ELEMENTS = 1 << 23
 """Gradients that cross ranks at once, 32 MiB in float32, about what torch's DDP takes. A buffer of that size is made
 at every microbatch, however small the model: of DeepSpeed's own 5e8 elements it would be 2 GB."""
+
+
+def shown_config(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
+    """All that DeepSpeed is given, for people: `deepspeed_config`, and in words the objects beside it."""
+    return {**deepspeed_config(spec, plan), **made_by_nexa(spec)}
 
 
 def deepspeed_config(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:

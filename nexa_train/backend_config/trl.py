@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexa_train.backend_config.adapters import lora_arguments, quantization_arguments
-from nexa_train.config.spec import DpoMethod, FullTuning, JobSpec, QloraTuning
+from nexa_train.backend_config.adapters import quantization_arguments
+from nexa_train.backend_config.objects import made_by_nexa
+from nexa_train.config.spec import DpoMethod, JobSpec, QloraTuning
 from nexa_train.plan import TrainPlan
 
 
 def hf_config(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
     """All that TRL and PEFT are given, for people: `trl_config`, and in words what `backends/hf.py` makes objects of.
 
-    `optimizer` and `lr_scheduler` are `optim.py`'s; `peft_config` and `quantization_config` are the arguments of
-    `peft.LoraConfig` and `transformers.BitsAndBytesConfig`.
+    `quantization_config` has the arguments of `transformers.BitsAndBytesConfig`; see `made_by_nexa`, too.
     """
-    return {**trl_config(spec, plan), **_optimizer(spec), **_adapters(spec), **_quantization(spec, plan)}
+    return {**trl_config(spec, plan), **made_by_nexa(spec), **_quantization(spec, plan)}
 
 
 def trl_config(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:
@@ -60,20 +60,6 @@ def _method(spec: JobSpec) -> dict[str, Any]:
     if isinstance(spec.method, DpoMethod):
         return {"loss_type": ["sigmoid"], "beta": spec.method.beta, "disable_dropout": False}
     return {"loss_type": "nll", "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-
-
-def _optimizer(spec: JobSpec) -> dict[str, Any]:
-    chosen = spec.optimizer
-    moments = {} if chosen.name == "adafactor" else {"betas": list(chosen.betas), "eps": chosen.eps}
-    decay = {"matrices": chosen.weight_decay, "vectors": 0.0}
-    return {
-        "optimizer": {"name": chosen.name, "lr": chosen.lr, **moments, "weight_decay": decay},
-        "lr_scheduler": {"name": chosen.scheduler, "warmup_steps": chosen.warmup_steps},
-    }
-
-
-def _adapters(spec: JobSpec) -> dict[str, Any]:
-    return {} if isinstance(spec.tuning, FullTuning) else {"peft_config": lora_arguments(spec.tuning)}
 
 
 def _quantization(spec: JobSpec, plan: TrainPlan) -> dict[str, Any]:

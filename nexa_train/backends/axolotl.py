@@ -32,8 +32,8 @@ from nexa_train.checkpoint import model_files, trained_parameters
 from nexa_train.config.spec import FullTuning
 from nexa_train.errors import ConfigError
 from nexa_train.loop import mean_loss
-from nexa_train.models.build import build_model
-from nexa_train.models.pretrained import keep_trainable
+from nexa_train.models.build import build_model, check_targets
+from nexa_train.models.pretrained import check_flash, keep_trainable
 
 
 class AxolotlBackend(TorchBackend):
@@ -41,13 +41,19 @@ class AxolotlBackend(TorchBackend):
 
     def setup(self) -> None:
         """Have Axolotl check its configuration, then build model and trainer; the optimiser is made now, too."""
+        check_flash(self.context.spec)
         if self.context.spec.axolotl.sharding == "deepspeed":
             library()
         self.folder = TemporaryDirectory(prefix="nexa-axolotl-")
         cfg = self._checked_config(Path(self.folder.name))
         torch.manual_seed(self.context.spec.training.seed)  # fresh adapters
         data = TrainDatasetMeta(Microbatches(self.context, 0), None, self.context.total_steps)
-        self.trainer, *_ = setup_model_and_trainer(cfg, data)
+        try:
+            self.trainer, *_ = setup_model_and_trainer(cfg, data)
+        except ValueError as exc:
+            if "arget modules" not in str(exc):
+                raise
+            raise ConfigError(f"tuning.target_modules: {exc}") from exc  # PEFT, where none of them matches
         keep_trainable(self.trainer.model)
         self.lora = _peft_config(self.trainer.model)
         self.causal = self.trainer.model if self.lora is None else self.trainer.model.get_base_model()
@@ -78,8 +84,8 @@ class AxolotlBackend(TorchBackend):
         """
         spec, plan = self.context.spec, self.context.plan
         base = self._base_model(folder)
-        values = axolotl_config(spec, plan, base_model=str(base), output=str(folder / "output"))
-        values["special_tokens"] = {"pad_token": AutoTokenizer.from_pretrained(base, local_files_only=True).eos_token}
+        end = AutoTokenizer.from_pretrained(base, local_files_only=True).eos_token
+        values = axolotl_config(spec, plan, base_model=str(base), padding=end, output=str(folder / "output"))
         if values.get("deepspeed"):
             # As a file of ours, for it would leave one of its own behind.
             (folder / "deepspeed.json").write_text(json.dumps(values["deepspeed"]), encoding="utf-8")
@@ -113,9 +119,9 @@ class AxolotlBackend(TorchBackend):
         tuning = self.context.spec.tuning
         if isinstance(tuning, FullTuning):
             return
-        adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in self.causal.named_parameters()}
-        if missing := [target for target in tuning.target_modules if target not in adapted]:
-            raise ConfigError(f"tuning.target_modules: {', '.join(missing)} match no linear layer")
+        linear = (name for name, module in self.causal.named_modules() if isinstance(module, nn.Linear))
+        layers = [name.removesuffix(".base_layer").rpartition(".")[2] for name in linear if ".lora_" not in name]
+        check_targets(tuning, [layer for layer in layers if layer != "lm_head"])
 
 
 def _complaints(exc: ValidationError) -> str:

@@ -47,6 +47,8 @@ def report(audits: Mapping[str, SplitAudit], spec: JobSpec) -> list[str]:
             parts[2] += f", {100 * audit.tokens / max(audit.sequences * spec.model.max_seq_len, 1):.1f} % full"
         parts += [f"{audit.truncated} cut at {spec.model.max_seq_len} tokens"] if audit.truncated else []
         parts += [f"{audit.dropped} dropped as too long"] if audit.dropped else []
+        if spec.data.format == "text" and train_on(spec) != "all":
+            parts.append(f"method.train_on {train_on(spec)} not applied, for text has no turns")
         lines.append(f"{split} data: {', '.join(parts)}")
     return lines
 
@@ -64,14 +66,18 @@ def warnings(audits: Mapping[str, SplitAudit], spec: JobSpec, tokenizer: ChatTok
                 f"{split} data: {audit.doubled_start} of {audit.samples} samples begin with two start tokens "
                 f"{tokenizer.bos}; take it out of the rows or of the chat template"
             )
-        train_on = getattr(spec.method, "train_on", "all")
-        if audit.whole == audit.samples > 0 and train_on != "all" and spec.data.format != "text":
-            yield f"{split} data: every token of every sample is learnt although method.train_on is {train_on}"
+        if audit.whole == audit.samples > 0 and train_on(spec) != "all" and spec.data.format != "text":
+            yield f"{split} data: every token of every sample is learnt although method.train_on is {train_on(spec)}"
     if unknown := tokenizer.unknown_tokens if uses_template(spec, tokenizer) else []:
         yield (
             f"the chat template writes {', '.join(unknown)}, which the tokenizer does not know and cuts in pieces; "
             "do both belong to this model?"
         )
+
+
+def train_on(spec: JobSpec) -> str:
+    """What of a conversation is to be learnt."""
+    return str(getattr(spec.method, "train_on", "all"))
 
 
 def uses_template(spec: JobSpec, tokenizer: ChatTokenizer) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import torch
 import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from nexa_train.backend_config.adapters import quantization_arguments
 from nexa_train.config.spec import JobSpec, QloraTuning
@@ -42,7 +43,7 @@ def load_pretrained(spec: JobSpec, folder: Path) -> PreTrainedModel:
     """The model of a folder, in float32 or quantised.
 
     Raises:
-        ConfigError: the folder lacks weights.
+        ConfigError: the folder lacks weights; see `check_flash`, too.
     """
     quieten()
     model, told = AutoModelForCausalLM.from_pretrained(
@@ -70,7 +71,21 @@ def like(decoder: Decoder, spec: JobSpec) -> PreTrainedModel:
     return _trainable(model)
 
 
+def check_flash(spec: JobSpec) -> None:
+    """Whether there is the package by which transformers' own models do flash attention; ours do it by torch's.
+
+    Raises:
+        ConfigError: the job asks for it, and there is none that this torch can use.
+    """
+    if spec.model.attn == "flash" and not _takes_rows(spec) and not is_flash_attn_2_available():
+        raise ConfigError(
+            f"model.attn: flash on backend {spec.backend} with method {spec.method.type} needs the package flash-attn "
+            "(2.3.3 or later) and a GPU, and this environment lacks one of them; use auto, sdpa or eager"
+        )
+
+
 def _attention(spec: JobSpec) -> str:
+    check_flash(spec)
     return (ROW_ATTENTION if _takes_rows(spec) else ATTENTION)[spec.model.attn]
 
 

@@ -228,16 +228,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser_moves(rows: Path) 
 
 def test_a_lora_target_that_matches_nothing_is_refused(rows: Path) -> None:
     tuning = {"type": "lora", "rank": 4, "target_modules": ["q_proj", "nothing"]}
-    with pytest.raises(ConfigError, match=r"tuning\.target_modules: nothing match"):
+    there = r"this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj$"
+    with pytest.raises(ConfigError, match=rf"tuning\.target_modules: nothing match no linear layer; {there}"):
         made(job(rows, **AXOLOTL, tuning=tuning))
+    with pytest.raises(ConfigError, match=r"tuning\.target_modules: .*nothing.* not found"):
+        made(job(rows, **AXOLOTL, tuning={**tuning, "target_modules": ["nothing"]}))
 
 
-def test_what_axolotl_has_against_a_job_is_one_error(rows: Path) -> None:
+def test_what_axolotl_has_against_a_job_is_one_error(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nexa_train.backends import make_backend
 
     values = job(rows, **AXOLOTL, **TWO_GPUS, **FSDP, **QLORA)
     values["data"] = {**values["data"], "format": "preference"}
-    # Past our own refusal of several ranks of dpo: Axolotl has another.
+    # Past our own refusals of several ranks of dpo and of sharded qlora: Axolotl has another.
+    monkeypatch.setattr("nexa_train.backend_config.axolotl._not_sharded", lambda *_: "")
     context = replace(make_context(job(rows)), spec=JobSpec.model_validate({**values, **DPO}))
     context = replace(context, plan=replace(context.plan, world_size=2))
     with pytest.raises(ConfigError, match=r"axolotl refuses .* FSDP2 does not support .* load_in_4bit"):

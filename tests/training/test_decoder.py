@@ -161,6 +161,17 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused(tmp_path: Path
         load_pretrained(hf_spec(), tmp_path)
 
 
+def test_flash_attention_of_another_library_is_refused_where_its_package_is_not() -> None:
+    from nexa_train.models.pretrained import check_flash
+
+    flash = {"model": {"attn": "flash"}, "cluster": {"gpus_per_node": 1}, "training": {"precision": "bf16"}}
+    preferences = {"method": {"type": "dpo"}, "data": {"format": "preference"}}
+    for backend in ("hf", "fsdp"):
+        check_flash(JobSpec.model_validate(job(Path("rows.jsonl"), backend=backend, **flash)))
+    with pytest.raises(ConfigError, match="flash on backend hf with method dpo needs the package flash-attn"):
+        check_flash(JobSpec.model_validate(job(Path("rows.jsonl"), backend="hf", **flash, **preferences)))
+
+
 @pytest.mark.parametrize(
     "change",
     [

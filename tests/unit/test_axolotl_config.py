@@ -150,6 +150,7 @@ def test_flash_attention_that_would_mix_packed_samples_is_refused() -> None:
         (DEEPSPEED | {"deepspeed": {"zero_stage": 3}}, "zero_stage 1 and 2"),
         (DEEPSPEED | DPO, "sft"),
         (DEEPSPEED | QLORA, "full and lora"),
+        (GPU | QLORA | {"axolotl": {"sharding": "fsdp"}}, "full and lora in this version, not qlora"),
     ],
 )
 def test_sharding_that_would_not_be_is_refused(change: dict[str, Any], told: str) -> None:
