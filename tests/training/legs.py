@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from tests.training.ranks import make_context
 
@@ -88,3 +91,31 @@ def fetched(folder: Path, step: int, rank: int) -> Any:
     store = LocalStore(folder / "store")
     manifest = read_manifest(store, f"checkpoints/run/step-{step:08d}")
     return Saved(fetch(store, manifest, folder / f"fetched-{step}-{rank}"))
+
+
+def in_legs(values: dict[str, Any], folder: Path, *backends: str) -> list[Trained]:
+    """Four steps on each backend in turn, the last one to the end."""
+    saved, legs = None, []
+    for number, backend in enumerate(backends, 1):
+        until = 4 * number if number < len(backends) else 0
+        leg, made = train({**values, "backend": backend}, 0, world=1, saved=saved, until=until)
+        legs.append(leg)
+        if until:
+            save(folder / "store", made, 0, 1)
+            saved = fetched(folder, until, 0)
+    return legs
+
+
+def assert_as_one(legs: list[Trained], whole: Trained) -> None:
+    """Each leg began with the very tensors of the one before, and all of them took the steps of `whole`."""
+    for earlier, later in pairwise(legs):
+        assert earlier.after.keys() == later.before.keys()
+        assert all(later.before[name].equal(tensor) for name, tensor in earlier.after.items())
+    steps = [step for leg in legs for step in leg.steps]
+    assert [step.step for step in steps] == [step.step for step in whole.steps]
+    for found, expected in zip(steps, whole.steps, strict=True):
+        assert found.tokens == expected.tokens
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    for name, tensor in whole.after.items():
+        assert (legs[-1].after[name] - tensor).abs().max() < 1e-4, name

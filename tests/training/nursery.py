@@ -91,7 +91,8 @@ class Attempts:
         for attempt in range(self.count):
             ranks = sorted((self.folder / f"attempt-{attempt}").glob("reads-*"))
             shares = [dict(map(json.loads, file.read_text().splitlines())) for file in ranks]
-            taken |= {step: [s for share in shares for micro in share[step] for s in micro] for step in shares[0]}
+            both = set.intersection(*map(set, shares))  # of a rank that was killed the last one may be missing
+            taken |= {step: [s for share in shares for micro in share[step] for s in micro] for step in sorted(both)}
         return taken
 
     @property

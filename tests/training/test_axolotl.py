@@ -21,6 +21,7 @@ from nexa_train.launch.installed import unmet
 from tests.cluster.paths import REPOSITORY
 from tests.cluster.run import wait_until
 from tests.training.harness import Runs
+from tests.training.legs import assert_as_one, in_legs
 from tests.training.nursery import Attempts, Nursery
 from tests.training.ranks import job, make_context
 
@@ -168,6 +169,16 @@ def test_qlora_trains_over_weights_of_four_bits(
     staged = backend.stage().ready().ready()
     assert {piece.tensor.dtype for piece in [*staged.weights.values(), *staged.optimizer.values()]} == {torch.float32}
     assert all("lora_" in name for name in staged.weights)
+
+
+@pytest.mark.parametrize("way", [("axolotl", "fsdp", "axolotl"), ("fsdp", "axolotl", "fsdp")], ids="-".join)
+@pytest.mark.parametrize("change", [{}, LORA], ids=["full", "lora"])
+def test_a_checkpoint_passes_to_and_from_the_native_backend(
+    rows: Path, tmp_path: Path, change: dict[str, Any], way: tuple[str, ...]
+) -> None:
+    values = job(rows, training={"max_steps": 12}, **change)
+    [whole] = in_legs(values, tmp_path, way[0])
+    assert_as_one(in_legs(values, tmp_path, *way), whole)
 
 
 def wait_for_step(attempts: Attempts, step: int) -> None:

@@ -144,6 +144,20 @@ def test_a_killed_run_of_qlora_ends_with_the_bits_of_an_undisturbed_one(make: Ma
     check_killed_once(lambda: make(**change), world=1, last_step=40)
 
 
+def test_a_killed_run_of_two_ranks_ends_with_the_bits_of_an_undisturbed_one(make: Make) -> None:
+    change = {"backend": "hf", "training": {"max_steps": 40, "save_every_steps": 4}}
+    check_killed_once(lambda: make(**change), world=2, last_step=40)
+
+
+def test_bf16_is_that_of_the_native_loop_up_to_its_rounding(rows: Path) -> None:
+    exact = train(job(rows, backend="hf", training=FEW))
+    found, native = (
+        train(job(rows, backend=backend, training={**FEW, "precision": "bf16"})) for backend in ("hf", "fsdp")
+    )
+    assert found.losses == pytest.approx(native.losses, rel=0.01)
+    assert found.losses != pytest.approx(exact.losses, rel=1e-6), "it is not float32 that computed"
+
+
 def test_adapters_of_a_quantised_model_keep_the_precision_that_is_saved(
     jobs: dict[tuple[str, str], dict[str, Any]],
 ) -> None:
