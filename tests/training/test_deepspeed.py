@@ -74,7 +74,8 @@ def two_ranks(rank: int, folder: str, rows: str) -> None:
 
     from nexa_train.rank import leave
 
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in place.items()})  # Trainer asks for all of them
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)

@@ -26,7 +26,7 @@ SHORT = {"training": {"max_steps": 24, "save_every_steps": 1}, "optimizer": {"lr
 
 @pytest.fixture(scope="module")
 def nursery(cache: Path) -> Iterator[Nursery]:
-    found = Nursery(cache)
+    found = Nursery(cache, "fsdp", "peft")
     yield found
     found.close()
 

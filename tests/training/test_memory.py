@@ -12,6 +12,7 @@ import pytest
 
 from nexa_train.artifact.publish import newest_valid
 from nexa_train.config.job import Job
+from nexa_train.data.cursor import Order
 from nexa_train.launch.memory import remember_too_large
 from nexa_train.launch.node import Node, make_ready, rank_environment
 from nexa_train.launch.work import RankWork
@@ -68,6 +69,33 @@ def test_a_microbatch_that_does_not_fit_is_halved_until_one_does(runs: Runs, lon
     assert min(remembered) == 2 * world["microbatch"]
     assert max(remembered) == 64
     assert [manifest.step for manifest in run.manifests] == [1, 2]
+
+
+def test_what_does_not_fit_in_the_midst_of_a_run_is_taken_again_in_smaller_parts_and_changes_no_step(
+    runs: Runs, limit: int, tmp_path: Path
+) -> None:
+    training = {**LARGE["training"], "max_steps": 3, "save_every_steps": 2}
+    change: dict[str, Any] = {**LARGE, "data": {"format": "text", "validation": {}}, "training": training}
+    short = [f"{number} and {number + 1}" for number in range(192)]
+    order = Order(len(short), len(short), seed=7)
+    last = {order.at(place) for place in range(128, 192)}
+    long = " ".join(str(7 * factor) for factor in range(1, 400))
+    texts = [long if number in last else text for number, text in enumerate(short)]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    change["data"]["remote_uri"] = str(path)
+    run = runs.make(**change)
+    outcome = run.finish(prefix=["prlimit", f"--data={limit}"])
+    assert run.last is not None
+    assert outcome["exit_code"] == 0, run.last.stderr
+    first, second = (manifest.world["microbatch"] for manifest in run.manifests)
+    assert first == 64 > second
+    assert [manifest.step for manifest in run.manifests] == [2, 3]
+    undisturbed = runs.make(**change | {"training": {**training, "microbatch_size_per_gpu": 8}})
+    assert undisturbed.finish()["exit_code"] == 0
+    for key, bound in (("tokens", 0.0), ("loss", 1e-5), ("grad_norm", 1e-4)):
+        expected = [row[key] for row in undisturbed.logs]
+        assert [row[key] for row in run.logs] == pytest.approx(expected, rel=bound)
 
 
 def test_a_microbatch_that_was_asked_for_is_never_changed(runs: Runs, long_rows: Path, limit: int) -> None:
