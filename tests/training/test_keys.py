@@ -13,7 +13,7 @@ import pytest
 
 from nexa_train.config.load import load_job
 from tests.cluster.paths import REPOSITORY
-from tests.training.harness import Runs
+from tests.training.harness import Runs, write_texts
 
 pytestmark = pytest.mark.training
 
@@ -25,12 +25,20 @@ TRAINED = {
 }
 ADAFACTOR = {"optimizer": {"name": "adafactor", "warmup_steps": 1}}
 
+FULL = {"tuning": {"type": "full"}}
+PRETRAIN = {"method": {"type": "pretrain"}, "data": {"format": "text"}}
+DPO = {"method": {"type": "dpo", "beta": 0.2}, "data": {"format": "preference"}}
+
 CASES: dict[str, dict[str, Any]] = {
     "fsdp": {"backend": "fsdp", **TRAINED},
     "fsdp with adafactor": {"backend": "fsdp", **TRAINED, **ADAFACTOR},
     "hf": {"backend": "hf", **TRAINED},
     "hf with adafactor": {"backend": "hf", **TRAINED, **ADAFACTOR},
     "deepspeed": {"backend": "deepspeed", **TRAINED},
+    "pretrain on fsdp": {"backend": "fsdp", **TRAINED, **FULL, **PRETRAIN},
+    "pretrain on deepspeed": {"backend": "deepspeed", **TRAINED, **PRETRAIN},
+    "dpo on fsdp": {"backend": "fsdp", **TRAINED, **DPO},
+    "dpo on hf": {"backend": "hf", **TRAINED, **FULL, **DPO},
 }
 
 ELSEWHERE = {"data.storage", "model.name"}
@@ -38,8 +46,14 @@ ELSEWHERE = {"data.storage", "model.name"}
 
 
 @pytest.mark.parametrize("change", CASES.values(), ids=CASES)
-def test_every_key_that_says_what_to_train_is_read(change: dict[str, Any], runs: Runs, tmp_path: Path) -> None:
-    run = runs.make(**change)
+def test_every_key_that_says_what_to_train_is_read(
+    change: dict[str, Any], runs: Runs, pairs: Path, tmp_path: Path
+) -> None:
+    form = change.get("data", {}).get("format")
+    file = {None: runs.rows, "text": tmp_path / "texts.jsonl", "preference": pairs}[form]
+    if form == "text":
+        write_texts(file)
+    run = runs.make(**change | {"data": {**change.get("data", {}), "remote_uri": str(file)}})
     command = [sys.executable, "-m", "tests.training.reads", str(run.job), str(tmp_path / "run")]
     # A cache of its own: data that is prepared already is not read again.
     environment = {**os.environ, "NEXA_CACHE": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}

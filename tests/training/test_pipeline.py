@@ -375,16 +375,21 @@ def tamper(run: Run, change: Callable[[dict[str, bytes]], None]) -> None:
     path.write_bytes(replace(manifest, files=tuple(entries)).to_bytes())
 
 
-@pytest.fixture(scope="module")
-def half_done(tmp_path_factory: pytest.TempPathFactory, cache: Path, rows: Path) -> Run:
-    """A run of six steps that ended after two; the tests below copy it."""
-    run = Runs(cache, rows, tmp_path_factory.mktemp("half")).make(**SHORT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NEXA_CACHE", str(cache))
-        pipeline_of(run).run()
+def half_done_of(runs: Runs, **change: Any) -> Run:
+    """A run of six steps that ended after two."""
+    run = runs.make(**SHORT, **change)
+    pipeline_of(run).run()
     for step in ("step-00000004", "step-00000006"):
         shutil.rmtree(next(run.artifacts.glob(f"checkpoints/*/{step}")))
     return run
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory: pytest.TempPathFactory, cache: Path, rows: Path) -> Run:
+    """Such a run, which the tests below copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEXA_CACHE", str(cache))
+        return half_done_of(Runs(cache, rows, tmp_path_factory.mktemp("half")))
 
 
 PICKLES: dict[str, tuple[list[str], list[str]]] = {
@@ -418,6 +423,20 @@ def test_a_pickle_in_a_checkpoint_with_a_right_manifest_is_never_loaded(
     assert not canary.exists()
     pickle.loads(pickle.dumps(Bait(canary)))
     assert canary.exists(), "the bait is harmless: the test above proves nothing"
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "hf"])
+def test_pickled_adapters_are_never_loaded(runs: Runs, tmp_path: Path, backend: str) -> None:
+    run, canary = half_done_of(runs, backend=backend, tuning={"type": "lora", "rank": 2}), tmp_path / "canary"
+
+    def change(files: dict[str, bytes]) -> None:
+        del files["adapter_model.safetensors"]
+        files |= {name: pickle.dumps(Bait(canary)) for name in ("adapter_model.bin", "optimizer.pt")}
+
+    tamper(run, change)
+    with pytest.raises(ForeignError, match=r"step-00000002/manifest.json is whole, but not .*: checkpoint .*"):
+        pipeline_of(run).run()
+    assert not canary.exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused_once_and_for_all(runs: Runs, half_done: Run) -> None:

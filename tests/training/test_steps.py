@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,50 @@ def test_a_kind_of_attention_that_cannot_be_had_is_refused_and_not_replaced(
     part = torch.randn(3, 1, 4)
     with pytest.raises(ConfigError, match=f"^model.attn: {expected}"):
         attend(part, part, part, Rows(torch.tensor([0, 3]), (3,), kind), scaling=1.0, softcap=softcap)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_flash_attention_is_called_as_torch_documents_it(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """Its kernel runs on GPUs alone; a plain one in its place, behind torch's own signature, must give what we do."""
+    import inspect
+
+    import torch
+    from torch.nn.attention import varlen
+
+    from nexa_train.models import attention
+
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def plain(*arguments: Any, **named: Any) -> torch.Tensor:
+        given = signature.bind(*arguments, **named)
+        given.apply_defaults()
+        said = given.arguments
+        assert said["cu_seq_q"] is said["cu_seq_k"]
+        assert said["max_q"] == said["max_k"] == max(LENGTHS)
+        before, after = said["window_size"]
+        assert after == 0, "causal"
+        outputs = []
+        for first, last in pairwise(said["cu_seq_q"].tolist()):
+            query, key, value = (said[name][first:last].transpose(0, 1) for name in ("query", "key", "value"))
+            seen = torch.ones(last - first, last - first, dtype=torch.bool).tril()
+            seen = seen if before < 0 else seen.triu(-before)
+            mixed = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, seen, scale=said["scale"], enable_gqa=said["enable_gqa"]
+            )
+            outputs.append(mixed.transpose(0, 1))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", plain)
+    query, key, value = (torch.randn(sum(LENGTHS), heads, 8) for heads in (4, 2, 2))
+    edges = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
+    expected = attention.attend(
+        query, key, value, attention.Rows(edges, tuple(LENGTHS), "eager"), scaling=0.3, window=window
+    )
+    monkeypatch.setattr(attention, "_obstacle_to_flash", lambda *_: "")
+    found = attention.attend(
+        query, key, value, attention.Rows(edges, tuple(LENGTHS), "flash"), scaling=0.3, window=window
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_no_target_at_all_is_a_loss_of_zero_with_gradients_of_zero() -> None:
