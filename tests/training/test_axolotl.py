@@ -24,6 +24,7 @@ from tests.training.harness import Runs
 from tests.training.legs import assert_as_one, in_legs
 from tests.training.nursery import Attempts, Nursery
 from tests.training.ranks import job, make_context
+from tests.training.test_keys import FULL, TRAINED, assert_every_key_is_read
 
 pytestmark = [
     pytest.mark.training,
@@ -179,6 +180,11 @@ def test_a_checkpoint_passes_to_and_from_the_native_backend(
     values = job(rows, training={"max_steps": 12}, **change)
     [whole] = in_legs(values, tmp_path, way[0])
     assert_as_one(in_legs(values, tmp_path, *way), whole)
+
+
+@pytest.mark.parametrize("change", [pytest.param(TRAINED, id="lora"), pytest.param({**TRAINED, **FULL}, id="full")])
+def test_every_key_that_says_what_to_train_is_read(runs: Runs, tmp_path: Path, change: dict[str, Any]) -> None:
+    assert_every_key_is_read(runs.make(**AXOLOTL, **change), tmp_path)
 
 
 def wait_for_step(attempts: Attempts, step: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from nexa_train.config.load import load_job
 from tests.cluster.paths import REPOSITORY
-from tests.training.harness import Runs, write_texts
+from tests.training.harness import Run, Runs, write_texts
 
 pytestmark = pytest.mark.training
 
@@ -54,15 +54,20 @@ def test_every_key_that_says_what_to_train_is_read(
     if form == "text":
         write_texts(file)
     run = runs.make(**change | {"data": {**change.get("data", {}), "remote_uri": str(file)}})
-    command = [sys.executable, "-m", "tests.training.reads", str(run.job), str(tmp_path / "run")]
+    assert_every_key_is_read(run, tmp_path)
+
+
+def assert_every_key_is_read(run: Run, folder: Path) -> None:
+    """Train it, and see what was asked of it."""
+    command = [sys.executable, "-m", "tests.training.reads", str(run.job), str(folder / "run")]
     # A cache of its own: data that is prepared already is not read again.
-    environment = {**os.environ, "NEXA_CACHE": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "NEXA_CACHE": str(folder), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     read = set(json.loads(done.stdout.splitlines()[-1]))
     spec = load_job(run.job).spec
     groups = ["model", "data", "method", "tuning", "training", "optimizer"]
-    groups += ["deepspeed"] if spec.backend == "deepspeed" else []
+    groups += [spec.backend] if spec.backend in ("deepspeed", "axolotl") else []
     said = {f"{group}.{key}" for group in groups for key in type(getattr(spec, group)).model_fields}
     refused = {"optimizer.betas", "optimizer.eps"} if spec.optimizer.name == "adafactor" else set()
     assert said - read - ELSEWHERE - refused == set()
