@@ -170,12 +170,14 @@ def leave(exit_code: int) -> NoReturn:
     """End the process, without taking the interpreter apart.
 
     A thread of gloo may be the last to let go of a tensor. Where it asks for the GIL while the interpreter is being
-    finalised it ends the process by SIGABRT, after all work was done (github.com/pytorch/pytorch/pull/179291).
+    finalised, it ends the process by SIGABRT after all work was done (github.com/pytorch/pytorch/pull/179291 has it).
     """
-    atexit._run_exitfuncs()  # temporary folders are removed by these
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    try:
+        atexit._run_exitfuncs()  # temporary folders are removed by these
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def check_supported(spec: JobSpec) -> None:
     Raises:
         ConfigError: names every key that would not be honoured, with what is.
     """
-    problems = [*_backend(spec), *_training(spec), *_data(spec), *_rest(spec)]
+    problems = [*_backend(spec), *_training(spec), *_rest(spec)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -87,21 +87,6 @@ def _training(spec: JobSpec) -> list[str]:
     return problems
 
 
-def _data(spec: JobSpec) -> list[str]:
-    problems = []
-    fields = COLUMNS[spec.data.format]
-    if unknown := sorted(set(spec.data.columns) - set(fields)):
-        problems.append(f"data.columns: format {spec.data.format} has no {unknown[0]}; it has {', '.join(fields)}")
-    if spec.data.format == "text" and getattr(spec.method, "train_on", "") == "last_turn":
-        problems.append("method.train_on: last_turn, but data.format text has no turns; use all, or format messages")
-    validated = spec.data.validation
-    if spec.training.eval_every_steps and not (validated.rows or validated.fraction or validated.uri):
-        problems.append(
-            "training.eval_every_steps: there is nothing to evaluate; give data.validation rows, a fraction or a uri"
-        )
-    return problems
-
-
 def _rest(spec: JobSpec) -> list[str]:
     problems = []
     if spec.model.attn == "flash" and spec.cluster.gpus_per_node == 0:
@@ -118,6 +103,9 @@ def _rest(spec: JobSpec) -> list[str]:
     uris = (spec.data.remote_uri, spec.data.validation.uri or "", spec.artifacts.uri)
     if any(uri.startswith("gs://") for uri in uris):
         problems.append("gs:// is not built into this version; use s3:// or a folder")
+    fields = COLUMNS[spec.data.format]
+    if unknown := sorted(set(spec.data.columns) - set(fields)):
+        problems.append(f"data.columns: format {spec.data.format} has no {unknown[0]}; it has {', '.join(fields)}")
     both = (spec.training.microbatch_size_per_gpu, spec.training.grad_accumulation_steps)
     if spec.cluster.min_nodes not in (None, spec.cluster.num_nodes) and "auto" not in both:
         problems.append(

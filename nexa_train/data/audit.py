@@ -50,6 +50,8 @@ def report(audits: Mapping[str, SplitAudit], spec: JobSpec) -> list[str]:
         if spec.data.format == "text" and train_on(spec) != "all":
             parts.append(f"method.train_on {train_on(spec)} not applied, for text has no turns")
         lines.append(f"{split} data: {', '.join(parts)}")
+    if spec.training.eval_every_steps and not audits["validation"].rows:
+        lines.append("validation data: none, so that training.eval_every_steps evaluates nothing")
     return lines
 
 

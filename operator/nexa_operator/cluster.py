@@ -181,12 +181,15 @@ def as_yaml(body: Object) -> str:
 
 
 def _refusal(status: int, answer: Object) -> type[ApiError]:
-    """What kind of no it is. Policies and webhooks may answer 422 as well; only the kind's own rules name a field."""
+    """What kind of no it is. Policies and webhooks may answer 422, too: the former name no field, and before what the
+    latter say the API server puts its own words."""
     if status == 409:
         return ConflictError
     details = answer.get("details")
     causes = details.get("causes") if isinstance(details, dict) else None
-    return InvalidError if status == 422 and any(cause.get("field") for cause in causes or ()) else ApiError
+    names_field = any(cause.get("field") for cause in causes or ())
+    denied = str(answer.get("message")).startswith("admission webhook ")
+    return InvalidError if status == 422 and names_field and not denied else ApiError
 
 
 def _items(answer: Object) -> list[Object]:

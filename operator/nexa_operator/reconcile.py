@@ -371,7 +371,7 @@ class Reconciler:
             for room in _rooms_to_remove(key, seen, decision, now=self.clock()):
                 await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
             if isinstance(decision, Succeed):
-                await self._remove_service(key)
+                await self._remove_service(key, body, seen)
         except ConflictError:
             # What this look saw is gone; the next one sees what has its name.
             raise
@@ -399,15 +399,17 @@ class Reconciler:
             )
         for room in seen.rooms:
             await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
-        ending = seen.gang is not None and seen.gang.deleting  # its ranks may still commit
+        ending = seen.gang is not None and (seen.gang.deleting or seen.gang.is_alive)  # its ranks may still commit
         left = bool(gangs or seen.rooms or ending)
         if not (left or seen.unavailable or isinstance(decision, Expire)):
-            await self._remove_service(key)
+            await self._remove_service(key, body, seen)
         return left
 
-    async def _remove_service(self, key: Key) -> None:
-        """Nobody is to be found by it any more, and each that stays costs the others: for every change of a pod the
-        controllers of endpoints go through all Services of its namespace."""
+    async def _remove_service(self, key: Key, body: Body, seen: Observed) -> None:
+        """That of the ranks, once none is left to be found. Each that stays costs the others: for every change of a pod
+        the controllers of endpoints go through all Services of its namespace."""
+        if not runtime_of(body).OWN_SERVICE or (seen.gang and seen.gang.is_alive):
+            return
         name = naming.service_name(key.name)
         service = await self.cluster.read(SERVICES, key.namespace, name)
         if service is not None and owner_uid(service) == key.uid and not is_deleting(service):

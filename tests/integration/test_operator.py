@@ -105,14 +105,13 @@ def test_what_a_policy_denies_is_tried_again_until_it_is_allowed(ns):
             "matchResources": {"namespaceSelector": here},
         },
     }
-    ns.kubectl(
-        "create", "--filename=-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": [freeze, binding]})
-    )
     try:
+        both = {"apiVersion": "v1", "kind": "List", "items": [freeze, binding]}
+        ns.kubectl("create", "--filename=-", input=json.dumps(both))
         probe = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "probe"}, "spec": {"template": POD}}
         create = ["--namespace", ns.namespace, "create", "--dry-run=server", "--filename=-"]
         ns.wait(
-            lambda: ns.cluster.kubectl(*create, input=json.dumps(probe), check=False).returncode != 0,
+            lambda: "not this week" in ns.cluster.kubectl(*create, input=json.dumps(probe), check=False).stderr,
             "the policy denies Jobs",
         )
         ns.submit("frozen")
@@ -120,7 +119,7 @@ def test_what_a_policy_denies_is_tried_again_until_it_is_allowed(ns):
         assert "not this week" in ns.condition("frozen", "Queued")["message"]
     finally:
         for kind in ("validatingadmissionpolicybinding", "validatingadmissionpolicy"):
-            ns.cluster.kubectl("delete", f"{kind}/freeze")
+            ns.cluster.kubectl("delete", f"{kind}/freeze", "--ignore-not-found")
     ns.wait(lambda: ns.get("job/frozen-a0"), "the gang is made once it is allowed", "frozen")
 
 

@@ -161,9 +161,13 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused(tmp_path: Path
         load_pretrained(hf_spec(), tmp_path)
 
 
-def test_flash_attention_of_another_library_is_refused_where_its_package_is_not() -> None:
+def test_flash_attention_of_another_library_is_refused_where_its_package_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nexa_train.models import pretrained
     from nexa_train.models.pretrained import check_flash
 
+    monkeypatch.setattr(pretrained, "is_flash_attn_2_available", lambda: False)
     flash = {"model": {"attn": "flash"}, "cluster": {"gpus_per_node": 1}, "training": {"precision": "bf16"}}
     preferences = {"method": {"type": "dpo"}, "data": {"format": "preference"}}
     for backend in ("hf", "fsdp"):

@@ -21,7 +21,10 @@ from tests.training.ranks import job, make_context
 pytestmark = pytest.mark.training
 
 # 88 sequences, 8 a step: 20 steps, the last with two sequences, of which the second rank has none.
-JOB = {"training": {"microbatch_size_per_gpu": 2, "max_steps": None, "epochs": 1.75}}
+JOB = {
+    "training": {"microbatch_size_per_gpu": 2, "max_steps": None, "epochs": 1.75},
+    "optimizer": {"weight_decay": 0.1},
+}
 LORA = {"tuning": {"type": "lora", "rank": 4}}
 RECOMPUTED = {"training": {"activation_checkpointing": True}}
 PACKED = merged(PRETRAIN, {"data": {"packing": True}, "training": {"epochs": None, "max_steps": 20}})
@@ -88,7 +91,9 @@ def two_ranks(rank: int, folder: str, rows: str) -> None:
             file = Path(folder) / TEXTS if name.startswith("pretrain") else Path(rows)
             found[name], backend = train(merged(job(file, **JOB), change), rank)
             if "zero" in name:
-                given[name] = backend.engine.zero.config
+                groups = backend.engine.zero.optimizer.optimizer.param_groups
+                made = sorted({(*group["betas"], group["eps"], group["weight_decay"]) for group in groups})
+                given[name] = (backend.engine.zero.config, made, backend.lora and backend.lora.to_dict())
     found["given"] = given
     for way, legs in WAYS.items():
         found[way] = pass_on(Path(folder) / way, Path(rows), rank, legs)
@@ -210,9 +215,18 @@ def test_the_engine_has_what_is_shown(found: dict[str, Any], rows: Path, name: s
     values = merged(merged(job(rows, **JOB), JOBS[name]), {"cluster": {"num_nodes": 2}})
     spec = JobSpec.model_validate(values)
     shown = backend_config(spec, make_plan(spec))
-    beside = {"optimizer", "lr_scheduler"} | ({"peft_config"} if "lora" in name else set())
-    assert beside < shown.keys()
-    assert found["given"][name] == {key: value for key, value in shown.items() if key not in beside}
+    config, groups, adapters = found["given"][name]
+    optimizer, scheduler = shown.pop("optimizer"), shown.pop("lr_scheduler")
+    decay = sorted({0.0, 0.1} if "lora" not in name else {0.1})
+    assert groups == [(*optimizer["betas"], optimizer["eps"], each) for each in decay]
+    assert decay[-1] == optimizer["weight_decay"]["matrices"]
+    assert (optimizer["name"], optimizer["lr"], scheduler["warmup_steps"]) == ("adamw", 0.01, 2)
+    if "lora" in name:
+        said = shown.pop("peft_config")
+        assert {key: adapters[key] for key in ("r", "lora_alpha", "lora_dropout")} == {
+            key: said[key] for key in ("r", "lora_alpha", "lora_dropout")
+        }
+    assert config == shown
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

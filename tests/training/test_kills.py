@@ -21,7 +21,7 @@ pytestmark = pytest.mark.training
 
 LORA = {"tuning": {"type": "lora", "rank": 4}}
 LONG = {"training": {"max_steps": 240, "save_every_steps": 5}}
-SHORT = {"training": {"max_steps": 24, "save_every_steps": 1}, "optimizer": {"lr": 0.001}}
+SHORT = {"training": {"max_steps": 60, "save_every_steps": 1}, "optimizer": {"lr": 0.001}}
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,12 @@ def wait_for_a_moment(attempts: Attempts, chance: random.Random) -> None:
     if chance.random() < 0.25:
         time.sleep(chance.uniform(0, 0.5))
         return
-    target = attempts.committed + chance.randrange(1, 12)
-    wait_until(lambda: attempts.step >= target, timeout_seconds=60, what=f"step {target}", interval_seconds=0.005)
+    wait_for_step(attempts, attempts.committed + chance.randrange(1, 12))
     time.sleep(chance.uniform(0, 0.05))
+
+
+def wait_for_step(attempts: Attempts, step: int) -> None:
+    wait_until(lambda: attempts.step >= step, timeout_seconds=60, what=f"step {step}", interval_seconds=0.005)
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
@@ -65,7 +68,7 @@ def test_one_rank_then_two_then_one_take_the_same_samples_to_the_same_losses(mak
     changing = make(**SHORT)
     for world, until in ((1, 8), (2, 16)):
         pids = changing.start(world)
-        wait_until(lambda until=until: changing.step >= until, timeout_seconds=60, what=f"step {until}")
+        wait_for_step(changing, until)
         if kill:
             os.kill(pids[-1], signal.SIGKILL)
             assert changing.wait()[-1] == -signal.SIGKILL
@@ -74,7 +77,7 @@ def test_one_rank_then_two_then_one_take_the_same_samples_to_the_same_losses(mak
             assert changing.wait() == [75] * world
     changing.finish(1)
     assert changing.reads() == alone.reads()
-    assert sorted(alone.reads()) == list(range(24))
+    assert sorted(alone.reads()) == list(range(60))
     expected, found = alone.run.logs, changing.run.logs
     assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)

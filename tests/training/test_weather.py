@@ -10,11 +10,12 @@ import json
 import os
 import random
 import signal
-import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nexa_train.artifact.publish import newest_valid
@@ -24,6 +25,7 @@ from nexa_train.errors import NotFoundError
 from nexa_train.store import open_store
 from tests.cluster.fault_proxy import Fault, FaultProxy
 from tests.cluster.minio import MinioServer
+from tests.cluster.run import wait_until
 from tests.contract.publishing.rounds import WEATHER
 from tests.training.harness import Runs
 from tests.training.nursery import Attempts, Nursery
@@ -32,6 +34,8 @@ pytestmark = [pytest.mark.training, pytest.mark.integration]
 
 TRAINED = {"training": {"max_steps": 30, "save_every_steps": 2}, "optimizer": {"lr": 0.003}}
 RUNS = 4
+KILLS = 2
+"""Of each run."""
 MOST_ATTEMPTS = 40
 STRUCK = 0.08
 """Of all requests; an attempt that is left in peace makes some hundreds."""
@@ -60,6 +64,15 @@ def weather(chance: random.Random, since: int) -> dict[int, Fault]:
     return {number: chance.choice(WEATHER) for number in range(since, since + 5_000) if chance.random() < STRUCK}
 
 
+def wait_for_requests(proxy: FaultProxy, count: int, pids: list[int]) -> None:
+    """So many in all, or as many as there are."""
+
+    def made() -> bool:
+        return len(proxy.seen) >= count or not all(map(psutil.pid_exists, pids))
+
+    wait_until(made, timeout_seconds=120, what="requests", interval_seconds=0.005)
+
+
 def problems_of(uri: str) -> list[str]:
     """Of every checkpoint that can be seen."""
     try:
@@ -75,33 +88,33 @@ def test_two_ranks_end_with_the_same_bits_whatever_the_store_does_and_whoever_is
     monkeypatch.setenv("NEXA_CACHE", str(cache))
     undisturbed = Attempts(nursery, runs.make(**TRAINED), tmp_path / "undisturbed").finish(2)
     digest = undisturbed["checkpoint"]["weights_digest"]
-    bucket, attempts_made, kills = minio_server.make_bucket(), 0, 0
+    bucket, attempts_made, kills = minio_server.make_bucket(), 0, Counter[int]()
     for number in range(RUNS):
         chance, run = random.Random(number), runs.make(**TRAINED)
         uri = f"s3://{bucket}/run-{number}"
         run.job.write_text(json.dumps({**json.loads(run.job.read_text()), "artifacts": {"uri": uri}}))
         attempts = Attempts(nursery, run, tmp_path / f"run-{number}")
         for _ in range(MOST_ATTEMPTS):
-            proxy.faults = {}  # the launcher's own requests are retried by whoever starts it again
-            pids = attempts.start(2)
-            assert pids, attempts.ended
-            proxy.faults = weather(chance, len(proxy.seen) + 1)
-            if chance.random() < 0.4:
-                time.sleep(chance.uniform(0.3, 1.5))
+            pids = attempts.start(2)  # in peace: whoever starts a launcher starts it again
+            if not pids:
+                break  # all was committed, and then a rank was killed
+            begun, chosen = len(proxy.seen), chance.randrange(2)
+            proxy.faults = weather(chance, begun + 1)
+            if kills[number] < KILLS:
+                wait_for_requests(proxy, begun + chance.randrange(20, 160), pids)
                 with suppress(ProcessLookupError):
-                    os.kill(chance.choice(pids), signal.SIGKILL)
+                    os.kill(pids[chosen], signal.SIGKILL)
             codes = attempts.wait()
-            attempts_made, kills = attempts_made + 1, kills + (-signal.SIGKILL in codes)
             proxy.faults = {}
+            attempts_made += 1
+            kills[number] += codes[chosen] == -signal.SIGKILL
             assert problems_of(uri) == [], "what is visible is whole at any time"
             if codes == [0, 0]:
                 break
         newest = newest_valid(open_store(uri), load_job(run.job).run_id).committed
         assert newest is not None
         assert (newest.manifest.step, newest.manifest.weights_digest) == (30, digest), f"run {number}"
-    struck = sum(" <- " in line for line in proxy.seen)
-    print(
-        f"{RUNS} runs, {attempts_made} attempts, {kills} ended by a kill, {struck} of {len(proxy.seen)} requests struck"
-    )
+    asked, struck = len(proxy.seen), sum(" <- " in line for line in proxy.seen)
+    print(f"{RUNS} runs, {attempts_made} attempts, {kills.total()} killed, {struck} of {asked} requests struck")
     assert struck > 50
-    assert kills > 0
+    assert all(kills[number] for number in range(RUNS)), kills

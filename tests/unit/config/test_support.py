@@ -55,14 +55,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tuning": {"type": "qlora", "rank": 4}},
         "tuning.type: qlora is not available on backend fsdp, which takes full, lora",
     ),
-    "turns of a text": (
-        {"method": {"type": "sft", "train_on": "last_turn"}, "data": {"format": "text"}},
-        "method.train_on: last_turn, but data.format text has no turns",
-    ),
-    "evaluations of nothing": (
-        {"training": {"eval_every_steps": 5}},
-        "training.eval_every_steps: there is nothing to evaluate",
-    ),
     "adafactor on deepspeed": (
         {"optimizer": {"name": "adafactor"}, "backend": "deepspeed"},
         "optimizer.name: adafactor is not available on backend deepspeed, which takes adamw",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nexa_train.config import JobSpec
 from nexa_train.data.audit import SplitAudit, report, warnings
 from nexa_train.data.tokenizer import ChatTokenizer
 from tests.unit.data.builders import spec
@@ -19,27 +20,34 @@ def said(audit: SplitAudit, tokenizer: ChatTokenizer, **groups: Any) -> list[str
     return list(warnings({"train": audit}, spec("rows.jsonl", **{**MESSAGES, **groups}), tokenizer))
 
 
+def reported(audit: SplitAudit, job: JobSpec) -> list[str]:
+    return report({"train": audit, "validation": SplitAudit()}, job)
+
+
 def test_what_happened_is_reported_and_what_did_not_is_not() -> None:
     job = spec("rows.jsonl", **MESSAGES)
-    empty = SplitAudit()
-    assert report({"train": COUNTED, "validation": empty}, job) == [
-        "train data: 12 rows, 10 sequences, 400 tokens, 25.0 % learnt"
-    ]
-    [line] = report({"train": replace(COUNTED, dropped=2, truncated=3)}, job)
+    assert reported(COUNTED, job) == ["train data: 12 rows, 10 sequences, 400 tokens, 25.0 % learnt"]
+    [line] = reported(replace(COUNTED, dropped=2, truncated=3), job)
     assert line.endswith(f"25.0 % learnt, 3 cut at {job.model.max_seq_len} tokens, 2 dropped as too long")
 
 
 def test_of_packed_sequences_it_is_said_how_full_they_are() -> None:
     packed = spec("rows.jsonl", data={"format": "messages", "packing": True}, model={"max_seq_len": 50})
-    assert report({"train": COUNTED}, packed)[0].endswith("25.0 % learnt, 80.0 % full")
+    assert reported(COUNTED, packed)[0].endswith("25.0 % learnt, 80.0 % full")
 
 
 def test_that_a_text_is_learnt_whole_is_said_where_turns_are_asked_for() -> None:
     text = {"data": {"format": "text"}}
-    [line] = report({"train": COUNTED}, spec("rows.jsonl", **text))
+    [line] = reported(COUNTED, spec("rows.jsonl", **text))
     assert line.endswith("method.train_on assistant not applied, for text has no turns")
     for method in ({"type": "pretrain"}, {"type": "sft", "train_on": "all"}):
-        assert "train_on" not in report({"train": COUNTED}, spec("rows.jsonl", **text, method=method))[0]
+        assert "train_on" not in reported(COUNTED, spec("rows.jsonl", **text, method=method))[0]
+
+
+def test_evaluations_of_nothing_are_said() -> None:
+    job = spec("rows.jsonl", **MESSAGES, training={"eval_every_steps": 5, "max_steps": 10})
+    assert reported(COUNTED, job)[1:] == ["validation data: none, so that training.eval_every_steps evaluates nothing"]
+    assert len(report({"train": COUNTED, "validation": COUNTED}, job)) == 2
 
 
 def test_nothing_is_made_of_rows_that_are_as_they_should_be(tiny: ChatTokenizer) -> None:

@@ -33,6 +33,14 @@ def composed() -> Tokenizer:
     return found
 
 
+def prefixed() -> Tokenizer:
+    """A space goes in front of each part of a text, and a token of its own takes the white space behind it away."""
+    found = Tokenizer.from_str(TINY.fast.to_str())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    found.add_tokens([AddedToken("7", rstrip=True)])
+    return found
+
+
 def trimmed() -> Tokenizer:
     """As GPT-2's: offsets leave white space out, so that some tokens have no width."""
     found = Tokenizer.from_str(TINY.fast.to_str())
@@ -62,7 +70,7 @@ def words() -> Tokenizer:
 
 KINDS = {
     make.__name__: ChatTokenizer(TINY.folder, make(), None, TINY.eos, "a")
-    for make in (byte_level, composed, trimmed, pieces, words)
+    for make in (byte_level, composed, prefixed, trimmed, pieces, words)
 }
 
 
@@ -149,7 +157,7 @@ def test_chunks_come_back_in_their_order_and_are_taken_only_as_they_are_needed()
 
 def test_the_tokenizers_tested_are_of_different_kinds() -> None:
     kinds = {
-        kind: tokenizer.fast.encode(" a  \U0001f600e\u0301 7", add_special_tokens=False).offsets
+        kind: tokenizer.fast.encode(" a  \U0001f600e\u0301 7 b", add_special_tokens=False).offsets
         for kind, tokenizer in KINDS.items()
     }
     assert len({json.dumps(offsets) for offsets in kinds.values()}) == len(KINDS), kinds
@@ -168,3 +176,11 @@ def test_tokens_beyond_what_a_vocabulary_with_gaps_counts_are_placed_by_offsets(
     tokenised = spelling([Rendered("aabb", ((1, 3),), "a row"), Rendered("aa", ((1, 2),), "a row")])
     assert tokenised.ids.tolist() == [0, 9, 7, 0, 0]
     assert sorted(tokenised.spans) == [(1, 2), (4, 5)]
+
+
+def test_a_tokenizer_that_has_no_token_for_what_it_does_not_know_is_not_asked_what_it_was_not_given() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = ChatTokenizer(TINY.folder, words, None, TINY.eos, None)
+    [(_, _, found)] = encode([("x", [Rendered("a b a", ((2, 5),), "a row")])], tokenizer)
+    assert (found.ids.tolist(), found.spans) == ([0, 1, 0], [(1, 3)])

@@ -45,19 +45,26 @@ async def test_what_is_not_the_api_server_s_list_is_an_error_of_the_api_and_no_c
     assert caught.value.status == 0
 
 
+FIELD = [{"reason": "FieldValueRequired", "message": "Required value", "field": "spec.template"}]
+POLICY = [{"message": "ValidatingAdmissionPolicy 'freeze' denied request: not this week"}]
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("status", "causes", "kind"),
+    ("status", "causes", "message", "kind"),
     [
-        (422, [{"reason": "FieldValueRequired", "message": "Required value", "field": "spec.template"}], InvalidError),
-        (422, [{"message": "ValidatingAdmissionPolicy 'freeze' denied request: not this week"}], ApiError),
-        (422, None, ApiError),
-        (409, [{"reason": "FieldValueInvalid", "field": "metadata.uid"}], ConflictError),
-        (403, [{"field": "spec"}], ApiError),
+        (422, FIELD, 'Job "demo-a0" is invalid', InvalidError),
+        (422, FIELD, 'admission webhook "freeze.example" denied the request: not this week', ApiError),
+        (422, POLICY, "denied", ApiError),
+        (422, None, "denied", ApiError),
+        (409, FIELD, "changed", ConflictError),
+        (403, FIELD, "forbidden", ApiError),
     ],
 )
-async def test_only_what_names_a_field_is_invalid_for_good(status: int, causes: object, kind: type[ApiError]) -> None:
-    answer = {"kind": "Status", "message": "no", "details": {"causes": causes} if causes else "as a proxy may"}
+async def test_only_what_breaks_the_rules_of_its_kind_is_invalid_for_good(
+    status: int, causes: object, message: str, kind: type[ApiError]
+) -> None:
+    answer = {"kind": "Status", "message": message, "details": {"causes": causes} if causes else "as a proxy may"}
     with pytest.raises(ApiError) as caught:
         await KubernetesCluster(Api(json.dumps(answer).encode(), status)).read(JOBS, "team", "demo")
     assert type(caught.value) is kind
