@@ -131,11 +131,6 @@ class Gang:
         return tuple(rank for rank in self.ranks if rank.lost)
 
     @property
-    def is_alive(self) -> bool:
-        """Whether any pod has not ended."""
-        return any(rank.phase not in ("Succeeded", "Failed") for rank in self.ranks)
-
-    @property
     def num_up(self) -> int:
         """Pods that run or have ended well."""
         return sum(rank.phase in ("Running", "Succeeded") and not rank.deleting for rank in self.ranks)

@@ -38,7 +38,7 @@ from nexa_operator.decide import (
     rest,
 )
 from nexa_operator.errors import ApiError, ConflictError, InvalidError, RuntimeUnavailableError
-from nexa_operator.kinds import EVENTS, JOBS, NODES, PODS, SERVICES, TRAINING_JOBS, WORKLOADS
+from nexa_operator.kinds import EVENTS, JOBS, NODES, PODS, TRAINING_JOBS, WORKLOADS
 from nexa_operator.metrics import Metrics
 from nexa_operator.news import LATER_SECONDS
 from nexa_operator.observe import (
@@ -57,7 +57,7 @@ from nexa_operator.observe import (
 )
 from nexa_operator.plan import Defaults, RunPlan, image_of, make_plan
 from nexa_operator.progress import ProgressReader, Target
-from nexa_operator.reading import Body, Ref, condition_of, created_at, is_deleting, label_of, owner_uid
+from nexa_operator.reading import Body, Ref, condition_of, created_at, is_deleting, label_of
 from nexa_operator.runtimes import beside, runtime_of
 from nexa_operator.spec import is_ours, parse
 from nexa_operator.status import (
@@ -370,8 +370,6 @@ class Reconciler:
                 await self._create(key, body, self._plan(key, body, job))
             for room in _rooms_to_remove(key, seen, decision, now=self.clock()):
                 await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
-            if isinstance(decision, Succeed):
-                await self._remove_service(key, body, seen)
         except ConflictError:
             # What this look saw is gone; the next one sees what has its name.
             raise
@@ -399,21 +397,8 @@ class Reconciler:
             )
         for room in seen.rooms:
             await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
-        ending = seen.gang is not None and (seen.gang.deleting or seen.gang.is_alive)  # its ranks may still commit
-        left = bool(gangs or seen.rooms or ending)
-        if not (left or seen.unavailable or isinstance(decision, Expire)):
-            await self._remove_service(key, body, seen)
-        return left
-
-    async def _remove_service(self, key: Key, body: Body, seen: Observed) -> None:
-        """That of the ranks, once none is left to be found. Each that stays costs the others: for every change of a pod
-        the controllers of endpoints go through all Services of its namespace."""
-        if not runtime_of(body).OWN_SERVICE or (seen.gang and seen.gang.is_alive):
-            return
-        name = naming.service_name(key.name)
-        service = await self.cluster.read(SERVICES, key.namespace, name)
-        if service is not None and owner_uid(service) == key.uid and not is_deleting(service):
-            await self.cluster.delete(SERVICES, key.namespace, name, uid=service["metadata"]["uid"])
+        ending = seen.gang is not None and seen.gang.deleting  # its ranks may still commit
+        return bool(gangs or seen.rooms or ending)
 
     def _plan(self, key: Key, body: Body, job: Job) -> RunPlan:
         """Of the attempt on record."""
@@ -492,11 +477,13 @@ class Reconciler:
 
     async def _create(self, key: Key, body: Body, plan: RunPlan) -> None:
         try:
-            for kind, document in runtime_of(body).objects(plan):
-                await self.cluster.create(kind, document)
+            created = [await self.cluster.create(kind, document) for kind, document in runtime_of(body).objects(plan)]
         except InvalidError as exc:
             self._invalid[key] = str(exc)
             raise
+        if created[-1]:
+            said = f"attempt {plan.attempt} with {plan.cluster.num_nodes} pods"
+            await self._tell(key, body, Happening(type="Normal", reason="Created", message=said))
 
     async def _end(self, key: Key, decision: Rest | Expire) -> None:
         if isinstance(decision, Expire):

@@ -91,7 +91,7 @@ def live(lane: Lane, name: str) -> End:
     lane.wait_true(name, "Running", attempt=2)
     lane.play(f"{name}-a2", "Succeeded", exit_code=0, step=10, total_steps=10, loss=1.5, checkpoint=CHECKPOINT)
     lane.wait_true(name, "Succeeded", attempt=2)
-    lane.wait(lambda: len(end(lane, name).children) == 1, "earlier attempts are gone, and the Service")
+    lane.wait(lambda: len(end(lane, name).children) == 2, "earlier attempts are gone")
     return end(lane, name)
 
 
@@ -182,7 +182,7 @@ def undisturbed(lanes: Lanes) -> tuple[Story, End]:
 def test_an_undisturbed_life(undisturbed: tuple[Story, End]) -> None:
     story, ended = undisturbed
     assert (ended.status["phase"], ended.status["attempt"], ended.status["restarts"]) == ("Succeeded", 2, 1)
-    assert ended.children == ["jobs/-a2"]
+    assert ended.children == ["jobs/-a2", "services/-ranks"]
     children = ("jobs/undisturbed-a0", "jobs/undisturbed-a1", "jobs/undisturbed-a2", "services/undisturbed-ranks")
     assert set(story.created) == set(children)
 

@@ -148,10 +148,8 @@ def test_a_job_of_one_second_reports_its_checkpoint_step_and_loss_from_last_word
         "step": 10, "uri": CHECKPOINT.uri, "digest": CHECKPOINT.digest, "weightsDigest": CHECKPOINT.weights_digest,
     }  # fmt: skip
     assert ns.condition("quick", "CheckpointReady")["status"] == "True"
-    ns.wait(lambda: not ns.get("service/quick-ranks"), "nobody is to be found any more")
-    assert ns.get("job/quick-a0")
     reasons = {event["reason"] for event in ns.list("events") if event["involvedObject"]["kind"] == "NexaTrainingJob"}
-    assert {"CheckpointCommitted", "Succeeded"} <= reasons
+    assert {"Created", "CheckpointCommitted", "Succeeded"} <= reasons
     ns.kubectl("patch", "ntj/quick", "--type=merge", '--patch={"spec":{"schedule":{"suspend":true}}}')
     ns.wait(lambda: ns.status("quick")["observedGeneration"] == 2, "the generation is seen, and nothing more", "quick")
     assert ns.condition("quick", "Succeeded")["status"] == "True"

@@ -112,7 +112,7 @@ def test_the_rights_are_exactly_those_that_are_used(helm, namespace, of_the_clus
         *((kind, verb) for kind in ("jobsets", "pytorchjobs") for verb in ("get", "list", "create", "patch", "delete")),
         ("workloads", "list"),
         *(("pods", verb) for verb in ("list", "watch")),
-        *(("services", verb) for verb in ("get", "create", "delete")),
+        *(("services", verb) for verb in ("get", "create")),
         *(("events", verb) for verb in ("create", "list")),
         *(("leases", verb) for verb in ("get", "create", "patch")),
     }

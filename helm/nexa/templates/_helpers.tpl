@@ -58,7 +58,7 @@ app.kubernetes.io/component: operator
   verbs: [list, watch]
 - apiGroups: [""]
   resources: [services]
-  verbs: [get, create, delete] # delete: of a job that is over
+  verbs: [get, create]
 - apiGroups: [""]
   resources: [events]
   verbs: [create, list] # list: why a controller makes no pods

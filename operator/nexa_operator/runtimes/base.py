@@ -33,8 +33,6 @@ class Runtime(Protocol):
     """Of the object that carries a gang."""
     PARTS: tuple[Kind, ...]
     """Of what stands between it and the pods."""
-    OWN_SERVICE: bool
-    """Whether ranks are found by a Service that is Nexa's alone: no controller misses it when they are gone."""
     PROVIDER: str
     """What serves that kind, for people in whose cluster nothing does."""
     CONTAINER: str

@@ -18,7 +18,6 @@ from nexa_operator.runtimes.base import Object, State, failure_of, is_suspended
 
 KIND = JOBS
 PARTS: tuple[Kind, ...] = ()
-OWN_SERVICE = True
 PROVIDER = "Kubernetes"
 CONTAINER = pod.CONTAINER
 

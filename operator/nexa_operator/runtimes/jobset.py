@@ -17,7 +17,6 @@ from nexa_operator.runtimes.base import Object, State, failure_of, is_suspended
 
 KIND = JOBSETS
 PARTS: tuple[Kind, ...] = (JOBS,)
-OWN_SERVICE = False  # until it has ended, its controller would make one of its own in the place of ours
 PROVIDER = "JobSet (jobset.sigs.k8s.io)"
 CONTAINER = pod.CONTAINER
 

@@ -25,7 +25,6 @@ from nexa_train.config.protocol import ENV_NODE_INDEX
 
 KIND = PYTORCHJOBS
 PARTS: tuple[Kind, ...] = ()
-OWN_SERVICE = False
 PROVIDER = "Kubeflow's training-operator"
 CONTAINER = "pytorch"
 """The only name that training-operator accepts."""

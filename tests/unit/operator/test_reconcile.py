@@ -9,7 +9,7 @@ import pytest
 
 from nexa_operator import naming
 from nexa_operator.errors import ApiError, InvalidError
-from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, NODES, PODS, SERVICES, TRAINING_JOBS, Kind
+from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, NODES, PODS, TRAINING_JOBS, Kind
 from nexa_operator.reconcile import Key
 from tests.unit.operator.builders import UID, body, condition, ended, words
 from tests.unit.operator.world import Operator, World
@@ -37,8 +37,6 @@ async def running(**groups: Any) -> Operator:
 
 def complete(world: World, gang: str = "demo-a0") -> None:
     world.objects[JOBS.plural, gang]["status"] = {"conditions": [condition("Complete")]}
-    for name in world.names(PODS):
-        world.objects[PODS.plural, name]["status"]["phase"] = "Succeeded"
 
 
 def broken(world: World, gang: str = "demo-a0") -> None:
@@ -72,57 +70,6 @@ async def test_a_job_is_over_once_a_look_has_seen_that_nothing_is_left() -> None
     assert not operator.reconciler.is_over(operator.key)
     await operator.look()
     assert operator.reconciler.is_over(operator.key)
-
-
-async def test_the_service_of_a_job_that_is_over_goes_once_no_rank_is_left_and_nobody_else_s() -> None:
-    operator = await running()
-    complete(operator.world)
-    last = operator.world.objects[PODS.plural, max(operator.world.names(PODS))]["status"]
-    last["phase"] = "Running"
-    await operator.look()
-    await operator.look()
-    assert operator.world.names(SERVICES) == ["demo-ranks"], "its last rank is still to be found"
-    assert not operator.reconciler.is_over(operator.key)
-    last["phase"] = "Succeeded"
-    await operator.look()
-    assert operator.world.names(SERVICES) == []
-    assert operator.world.names(JOBS) == ["demo-a0"], "its pods' logs stay"
-
-    operator = await running(schedule={"activeDeadlineSeconds": 60})
-    operator.world.keeps = True
-    operator.world.pass_seconds(61)
-    await operator.look()
-    await operator.look()
-    assert operator.world.names(SERVICES) == ["demo-ranks"], "its ranks still commit"
-    operator.world.remove(JOBS)
-    await operator.look()
-    assert operator.world.names(SERVICES) == []
-
-    service = {"metadata": {"name": "demo-ranks", "ownerReferences": [{"uid": "another", "controller": True}]}}
-    operator.world.put(SERVICES, service)
-    await operator.look()
-    assert operator.world.names(SERVICES) == ["demo-ranks"]
-
-
-async def test_the_service_of_a_job_whose_operator_was_killed_as_it_ended_goes_at_the_next_one_s_first_look() -> None:
-    operator = await running()
-    complete(operator.world)
-    service = operator.world.objects[SERVICES.plural, "demo-ranks"]
-    await operator.look()
-    assert operator.world.names(SERVICES) == []
-    operator.world.put(SERVICES, service)
-    await Operator(operator.world).look()
-    assert operator.world.names(SERVICES) == []
-
-
-async def test_a_jobset_s_service_goes_with_the_job_for_its_controller_would_make_another() -> None:
-    operator = Operator(World(), schedule={"runtime": "jobset"})
-    await operator.look()
-    operator.world.objects[JOBSETS.plural, "demo-a0"]["status"] = {"conditions": [condition("Completed")]}
-    for _ in range(2):
-        await operator.look()
-    assert "Succeeded" in operator.true()
-    assert operator.world.names(SERVICES) == ["demo-ranks"]
 
 
 async def test_a_job_whose_gang_cannot_be_seen_is_not_over_and_what_runs_of_it_is_ended_when_it_can() -> None:
