@@ -88,6 +88,16 @@ def told(pipeline: TrainingPipeline) -> tuple[str, int, int | None]:
     return progress.phase, progress.step, progress.checkpoint.step if progress.checkpoint else None
 
 
+def test_what_became_of_the_rows_is_in_the_manifest(runs: Runs) -> None:
+    run = runs.make(**SHORT, model={"max_seq_len": 17}, data={"validation": {}})
+    pipeline_of(run).run()
+    audit = run.manifests[-1].dataset["audit"]["train"]
+    assert audit["rows"] == 96 == audit["samples"] + audit["dropped"]
+    assert 0 < audit["dropped"] < 96
+    assert 0 < audit["truncated"] <= audit["samples"]
+    assert 0 < audit["targets"] < audit["tokens"]
+
+
 def test_training_goes_on_during_a_save_and_the_next_save_waits_for_it(runs: Runs) -> None:
     run, plain = runs.make(**SHORT), runs.make(**SHORT)
     pipeline_of(plain).run()
