@@ -131,8 +131,8 @@ def _make(
     rows = _rendered(spec, tokenizer, raw, held_out, a_row)
     with ExitStack() as stack:
         splits = {split: stack.enter_context(_Split(folder, split)) for split in SPLITS}
-        for split, rendered, tokenised in encode(_chunks(rows), tokenizer):
-            splits[split].add(mask(rendered, tokenised, tokenizer, limit=spec.model.max_seq_len, a_row=a_row))
+        for split, tokenised in encode(_chunks(rows), tokenizer):
+            splits[split].add(mask(tokenised, tokenizer, limit=spec.model.max_seq_len, a_row=a_row))
         return {split: each.lay_out(spec, a_row) for split, each in splits.items()}
 
 

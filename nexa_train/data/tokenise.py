@@ -58,9 +58,7 @@ class Tokenised:
     spans: list[tuple[int, int]]
 
 
-def encode(
-    chunks: Iterable[tuple[Key, list[Rendered]]], tokenizer: ChatTokenizer
-) -> Iterator[tuple[Key, list[Rendered], Tokenised]]:
+def encode(chunks: Iterable[tuple[Key, list[Rendered]]], tokenizer: ChatTokenizer) -> Iterator[tuple[Key, Tokenised]]:
     """Tokenise chunks of texts, several at once while the caller deals with those before; in their order.
 
     The tokenizer works without the interpreter's lock, so a thread a core is enough. Its own threads stay off: they
@@ -69,18 +67,18 @@ def encode(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     cores = len(os.sched_getaffinity(0))
     tokenised = Spelling.of(tokenizer) or partial(by_offsets, tokenizer)
-    waiting: deque[tuple[Key, list[Rendered], Future[Tokenised]]] = deque()
+    waiting: deque[tuple[Key, Future[Tokenised]]] = deque()
     with ThreadPoolExecutor(cores) as workers:
         for key, rendered in chunks:
-            waiting.append((key, rendered, workers.submit(tokenised, rendered)))
+            waiting.append((key, workers.submit(tokenised, rendered)))
             if len(waiting) > cores:
                 yield _finished(waiting.popleft())
         while waiting:
             yield _finished(waiting.popleft())
 
 
-def _finished(chunk: tuple[Key, list[Rendered], Future[Tokenised]]) -> tuple[Key, list[Rendered], Tokenised]:
-    return chunk[0], chunk[1], chunk[2].result()
+def _finished(chunk: tuple[Key, Future[Tokenised]]) -> tuple[Key, Tokenised]:
+    return chunk[0], chunk[1].result()
 
 
 def by_offsets(tokenizer: ChatTokenizer, rendered: list[Rendered]) -> Tokenised:
@@ -187,9 +185,7 @@ class Spelling:
         return bytes(BYTES[char] for char in spelt) if spelt and BYTES.keys() >= set(spelt) else NO_TEXT
 
 
-def mask(
-    rendered: list[Rendered], tokenised: Tokenised, tokenizer: ChatTokenizer, *, limit: int, a_row: int
-) -> Samples:
+def mask(tokenised: Tokenised, tokenizer: ChatTokenizer, *, limit: int, a_row: int) -> Samples:
     """Ids and targets. A token is learnt if it begins inside a learnt span; the first one never is.
 
     Args:
