@@ -57,7 +57,8 @@ class AxolotlBackend(TorchBackend):
         keep_trainable(self.trainer.model)
         self.lora = _peft_config(self.trainer.model)
         self.causal = self.trainer.model if self.lora is None else self.trainer.model.get_base_model()
-        self._check_targets()
+        if not isinstance(tuning := self.context.spec.tuning, FullTuning):
+            check_targets(tuning, self.causal)
         shapes = {name: tuple(weight.shape) for name, weight in self._trained().items()}
         self.trainer.prepare(self.context)
         if self.trainer.is_deepspeed_enabled:
@@ -114,14 +115,6 @@ class AxolotlBackend(TorchBackend):
         # Not `save_pretrained`, which writes on one rank alone.
         save_file({name: weight.data for name, weight in model.named_parameters()}, made / "model.safetensors")
         return made
-
-    def _check_targets(self) -> None:
-        tuning = self.context.spec.tuning
-        if isinstance(tuning, FullTuning):
-            return
-        linear = (name for name, module in self.causal.named_modules() if isinstance(module, nn.Linear))
-        layers = [name.removesuffix(".base_layer").rpartition(".")[2] for name in linear if ".lora_" not in name]
-        check_targets(tuning, [layer for layer in layers if layer != "lm_head"])
 
 
 def _complaints(exc: ValidationError) -> str:

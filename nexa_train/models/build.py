@@ -5,7 +5,6 @@ Comes after `locate.py`; the backends call it. The same seed gives the same fres
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Union
@@ -85,26 +84,26 @@ def lora_config(tuning: LoraTuning | QloraTuning, model: nn.Module) -> LoraConfi
     Raises:
         ConfigError: a target matches no linear layer.
     """
-    names = sorted(name for name in _linear_layers(model) if not name.endswith("lm_head"))
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    check_targets(tuning, leaves)
+    leaves = check_targets(tuning, model)
     from peft import LoraConfig  # noqa: PLC0415 - seconds to import, and full tuning does without
 
     # Names in place of PEFT's word, which it understands of transformers' models alone.
     return LoraConfig(**lora_arguments(tuning) | {"target_modules": list(tuning.target_modules) or leaves})
 
 
-def check_targets(tuning: LoraTuning | QloraTuning, layers: Iterable[str]) -> None:
-    """Whether each layer that adapters are asked for is one of the model's linear `layers`.
+def check_targets(tuning: LoraTuning | QloraTuning, model: nn.Module) -> list[str]:
+    """What the linear layers but the head are called, sorted; of a model that has its adapters already, too.
 
     Raises:
-        ConfigError: it is not; names those that are.
+        ConfigError: adapters are asked for where there is no such layer; names those that are.
     """
-    there = sorted(set(layers))
+    linear = (name.removesuffix(".base_layer") for name in _linear_layers(model) if ".lora_" not in name)
+    there = sorted({name.rpartition(".")[2] for name in linear if not name.endswith("lm_head")})
     if missing := [target for target in tuning.target_modules if target not in there]:
         raise ConfigError(
             f"tuning.target_modules: {', '.join(missing)} match no linear layer; this model has {', '.join(there)}"
         )
+    return there
 
 
 def inject_adapters(config: LoraConfig, model: Causal) -> None:
