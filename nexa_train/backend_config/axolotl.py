@@ -197,12 +197,14 @@ def _not_sharded(spec: JobSpec, plan: TrainPlan) -> str:
     if spec.cluster.gpus_per_node == 0:
         # accelerate 1.13, state.py: on a CPU neither becomes the type of a distributed run.
         return "needs GPUs, on a CPU accelerate would shard nothing; use none"
+    if spec.tuning.type == "qlora":
+        return "takes tuning.type full and lora in this version, not qlora; use none"
     if spec.axolotl.sharding == "fsdp":
-        return "takes tuning.type full and lora in this version, not qlora" * (spec.tuning.type == "qlora")
+        return ""
     if spec.deepspeed.zero_stage == 3:
         return "takes deepspeed.zero_stage 1 and 2 in this version, not 3; use those, or fsdp"
-    if spec.method.type != "sft" or spec.tuning.type == "qlora":
-        return "takes method.type sft with tuning.type full and lora in this version; use none, or fsdp"
+    if spec.method.type != "sft":
+        return "takes method.type sft in this version; use none, or fsdp"
     return ""
 
 
