@@ -132,13 +132,14 @@ class Spelling:
     @classmethod
     def of(cls, tokenizer: ChatTokenizer) -> Spelling | None:
         """None: this tokenizer's tokens spell something else, or its offsets leave white space out."""
+        try:
+            tokenizer.fast.encode(PROBE, add_special_tokens=False)
+        except Exception:  # noqa: BLE001 - the Rust library's, of one that lacks a token for what it does not know
+            return None
         spelling = cls(tokenizer)
         probe = [Rendered(PROBE, ((at, len(PROBE)),), "") for at in range(len(PROBE))]
-        try:
-            found, rewritten = spelling._spelt(probe)
-            fits = not rewritten and found.spans == by_offsets(tokenizer, probe).spans
-        except Exception:  # noqa: BLE001 - the Rust library's, of one that lacks a token for what it does not know
-            fits = False
+        found, rewritten = spelling._spelt(probe)
+        fits = not rewritten and found.spans == by_offsets(tokenizer, probe).spans
         return spelling if fits else None
 
     def __call__(self, rendered: list[Rendered]) -> Tokenised:
