@@ -25,7 +25,7 @@ OPERATOR_NAMESPACE = "nexa-system"
 OPERATOR_USER = f"system:serviceaccount:{OPERATOR_NAMESPACE}:nexa"
 IMAGE = "trainer:benchmark"
 
-_JOBS, _SERVICES = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/services"
+_JOBS = "/apis/batch/v1/namespaces/{}/jobs"
 _PYTORCH_JOBS = "/apis/kubeflow.org/v1/namespaces/{}/pytorchjobs"
 _TRAINING_JOBS = f"/apis/{GROUP}/{VERSION}/namespaces/{{}}/{PLURAL}"
 
@@ -42,24 +42,17 @@ def plain() -> Side:
 
 
 def by_hand() -> Side:
-    """The very Job and headless Service that Nexa makes: ranks find each other, nobody looks after them."""
+    """The very Job that Nexa makes: ranks find each other, nobody looks after them."""
 
-    def made(name: str) -> tuple[Object, Object]:
-        job = job_from_object(_training_job(name))
-        plan = make_plan(job, owner_uid=name, attempt=0, defaults=Defaults(image=IMAGE))
-        service, gang = (body for _, body in job_runtime.objects(plan))
-        for each in (service, gang):
-            del each["metadata"]["ownerReferences"]
+    def job(name: str) -> Object:
+        described = job_from_object(_training_job(name))
+        plan = make_plan(described, owner_uid=name, attempt=0, defaults=Defaults(image=IMAGE))
+        ((_, gang),) = job_runtime.objects(plan)
+        del gang["metadata"]["ownerReferences"]
         gang["metadata"]["name"] = name
-        return service, gang
+        return gang
 
-    return Side(
-        "the same by hand",
-        _JOBS,
-        job=lambda name: made(name)[1],
-        ended=_complete,
-        beside=lambda name: {_SERVICES: made(name)[0]},
-    )
+    return Side("the same by hand", _JOBS, job, _complete)
 
 
 def nexa() -> Side:

@@ -42,7 +42,6 @@ class Side:
         path: where jobs are created and watched, `{}` for the namespace.
         job: the job of that name.
         ended: whether it got where it is measured to.
-        beside: what is created together with it, by its path.
         begin: starts what a bare control plane lacks; None: nothing is lacking.
     """
 
@@ -50,7 +49,6 @@ class Side:
     path: str
     job: Callable[[str], Object]
     ended: Callable[[Object], bool]
-    beside: Callable[[str], dict[str, Object]] = lambda name: {}
     begin: Callable[[ControlPlane], Process] | None = None
 
 
@@ -136,13 +134,14 @@ def _processor_seconds(plane: ControlPlane) -> dict[str, float]:
 async def _submit_and_watch(plane: ControlPlane, side: Side, load: Load, turn: Turn) -> None:
     free, slots = asyncio.Semaphore(load.unfinished), asyncio.Semaphore(CREATES_AT_ONCE)
     # Made before the clock starts: both sides share their processors with this program.
-    requests = {name: _requests(side, name) for name in (f"job-{number:05}" for number in range(load.num_jobs))}
+    requests = {
+        name: json.dumps(side.job(name)).encode() for name in (f"job-{number:05}" for number in range(load.num_jobs))
+    }
     async with _session(plane) as api:
 
         async def create(name: str) -> None:
             turn.created[name] = time.monotonic()
-            for where, body in requests[name]:
-                await _create(api, where, body)
+            await _create(api, side.path.format(NAMESPACE), requests[name])
             slots.release()
 
         async def submit() -> None:
@@ -172,11 +171,6 @@ async def _submit_and_watch(plane: ControlPlane, side: Side, load: Load, turn: T
         except* TimeoutError:
             message = f"{side.name}: no job ended for {STALLED_SECONDS} s; {len(turn.ended)} of {load.num_jobs} had"
             raise SystemExit(message) from None
-
-
-def _requests(side: Side, name: str) -> list[tuple[str, bytes]]:
-    created = (*side.beside(name).items(), (side.path, side.job(name)))
-    return [(where.format(NAMESPACE), json.dumps(body).encode()) for where, body in created]
 
 
 @asynccontextmanager

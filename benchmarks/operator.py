@@ -189,7 +189,7 @@ def _of_operator(audit: Iterable[Object]) -> Iterable[Object]:
 
 
 def _job_of(ref: Object) -> str:
-    """Children and events are called after their job: NAME, NAME-a0, NAME-ranks, NAME.DIGEST."""
+    """Children and events are called after their job: NAME, NAME-a0, NAME.DIGEST."""
     return "-".join(str(ref["name"]).partition(".")[0].split("-")[:2])
 
 

@@ -93,7 +93,7 @@ def _until(work: RankWork, folder: Path, reached: Callable[[Progress], bool]) ->
     """Start a rank as the launcher does, and kill it where it is; seconds until then."""
     rundir = RunDir(folder)
     rundir.write_run(work.to_dict())
-    command = rank_command(rundir.path, Node(), run_id=work.job.run_id)
+    command = rank_command(rundir.path, Node(), run_id=work.job.run_id, store_uri=work.store_uri)
     with _running(command, rank_environment(work, Node()), folder / "log") as process:
         start = time.perf_counter()
         while process.poll() is None and time.perf_counter() - start < LIMIT_SECONDS:

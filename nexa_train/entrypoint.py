@@ -25,6 +25,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -34,7 +35,9 @@ from nexa_train.config import Job
 from nexa_train.config.load import job_from_object
 from nexa_train.config.protocol import (
     ENV_ATTEMPT,
+    ENV_GANG,
     ENV_JOB,
+    ENV_NODE_ADDRESS,
     ENV_NODE_INDEX,
     ENV_NUM_NODES,
     ENV_OUT_OF_MEMORY,
@@ -46,6 +49,7 @@ from nexa_train.config.protocol import (
     Termination,
 )
 from nexa_train.errors import ConfigError, NexaError, StoppedError
+from nexa_train.launch.meeting import Meeting
 from nexa_train.launch.node import Node, adopt_environment, failed_outcome, run_node
 from nexa_train.launch.tail import Tail
 from nexa_train.rundir import RunDir
@@ -106,10 +110,24 @@ def read_environment(environment: Mapping[str, str]) -> tuple[Job, Node]:
     if not 0 <= index < node_count:
         raise ConfigError(f"environment: {ENV_NODE_INDEX} is {index}, expected 0 to {node_count - 1}")
     job = job_from_object(body)
-    endpoint = environment.get(ENV_RDZV_ENDPOINT)
-    if node_count > 1 and not endpoint:
-        raise ConfigError(f"environment: {ENV_RDZV_ENDPOINT} is not set, and {node_count} nodes must meet somewhere")
-    return job, Node(index, node_count, job.spec.cluster.ranks_per_node, endpoint or None, attempt, out_of_memory)
+    endpoint = _endpoint(environment, node_count) if node_count > 1 else None
+    return job, Node(index, node_count, job.spec.cluster.ranks_per_node, endpoint, attempt, out_of_memory)
+
+
+def _endpoint(environment: Mapping[str, str], node_count: int) -> str | Meeting:
+    """Where node 0 is, or how it is found."""
+    if endpoint := environment.get(ENV_RDZV_ENDPOINT):
+        return endpoint
+    gang, address = environment.get(ENV_GANG), environment.get(ENV_NODE_ADDRESS)
+    if not gang or not address:
+        raise ConfigError(
+            f"environment: {ENV_RDZV_ENDPOINT} is not set, nor are both {ENV_GANG} and {ENV_NODE_ADDRESS}, and "
+            f"{node_count} nodes must meet somewhere"
+        )
+    try:
+        return Meeting(gang, str(ip_address(address)))
+    except ValueError:
+        raise ConfigError(f"environment: {ENV_NODE_ADDRESS} is {address!r}, expected an IP address") from None
 
 
 def read_port(environment: Mapping[str, str]) -> int:

@@ -10,7 +10,9 @@ The operator puts these variables into each pod:
 | NEXA_ATTEMPT | number of the attempt, from 0 |
 | NEXA_NUM_NODES | pods of the gang |
 | NEXA_OUT_OF_MEMORY_ATTEMPT | the last attempt, where a pod of it was killed for memory and could not say so itself |
-| NEXA_RDZV_ENDPOINT | host:port of pod 0, where torchrun's c10d rendezvous listens |
+| NEXA_RDZV_ENDPOINT | host:port of pod 0, where torchrun listens; none: the pods meet in the artifact store |
+| NEXA_GANG | then: a name that no other gang ever has, the UID of what made the pods |
+| NEXA_NODE_ADDRESS | and: the pod's own IP address |
 | JOB_COMPLETION_INDEX | this node's index; an indexed Job sets it, elsewhere the pod's label does |
 | NEXA_IMAGE | the image as the pod names it, for the manifest |
 | NEXA_PROGRESS_PORT | where to serve progress; default 8080, 0: any free port |
@@ -28,6 +30,8 @@ ENV_ATTEMPT = "NEXA_ATTEMPT"
 ENV_NUM_NODES = "NEXA_NUM_NODES"
 ENV_OUT_OF_MEMORY = "NEXA_OUT_OF_MEMORY_ATTEMPT"
 ENV_RDZV_ENDPOINT = "NEXA_RDZV_ENDPOINT"
+ENV_GANG = "NEXA_GANG"
+ENV_NODE_ADDRESS = "NEXA_NODE_ADDRESS"
 ENV_IMAGE = "NEXA_IMAGE"
 ENV_PROGRESS_PORT = "NEXA_PROGRESS_PORT"
 ENV_NODE_INDEX = "JOB_COMPLETION_INDEX"

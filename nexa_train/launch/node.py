@@ -31,6 +31,7 @@ from nexa_train.errors import ConfigError, NexaError, StoppedError
 from nexa_train.launch import watchdog
 from nexa_train.launch.guard import guarded
 from nexa_train.launch.installed import check_installed
+from nexa_train.launch.meeting import Meeting
 from nexa_train.launch.memory import (
     out_of_memory_kills,
     remember_attempt_too_large,
@@ -54,12 +55,13 @@ _TORCHRUN_S_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PO
 
 @dataclass(frozen=True)
 class Node:
-    """This node's place in the gang. One node: the launcher needs no rendezvous address."""
+    """This node's place in the gang."""
 
     index: int = 0
     count: int = 1
     ranks: int = 1
-    endpoint: str | None = None
+    endpoint: str | Meeting | None = None
+    """host:port of node 0, or how it is found; None: there is no other node."""
     attempt: int = 0
     out_of_memory_attempt: int | None = None
     """An earlier one that was killed for memory as a whole, before it could note with how many sequences."""
@@ -256,7 +258,7 @@ def _start(work: RankWork, node: Node, rundir: RunDir, output: IO[bytes] | None)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         return subprocess.Popen(
-            rank_command(rundir.path, node, run_id=work.job.run_id),
+            rank_command(rundir.path, node, run_id=work.job.run_id, store_uri=work.store_uri),
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             env=rank_environment(work, node),
@@ -266,19 +268,25 @@ def _start(work: RankWork, node: Node, rundir: RunDir, output: IO[bytes] | None)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def rank_command(folder: Path, node: Node, *, run_id: str) -> list[str]:
+def rank_command(folder: Path, node: Node, *, run_id: str, store_uri: str) -> list[str]:
     """How the ranks of one node are started: torchrun, or the one rank itself. Pure."""
+    ranks = ["-m", "nexa_train.rank", str(folder)]
     if node.count * node.ranks == 1:
-        return [sys.executable, "-m", "nexa_train.rank", str(folder)]
-    rendezvous = (
-        ["--standalone"]
-        if node.endpoint is None
-        else ["--rdzv-backend=c10d", f"--rdzv-endpoint={node.endpoint}", f"--rdzv-id={run_id}-a{node.attempt}"]
-    )
+        return [sys.executable, *ranks]
     shape = [f"--nnodes={node.count}", f"--nproc-per-node={node.ranks}", "--max-restarts=0"]
     shape.append(f"--log-dir={folder / 'torchrun'}")  # else in a folder of its own, which a killed torchrun leaves
-    module = ["-m", "nexa_train.rank", str(folder)]
-    return [sys.executable, "-m", "nexa_train.launch.torchrun", *shape, *rendezvous, *module]
+    rendezvous = _rendezvous(node, run_id=run_id, store_uri=store_uri)
+    return [sys.executable, "-m", "nexa_train.launch.torchrun", *rendezvous, *shape, *ranks]
+
+
+def _rendezvous(node: Node, *, run_id: str, store_uri: str) -> list[str]:
+    """The static one: node 0 has the first ranks, whatever its name. c10d's sorts nodes by name."""
+    if node.endpoint is None:
+        return ["--standalone"]
+    static = ["--rdzv-backend=static", f"--node-rank={node.index}", f"--rdzv-id={run_id}-a{node.attempt}"]
+    if isinstance(node.endpoint, Meeting):
+        return [*node.endpoint.arguments(store_uri, run_id, node.index), *static]
+    return [f"--rdzv-endpoint={node.endpoint}", *static]
 
 
 def check_devices(job: Job, node: Node) -> None:
@@ -433,7 +441,8 @@ def _watch(
     if outcomes:
         return outcomes[0]
     if node.count > 1 and not rundir.beats():
-        said = f"no rank began: not all {node.count} nodes came to the rendezvous at {node.endpoint}"
+        where = "in the artifact store" if isinstance(node.endpoint, Meeting) else f"at {node.endpoint}"
+        said = f"no rank began: not all {node.count} nodes came to the rendezvous {where}"
         return _ended(work, progress, 1, NOT_MET, said)
     return _killed(work, progress, code)
 

@@ -17,6 +17,8 @@ from nexa_train.config.protocol import (
 )
 from nexa_train.config.spec import ClusterSpec
 
+S3 = "s3://"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
@@ -37,7 +39,8 @@ class RunPlan:
     run_id: str
     attempt: int
     name: str
-    service: str
+    service: str | None
+    """The headless Service by which the pods find pod 0; None: there is one pod, or they meet in the artifact store."""
     image: str
     cluster: ClusterSpec
     min_pods: int
@@ -83,7 +86,7 @@ def make_plan(
         run_id=job.run_id,
         attempt=attempt,
         name=naming.gang_name(name, attempt),
-        service=naming.service_name(name),
+        service=_service(job),
         image=image,
         cluster=job.spec.cluster,
         min_pods=min(job.spec.cluster.num_nodes, least or job.spec.cluster.num_nodes),
@@ -100,6 +103,17 @@ def make_plan(
         excluded_nodes=excluded_nodes,
         queue=job.spec.schedule.queue_name,
     )
+
+
+def _service(job: Job) -> str | None:
+    """Pods have names where meeting in the artifact store does not do.
+
+    A folder that nodes share may show a new file late (NFS: up to a minute). And a queue may start the same gang again
+    with other pods, which would find what their forerunners said.
+    """
+    has_bucket, is_queued = job.spec.artifacts.uri.startswith(S3), job.spec.schedule.queue_name is not None
+    needed = job.spec.cluster.num_nodes > 1 and (is_queued or not has_bucket)
+    return naming.service_name(job.metadata.name) if needed else None
 
 
 def image_of(job: Job, defaults: Defaults) -> str:
@@ -137,4 +151,4 @@ def _storage(job: Job, defaults: Defaults) -> str | None:
     if named or not defaults.storage:
         return named
     uris = (job.spec.artifacts.uri, job.spec.data.remote_uri, job.spec.data.validation.uri or "")
-    return defaults.storage if any(uri.startswith("s3://") for uri in uris) else None
+    return defaults.storage if any(uri.startswith(S3) for uri in uris) else None

@@ -170,6 +170,34 @@ def test_ranks_find_each_other_on_every_runtime_and_train_to_the_same_weights(
     assert status["checkpoint"]["weightsDigest"] == trained["checkpoint"]["weightsDigest"]
 
 
+@pytest.fixture
+def claim(product: Product, tmp_path: Path) -> Iterator[str]:
+    """Of a folder of the node's, which any number of pods may write to."""
+    tmp_path.chmod(0o777)
+    name, modes = "shared-artifacts", ["ReadWriteMany"]
+    size = {"storage": "1Gi"}
+    volume = {"capacity": size, "accessModes": modes, "hostPath": {"path": str(tmp_path)}, "storageClassName": ""}
+    claim = {"accessModes": modes, "resources": {"requests": size}, "storageClassName": "", "volumeName": name}
+    for kind, spec in (("PersistentVolume", volume), ("PersistentVolumeClaim", claim)):
+        product.apply({"apiVersion": "v1", "kind": kind, "metadata": {"name": name}, "spec": spec})
+    yield name
+    product.cluster.kubectl("delete", f"pvc/{name}", f"pv/{name}", "--wait=false")
+
+
+def test_ranks_that_share_a_folder_find_each_other_by_name_and_train_to_the_same_weights(
+    product: Product, trained: dict[str, Any], claim: str, tmp_path: Path
+) -> None:
+    document = example("in-a-folder")
+    document["spec"]["artifacts"] = {"uri": "/mnt/artifacts", "storage": "default"}
+    volume = {"name": "artifacts", "mountPath": "/mnt/artifacts", "claim": claim, "readOnly": False}
+    document["spec"]["cluster"]["volumes"] = [volume]
+    status = wait_ended(product.cluster, product.apply(document))
+    assert condition(status, "Succeeded")["status"] == "True", status
+    assert status["checkpoint"]["weightsDigest"] == trained["checkpoint"]["weightsDigest"]
+    assert product.nexa("verify", str(tmp_path)).returncode == 0
+    product.cluster.kubectl("delete", "ntj/in-a-folder", "--wait=true")
+
+
 def test_the_trainers_pods_hold_no_credentials_of_the_cluster(product: Product, trained: dict[str, Any]) -> None:
     for pod in product.pods("two-ranks"):
         assert pod["spec"]["automountServiceAccountToken"] is False

@@ -134,6 +134,15 @@ class Namespace:
         )
 
 
+NAMED = {
+    "artifacts": {"uri": "/mnt/models"},
+    "cluster": {
+        "volumes": [{"name": "models", "mountPath": "/mnt/models", "claim": "models", "readOnly": False}],
+    },
+}
+"""Pods of such a job find each other by the names that a Service gives them."""
+
+
 def manifest(name: str, *, nodes: int = 2, **spec: Any) -> dict[str, Any]:
     """A small valid job; a keyword replaces or adds a group."""
     return {

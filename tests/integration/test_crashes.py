@@ -23,7 +23,7 @@ import pytest
 from tests.cluster.api_proxy import FAULTS, Fault, Story, What
 from tests.cluster.cluster import Cluster
 from tests.cluster.errors import TimedOut
-from tests.integration.harness import CHECKPOINT, prepare_operator
+from tests.integration.harness import CHECKPOINT, NAMED, prepare_operator
 from tests.integration.lane import Lane, conditions, new_lane
 
 pytestmark = pytest.mark.integration
@@ -76,7 +76,7 @@ class End:
 
 def live(lane: Lane, name: str) -> End:
     """One life, and what it came to."""
-    lane.submit(name)
+    lane.submit(name, **NAMED)  # with a Service there is one more write to be killed at
     lane.play(f"{name}-a0", "Running")
     lane.wait_true(name, "Running")
     reached = CHECKPOINT.model_copy(update={"step": 5})

@@ -16,6 +16,7 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.run import wait_until
 from tests.integration.harness import (
     CHECKPOINT,
+    NAMED,
     RELEASE_NAMESPACE,
     Namespace,
     Operator,
@@ -43,18 +44,40 @@ def ns(control_plane: Cluster, operator: Operator) -> Iterator[Namespace]:
         yield namespace
 
 
-def test_a_job_becomes_a_service_and_an_indexed_job_that_it_owns(ns):
+def test_a_job_becomes_an_indexed_job_that_it_owns(ns):
     ns.submit("plain")
     gang = ns.wait(lambda: ns.get("job/plain-a0"), "the gang's Job")
-    service = ns.get("service/plain-ranks")
-    owner = ns.job("plain")
-    for child in (gang, service):
-        (reference,) = child["metadata"]["ownerReferences"]
-        assert (reference["uid"], reference["controller"]) == (owner["metadata"]["uid"], True)
+    assert_owned(ns, "plain", gang)
     assert gang["spec"]["completions"] == gang["spec"]["parallelism"] == 2
     assert gang["spec"]["podReplacementPolicy"] == "TerminatingOrFailed"
-    assert service["spec"]["clusterIP"] == "None"
     assert ns.wait_true("plain", "Queued")["reason"] in ("Creating", "PodsPending")
+    for pod in ns.wait_pods("plain-a0", 2):
+        (container,) = pod["spec"]["containers"]
+        fields = {
+            item["name"]: item["valueFrom"]["fieldRef"]["fieldPath"] for item in container["env"] if "valueFrom" in item
+        }
+        assert fields["NEXA_NODE_ADDRESS"] == "status.podIP"
+        label = fields["NEXA_GANG"].removeprefix("metadata.labels['").removesuffix("']")
+        assert pod["metadata"]["labels"][label] == gang["metadata"]["uid"], "a name that no other gang ever has"
+    assert not ns.list("services")
+
+
+def test_pods_that_may_share_no_bucket_are_given_names_by_a_service(ns):
+    ns.submit("named", **NAMED)
+    gang = ns.wait(lambda: ns.get("job/named-a0"), "the gang's Job")
+    service = ns.get("service/named-ranks")
+    assert_owned(ns, "named", gang, service)
+    assert service["spec"]["clusterIP"] == "None"
+    for pod in ns.wait_pods("named-a0", 2):
+        assert pod["spec"]["subdomain"] == "named-ranks"
+        assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+
+
+def assert_owned(ns: Namespace, name: str, *children: Any) -> None:
+    owner = ns.job(name)["metadata"]["uid"]
+    for child in children:
+        (reference,) = child["metadata"]["ownerReferences"]
+        assert (reference["uid"], reference["controller"]) == (owner, True)
 
 
 def test_the_object_carries_no_finalizer_and_no_annotation_of_the_operator(ns):

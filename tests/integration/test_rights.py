@@ -16,6 +16,7 @@ from tests.cluster.run import wait_until
 from tests.integration.audit import Log, granted
 from tests.integration.harness import (
     CHECKPOINT,
+    NAMED,
     OPERATOR_USER,
     RELEASE_NAMESPACE,
     Namespace,
@@ -74,7 +75,7 @@ def stage(request, control_plane: Cluster, tmp_path_factory: pytest.TempPathFact
 def played(stage: Stage) -> Stage:
     """All an operator does: start, suspend, resume, restart, succeed, expire, hold, find a name taken, explain."""
     ns = stage.ns
-    ns.submit("whole", schedule={"ttlSecondsAfterFinished": 1}, recovery={"maxRestarts": 3})
+    ns.submit("whole", **NAMED, schedule={"ttlSecondsAfterFinished": 1}, recovery={"maxRestarts": 3})
     for pod in ns.wait_pods("whole-a0", 2):
         ns.play_kubelet(pod, "Running")
     ns.wait_true("whole", "Running")

@@ -22,7 +22,7 @@ from tests.cluster.controllers import start_jobset, start_kueue, start_training_
 from tests.cluster.process import Process
 from tests.cluster.run import wait_until
 from tests.integration.audit import Log, granted
-from tests.integration.harness import OPERATOR_USER, Namespace, Operator, new_namespace, prepare_operator
+from tests.integration.harness import NAMED, OPERATOR_USER, Namespace, Operator, new_namespace, prepare_operator
 
 pytestmark = pytest.mark.integration
 
@@ -162,7 +162,16 @@ def test_every_pod_passes_the_restricted_standard_and_knows_its_place(anywhere):
     if anywhere.runtime == "pytorchjob":
         assert anywhere.wait(lambda: anywhere.get("service/strict-a0-worker-0"), "the first pod's Service")
     else:
-        assert pod["spec"]["subdomain"] == "strict-ranks"
+        assert pod["metadata"]["labels"]["batch.kubernetes.io/controller-uid"], "by which its pods meet in the bucket"
+        assert not anywhere.list("services"), "nobody makes one where none is needed"
+
+
+def test_pods_that_may_share_no_bucket_have_names(anywhere):
+    anywhere.begin("named", **NAMED)
+    pods = anywhere.wait_ranks("named")
+    if anywhere.runtime != "pytorchjob":
+        (service,) = anywhere.list("services")
+        assert {pod["spec"]["subdomain"] for pod in pods} == {service["metadata"]["name"]} == {"named-ranks"}
 
 
 def test_hints_to_schedulers_reach_every_pod(anywhere):

@@ -75,7 +75,6 @@ def request(verb: str, resource: str, name: str, *, user: str = OPERATOR_USER, s
 def test_a_job_s_writes_are_those_of_the_operator_to_it_and_to_what_is_called_after_it() -> None:
     audit = [
         request("create", "nexatrainingjobs", "job-1", user="admin"),
-        request("create", "services", "job-1-ranks"),
         request("create", "jobs", "job-1-a0"),
         request("create", "events", "job-1.0123456789abcdef"),
         request("patch", "nexatrainingjobs", "job-1", subresource="status"),
@@ -85,7 +84,7 @@ def test_a_job_s_writes_are_those_of_the_operator_to_it_and_to_what_is_called_af
         request("watch", "pods", ""),
     ]
     writes, reads = requests_per_job(audit)
-    assert (writes, reads) == ({"job-1": 4, "job-10": 1}, 1)
+    assert (writes, reads) == ({"job-1": 3, "job-10": 1}, 1)
 
 
 def test_the_first_child_is_timed_from_one_answer_of_the_server_to_the_other() -> None:

@@ -1,4 +1,4 @@
-"""RunPlan -> headless Service and indexed Job, as plain dicts; pure. The default runtime.
+"""RunPlan -> indexed Job, and a headless Service where one is needed, as plain dicts; pure. The default runtime.
 
 The gang lives and dies as one: `backoffLimit: 0`, no pod restarts. Neither podFailurePolicy nor
 backoffLimitPerIndex: with them only terminal pods count as failed, and a node that died never makes its pods
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nexa_operator.kinds import JOBS, SERVICES, Kind
+from nexa_operator.kinds import JOBS, Kind
 from nexa_operator.plan import RunPlan
 from nexa_operator.queueing import gang_hint
 from nexa_operator.reading import Body, first_true, label_of
@@ -25,21 +25,21 @@ LABEL_INDEX = "batch.kubernetes.io/job-completion-index"
 
 
 def objects(plan: RunPlan) -> tuple[tuple[Kind, Object], ...]:
-    """The Service that ranks find each other by, and the Job."""
-    return (SERVICES, pod.service(plan)), (KIND, gang(plan))
+    """The Job, after the Service that its pods find each other by, if any."""
+    return *pod.services(plan), (KIND, gang(plan))
 
 
 def gang(plan: RunPlan) -> Object:
     """The indexed Job of one attempt."""
-    spec = job_spec(plan, host=f"{plan.name}-0.{plan.service}.{plan.namespace}")
+    spec = job_spec(plan, host=pod.host_of(plan, f"{plan.name}-0"))
     if plan.queue is not None:
         spec["suspend"] = True
     metadata = {**pod.gang_metadata(plan), **gang_hint(plan)}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
-def job_spec(plan: RunPlan, *, host: str) -> Object:
-    """Of an indexed Job, whoever makes it; `host`: where pod 0 is found."""
+def job_spec(plan: RunPlan, *, host: str | None) -> Object:
+    """Of an indexed Job, whoever makes it; `host`: see `pod.template`."""
     return {
         "completionMode": "Indexed",
         "completions": plan.cluster.num_nodes,

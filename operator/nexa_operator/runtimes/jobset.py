@@ -1,4 +1,4 @@
-"""RunPlan -> headless Service and JobSet, as plain dicts; pure.
+"""RunPlan -> JobSet, and a headless Service where one is needed, as plain dicts; pure.
 
 One replicated job of one Job, which is the default runtime's: the same fields, the same facts. The JobSet restarts
 nothing (`maxRestarts: 0`), for an attempt is one gang.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nexa_operator.kinds import JOBS, JOBSETS, SERVICES, Kind
+from nexa_operator.kinds import JOBS, JOBSETS, Kind
 from nexa_operator.plan import RunPlan
 from nexa_operator.queueing import gang_hint
 from nexa_operator.reading import Body, first_true, owner_uid
@@ -28,15 +28,14 @@ suspension = job.suspension
 
 
 def objects(plan: RunPlan) -> tuple[tuple[Kind, Object], ...]:
-    """The Service that ranks find each other by, and the JobSet."""
-    return (SERVICES, pod.service(plan)), (KIND, gang(plan))
+    """The JobSet, after the Service that its pods find each other by, if any."""
+    return *pod.services(plan), (KIND, gang(plan))
 
 
 def gang(plan: RunPlan) -> Object:
     """The JobSet of one attempt."""
     spec: Object = {
-        # By our Service: one for all attempts, whose host names differ already.
-        "network": {"enableDNSHostnames": True, "subdomain": plan.service, "publishNotReadyAddresses": True},
+        "network": _network(plan),
         "successPolicy": {"operator": "All"},
         "failurePolicy": {"maxRestarts": 0},
         "replicatedJobs": [
@@ -46,7 +45,7 @@ def gang(plan: RunPlan) -> Object:
                 "template": {
                     # By these the operator hears of the Job.
                     "metadata": {"labels": pod.labels(plan), **gang_hint(plan)},
-                    "spec": job.job_spec(plan, host=f"{plan.name}-{REPLICATED}-0-0.{plan.service}.{plan.namespace}"),
+                    "spec": job.job_spec(plan, host=pod.host_of(plan, f"{plan.name}-{REPLICATED}-0-0")),
                 },
             }
         ],
@@ -59,6 +58,13 @@ def gang(plan: RunPlan) -> Object:
         "metadata": pod.gang_metadata(plan),
         "spec": spec,
     }
+
+
+def _network(plan: RunPlan) -> Object:
+    """No Service but ours: one for all attempts, whose host names differ already."""
+    if plan.service is None:
+        return {"enableDNSHostnames": False}
+    return {"enableDNSHostnames": True, "subdomain": plan.service, "publishNotReadyAddresses": True}
 
 
 def owners(gang: Body, parts: Sequence[Body]) -> frozenset[str]:

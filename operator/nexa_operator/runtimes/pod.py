@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nexa_operator import naming, queueing
+from nexa_operator.kinds import SERVICES, Kind
 from nexa_operator.plan import RunPlan
 from nexa_operator.runtimes.base import Object
 from nexa_train.config import API_VERSION, KIND
-from nexa_train.config.protocol import ENV_RDZV_ENDPOINT, PROGRESS_PORT, RDZV_PORT, TERMINATION_LOG
+from nexa_train.config.protocol import (
+    ENV_GANG,
+    ENV_NODE_ADDRESS,
+    ENV_RDZV_ENDPOINT,
+    PROGRESS_PORT,
+    RDZV_PORT,
+    TERMINATION_LOG,
+)
 from nexa_train.config.spec import Toleration, Volume
 
 CONTAINER = "trainer"
@@ -18,10 +26,21 @@ USER_ID = 65532
 NODE_TROUBLE_SECONDS = {"node.kubernetes.io/unreachable": 5, "node.kubernetes.io/not-ready": 30}
 """A node that is silent was given its time before the taint; one that is not ready may only restart its runtime."""
 
+_MEETING: tuple[Object, ...] = (
+    {"name": ENV_NODE_ADDRESS, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+    # Never twice, while an attempt of one number can come twice: where a job's status was lost.
+    {
+        "name": ENV_GANG,
+        "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/controller-uid']"}},
+    },
+)
 
-def service(plan: RunPlan) -> Object:
-    """Gives every pod a host name, from before it is ready: ranks must find pod 0 to become ready."""
-    return {
+
+def services(plan: RunPlan) -> tuple[tuple[Kind, Object], ...]:
+    """What gives every pod a host name where they need one, from before it is ready: ranks must find pod 0 for that."""
+    if plan.service is None:
+        return ()
+    service: Object = {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {
@@ -40,6 +59,12 @@ def service(plan: RunPlan) -> Object:
             ],
         },
     }
+    return ((SERVICES, service),)
+
+
+def host_of(plan: RunPlan, pod: str) -> str | None:
+    """The host name that the Service gives to the pod of a name; None: there is no Service."""
+    return None if plan.service is None else f"{pod}.{plan.service}.{plan.namespace}"
 
 
 def gang_metadata(plan: RunPlan) -> Object:
@@ -56,11 +81,13 @@ def gang_metadata(plan: RunPlan) -> Object:
     }
 
 
-def template(plan: RunPlan, *, host: str, container: str = CONTAINER, variables: Sequence[Object] = ()) -> Object:
+def template(
+    plan: RunPlan, *, host: str | None, container: str = CONTAINER, variables: Sequence[Object] = ()
+) -> Object:
     """The template of every pod of the gang.
 
     Args:
-        host: where pod 0 is found.
+        host: where pod 0 is found; None: the pods meet in the artifact store, where there are several.
         container: the trainer's name.
         variables: of the environment, besides the protocol's and the user's.
     """
@@ -98,7 +125,7 @@ def _owner_reference(plan: RunPlan) -> Object:
 def _pod_spec(plan: RunPlan, container: Object) -> Object:
     spec: Object = {
         "restartPolicy": "Never",
-        "subdomain": plan.service,
+        **({} if plan.service is None else {"subdomain": plan.service}),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": TERMINATION_GRACE_SECONDS,
@@ -135,13 +162,17 @@ def _away_from(nodes: Sequence[str]) -> Object:
     return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": fields}]}}
 
 
-def _container(plan: RunPlan, host: str, name: str, variables: Sequence[Object]) -> Object:
+def _container(plan: RunPlan, host: str | None, name: str, variables: Sequence[Object]) -> Object:
     container: Object = {
         "name": name,
         "image": plan.image,
         "imagePullPolicy": "IfNotPresent",
         "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
-        "env": [*_environment(plan, host), *variables],
+        "env": [
+            *_environment(plan, host),
+            *(_MEETING if host is None and plan.cluster.num_nodes > 1 else ()),
+            *variables,
+        ],
         "terminationMessagePath": TERMINATION_LOG,
         "terminationMessagePolicy": "File",
         "resources": _resources(plan),
@@ -162,9 +193,9 @@ def _container(plan: RunPlan, host: str, name: str, variables: Sequence[Object])
     return container
 
 
-def _environment(plan: RunPlan, host: str) -> list[Object]:
+def _environment(plan: RunPlan, host: str | None) -> list[Object]:
     """The last of two equal names wins, so the protocol's variables stand behind the user's."""
-    ours = {**dict(plan.environment), ENV_RDZV_ENDPOINT: f"{host}:{RDZV_PORT}"}
+    ours = {**dict(plan.environment), **({} if host is None else {ENV_RDZV_ENDPOINT: f"{host}:{RDZV_PORT}"})}
     values = {"HOME": "/tmp", **{item.name: item.value for item in plan.cluster.env}, **ours}  # noqa: S108
     # A dollar in a value would be expanded; doubling it is how Kubernetes spells a dollar.
     return [{"name": name, "value": value.replace("$", "$$")} for name, value in values.items()]

@@ -46,14 +46,13 @@ def gang(plan: RunPlan) -> Object:
     by_label = {"fieldRef": {"fieldPath": f"metadata.labels['{LABEL_INDEX}']"}}
     template = pod.template(
         plan,
-        # Its own host name too, without a namespace: torchrun there then knows at once that it is to listen.
         host=f"{plan.name}-worker-0",
         container=CONTAINER,
         variables=[{"name": ENV_NODE_INDEX, "valueFrom": by_label}],
     )
     # Its Service has the pod's name. The restart policy is the replicas'.
     for other in ("subdomain", "restartPolicy"):
-        del template["spec"][other]
+        template["spec"].pop(other, None)
     workers = {"replicas": plan.cluster.num_nodes, "restartPolicy": "Never", "template": template}
     return {
         "apiVersion": "kubeflow.org/v1",

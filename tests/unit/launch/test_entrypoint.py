@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nexa_train.config.protocol import PROGRESS_PORT, CheckpointRef, Progress, Termination
 from nexa_train.entrypoint import read_environment, read_port, serve
 from nexa_train.errors import ConfigError
+from nexa_train.launch.meeting import Meeting
 from nexa_train.launch.node import Node
 from nexa_train.rundir import RunDir
 from tests.cluster.run import wait_until
@@ -42,7 +43,15 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
     ),
     "nowhere to meet": (
         {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "2"},
-        "environment: NEXA_RDZV_ENDPOINT is not set, and 2 nodes must meet somewhere",
+        "environment: NEXA_RDZV_ENDPOINT is not set, nor are both NEXA_GANG and NEXA_NODE_ADDRESS, and",
+    ),
+    "a meeting without a name": (
+        {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "2", "NEXA_NODE_ADDRESS": "10.0.0.8"},
+        "environment: NEXA_RDZV_ENDPOINT is not set, nor are both NEXA_GANG and NEXA_NODE_ADDRESS, and",
+    ),
+    "a name as address": (
+        {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "2", "NEXA_GANG": "uid", "NEXA_NODE_ADDRESS": "pod-1"},
+        "environment: NEXA_NODE_ADDRESS is 'pod-1', expected an IP address",
     ),
 }
 
@@ -64,6 +73,11 @@ def test_the_environment_says_which_node_of_which_attempt_this_is() -> None:
         "NEXA_OUT_OF_MEMORY_ATTEMPT": "2",
     }
     assert read_environment(environment) == (job(), Node(1, 2, 1, "demo-0:29500", 3, 2))
+
+
+def test_pods_without_names_are_told_their_gang_and_address() -> None:
+    two = {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "2", "NEXA_GANG": "uid", "NEXA_NODE_ADDRESS": "FD00::8"}
+    assert read_environment(two) == (job(), Node(0, 2, 1, Meeting("uid", "fd00::8")))
 
 
 def test_a_pod_alone_needs_nothing_but_its_job() -> None:

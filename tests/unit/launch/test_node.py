@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nexa_train.errors import ConfigError, ForeignError, NexaError, RefusedError, StoppedError
+from nexa_train.launch.meeting import Meeting
 from nexa_train.launch.node import Node, failed_outcome, make_ready, rank_command, threads_of_a_rank, visible_devices
 from nexa_train.models.locate import TINY_TOKENIZER
 from tests.unit.config.builders import job
@@ -18,34 +19,38 @@ from tests.unit.config.builders import job
 FOLDER = Path("/run/nexa")
 
 
+def command(node: Node) -> list[str]:
+    return rank_command(FOLDER, node, run_id="r", store_uri="s3://models")
+
+
 def test_one_rank_is_started_without_torchrun() -> None:
-    assert rank_command(FOLDER, Node(), run_id="r") == [sys.executable, "-m", "nexa_train.rank", "/run/nexa"]
+    assert command(Node()) == [sys.executable, "-m", "nexa_train.rank", "/run/nexa"]
 
 
 def test_ranks_of_one_node_meet_on_their_own() -> None:
-    arguments = rank_command(FOLDER, Node(ranks=2), run_id="r")[3:]
-    assert arguments == [
+    assert command(Node(ranks=2))[3:] == [
+        "--standalone",
         "--nnodes=1",
         "--nproc-per-node=2",
         "--max-restarts=0",
         "--log-dir=/run/nexa/torchrun",
-        "--standalone",
         "-m",
         "nexa_train.rank",
         "/run/nexa",
     ]
 
 
-def test_ranks_of_several_nodes_meet_at_the_first_and_once_an_attempt() -> None:
-    arguments = rank_command(FOLDER, Node(index=1, count=2, endpoint="pod-0:29500", attempt=3), run_id="r")
-    assert "--nnodes=2" in arguments
-    assert {"--rdzv-backend=c10d", "--rdzv-endpoint=pod-0:29500", "--rdzv-id=r-a3"} <= set(arguments)
+def test_ranks_of_several_nodes_meet_at_the_first_once_an_attempt_and_in_the_nodes_order() -> None:
+    arguments = command(Node(index=1, count=2, endpoint="pod-0:29500", attempt=3))
+    assert {"--nnodes=2", "--node-rank=1", "--rdzv-endpoint=pod-0:29500", "--rdzv-id=r-a3"} <= set(arguments)
+    assert "--rdzv-backend=static" in arguments
     assert "--standalone" not in arguments
 
 
-def test_the_command_of_a_node_does_not_depend_on_which_one_it_is() -> None:
-    first, second = (rank_command(FOLDER, Node(index=index, count=2, endpoint="a:1"), run_id="r") for index in (0, 1))
-    assert first == second
+def test_ranks_of_nodes_without_names_meet_in_the_store() -> None:
+    arguments = command(Node(index=1, count=2, endpoint=Meeting("uid", "10.0.0.8"), attempt=3))[3:]
+    assert arguments[:5] == ["meet", "s3://models", "checkpoints/r/meetings/uid", "1", "10.0.0.8"]
+    assert {"--rdzv-backend=static", "--node-rank=1", "--rdzv-id=r-a3"} <= set(arguments)
 
 
 @pytest.mark.parametrize(

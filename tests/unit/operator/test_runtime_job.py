@@ -1,4 +1,4 @@
-"""RunPlan -> Service and indexed Job."""
+"""RunPlan -> indexed Job, and a Service where one is needed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from nexa_operator.errors import RuntimeUnavailableError
 from nexa_operator.plan import Defaults, make_plan
 from nexa_operator.runtimes import job as runtime
-from nexa_operator.runtimes import pod
 from nexa_train.config import Job
 from nexa_train.config.job import Metadata
 from tests.unit.operator.builders import UID, job
 
 DEFAULTS = Defaults(image="trainer:1", storage="")
+FOLDER = {"artifacts": {"uri": "/mnt/shared"}}
 
 
 def made(*, attempt: int = 0, defaults: Defaults = DEFAULTS, **groups: Any) -> dict[str, Any]:
@@ -32,7 +32,12 @@ def container_of(**groups: Any) -> dict[str, Any]:
 
 
 def environment_of(**groups: Any) -> dict[str, str]:
-    return {item["name"]: item["value"] for item in container_of(**groups)["env"]}
+    return {item["name"]: item["value"] for item in container_of(**groups)["env"] if "value" in item}
+
+
+def fields_of(**groups: Any) -> dict[str, str]:
+    items = [item for item in container_of(**groups)["env"] if "valueFrom" in item]
+    return {item["name"]: item["valueFrom"]["fieldRef"]["fieldPath"] for item in items}
 
 
 def test_the_gang_lives_and_dies_as_one():
@@ -64,23 +69,47 @@ def test_a_plan_is_the_same_every_time():
 
 
 def test_both_children_are_owned_by_the_job_and_block_nothing():
-    plan = make_plan(job(), owner_uid=UID, attempt=0, defaults=DEFAULTS)
-    for child in (runtime.gang(plan), pod.service(plan)):
+    plan = make_plan(job(**FOLDER), owner_uid=UID, attempt=0, defaults=DEFAULTS)
+    (_, service), (_, gang) = runtime.objects(plan)
+    for child in (service, gang):
         (reference,) = child["metadata"]["ownerReferences"]
         assert (reference["uid"], reference["controller"], reference["blockOwnerDeletion"]) == (UID, True, False)
 
 
 def test_the_service_finds_the_pods_of_every_attempt_before_they_are_ready():
-    plan = make_plan(job(), owner_uid=UID, attempt=4, defaults=DEFAULTS)
-    service, labels = pod.service(plan), runtime.gang(plan)["spec"]["template"]["metadata"]["labels"]
+    plan = make_plan(job(**FOLDER), owner_uid=UID, attempt=4, defaults=DEFAULTS)
+    (_, service), (_, gang) = runtime.objects(plan)
+    labels = gang["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"].items() <= labels.items()
     assert "train.nexa.dev/attempt" not in service["spec"]["selector"]
     assert service["spec"]["publishNotReadyAddresses"] is True
-    assert runtime.gang(plan)["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    assert gang["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "service", "fields"),
+    [
+        ({}, False, True),
+        ({"cluster": {"num_nodes": 1}}, False, False),
+        (FOLDER, True, False),
+        ({**FOLDER, "cluster": {"num_nodes": 1}}, False, False),
+        ({"schedule": {"queue_name": "team"}}, True, False),
+    ],
+    ids=["a bucket", "one pod", "a folder", "one pod with a folder", "a queue, which may start a gang twice"],
+)
+def test_pods_have_names_where_they_cannot_meet_in_the_store(groups, service, fields):
+    objects = runtime.objects(make_plan(job(**groups), owner_uid=UID, attempt=0, defaults=DEFAULTS))
+    assert [kind.plural for kind, _ in objects] == ["services", "jobs"][not service :]
+    assert ("NEXA_RDZV_ENDPOINT" in environment_of(**groups)) is ("subdomain" in pod_of(**groups)) is service
+    meeting = {
+        "NEXA_NODE_ADDRESS": "status.podIP",
+        "NEXA_GANG": "metadata.labels['batch.kubernetes.io/controller-uid']",
+    }
+    assert fields_of(**groups) == (meeting if fields else {})
 
 
 def test_the_protocol_s_variables_say_what_the_trainer_needs():
-    environment = environment_of()
+    environment = environment_of(**FOLDER)
     assert environment["NEXA_ATTEMPT"] == "0"
     assert environment["NEXA_NUM_NODES"] == "2"
     assert environment["NEXA_IMAGE"] == "trainer:1"
@@ -210,7 +239,7 @@ def test_a_job_s_own_image_wins():
 
 
 def test_the_longest_names_are_dns_labels():
-    longest = job().model_copy(update={"metadata": Metadata(name="n" * 45, namespace="ns")})
+    longest = job(**FOLDER).model_copy(update={"metadata": Metadata(name="n" * 45, namespace="ns")})
     plan = make_plan(longest, owner_uid=UID, attempt=99_999, defaults=DEFAULTS)
     (container,) = runtime.gang(plan)["spec"]["template"]["spec"]["containers"]
     (endpoint,) = [item["value"] for item in container["env"] if item["name"] == "NEXA_RDZV_ENDPOINT"]

@@ -67,7 +67,7 @@ def test_the_same_pod_runs_everywhere_but_for_what_finds_the_first_one(name):
         (container,) = spec["containers"]
         # training-operator accepts one name only.
         container["name"] = "trainer"
-        differing = ("NEXA_JOB", "NEXA_RDZV_ENDPOINT", "JOB_COMPLETION_INDEX")
+        differing = ("NEXA_JOB", "NEXA_RDZV_ENDPOINT", "NEXA_GANG", "NEXA_NODE_ADDRESS", "JOB_COMPLETION_INDEX")
         container["env"] = [item for item in container["env"] if item["name"] not in differing]
         for key in ("subdomain", "restartPolicy"):
             spec.pop(key, None)
@@ -83,7 +83,16 @@ def test_the_same_pod_runs_everywhere_but_for_what_finds_the_first_one(name):
     ],
 )
 def test_the_first_pod_is_found_where_the_runtime_has_it(name, endpoint):
-    assert environment_of(made(name))["NEXA_RDZV_ENDPOINT"] == endpoint
+    assert environment_of(made(name, artifacts={"uri": "/mnt/shared"}))["NEXA_RDZV_ENDPOINT"] == endpoint
+
+
+def test_a_jobset_makes_no_service_but_ours():
+    def network_of(**groups: Any) -> Any:
+        return made("jobset", **groups)["spec"]["network"]
+
+    assert network_of() == {"enableDNSHostnames": False}
+    named = network_of(artifacts={"uri": "/mnt/shared"})
+    assert (named["enableDNSHostnames"], named["subdomain"]) == (True, "demo-ranks")
 
 
 def test_a_pytorchjob_s_pods_learn_their_index_from_their_label_and_nothing_of_ranks():
