@@ -335,6 +335,13 @@ def rendered(stored: Object) -> Object | None:
     return {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {**template["metadata"], "generateName": "x-"}}
 
 
+MEETING_FIELDS = {
+    "NEXA_NODE_ADDRESS": "status.podIP",
+    "NEXA_GANG": "metadata.labels['batch.kubernetes.io/controller-uid']",
+}
+"""What a pod may learn of itself: nothing of its node or its account."""
+
+
 def check_harmless(arena: Arena, stored: Object, pod: Object) -> None:
     """Nothing of the node, of another job or of another account; and Kubernetes' own judge agrees."""
     spec, (container,) = pod["spec"], pod["spec"]["containers"]
@@ -352,10 +359,12 @@ def check_harmless(arena: Arena, stored: Object, pod: Object) -> None:
     for source in container.get("envFrom", []):
         ((_, reference),) = source.items()
         assert reference["name"].startswith("nexa-storage-")
-    variables = [(variable["name"], variable["value"]) for variable in container["env"]]
-    assert len(dict(variables)) == len(variables)
-    assert dict(variables)["NEXA_ATTEMPT"] == "0"
-    assert all("$" not in value.replace("$$", "") for _, value in variables), "a single dollar would be expanded"
+    variables = {variable["name"]: variable.get("value", variable.get("valueFrom")) for variable in container["env"]}
+    assert len(variables) == len(container["env"])
+    assert variables["NEXA_ATTEMPT"] == "0"
+    fields = {name: variables.pop(name) for name, value in [*variables.items()] if not isinstance(value, str)}
+    assert {name: source["fieldRef"]["fieldPath"] for name, source in fields.items()} in ({}, MEETING_FIELDS)
+    assert all("$" not in value.replace("$$", "") for value in variables.values()), "a single dollar would be expanded"
     arena.admin.create(f"{arena.core}/pods?dryRun=All", pod)
 
 
