@@ -17,7 +17,7 @@ from nexa_train.errors import AlreadyExistsError, DamagedError, NotFoundError, R
 from nexa_train.store import Store
 
 MEET = "meet"
-MEETING_SECONDS = 600.0
+PATIENCE_SECONDS = 600.0
 """How long a node waits for the others, as torchrun does by itself."""
 LEAST_SECONDS = 60.0
 """Of these for torchrun, however late node 0 said where it is: it may not listen yet."""
@@ -37,6 +37,29 @@ class Meeting:
     def arguments(self, store_uri: str, run_id: str, index: int) -> list[str]:
         """The first arguments of our torchrun."""
         return [MEET, store_uri, f"{run_folder(run_id)}/meetings/{self.gang}", str(index), self.address]
+
+
+def met(
+    store: Store,
+    key: str,
+    index: int,
+    address: str,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[str]:
+    """torchrun's arguments for where node 0 is, and for how long to wait there.
+
+    Raises:
+        NexaError: see `say`, for node 0, and `hear`, for the others.
+    """
+    began = clock()
+    if index == 0:
+        say(store, key, address)
+    else:
+        address = hear(store, key, clock=clock, sleep=sleep)
+    left = max(LEAST_SECONDS, PATIENCE_SECONDS - (clock() - began))
+    return [f"--rdzv-endpoint={endpoint(address)}", f"--rdzv-conf=timeout={left:.0f}"]
 
 
 def say(store: Store, key: str, address: str) -> None:
@@ -63,18 +86,18 @@ def hear(
     """The other nodes' part: the address of node 0, as soon as it is there.
 
     Raises:
-        NotFoundError: it did not come within `MEETING_SECONDS`.
+        NotFoundError: it did not come within `PATIENCE_SECONDS`.
         DamagedError: the object is no address.
         RefusedError: the store's.
     """
-    end = clock() + MEETING_SECONDS
+    end = clock() + PATIENCE_SECONDS
     while True:
         try:
             return _read(store, key)
         except NotFoundError:
             if clock() > end:
                 raise NotFoundError(
-                    f"{store.uri}/{key}: node 0 did not say within {MEETING_SECONDS:.0f} s where it is; its pod may "
+                    f"{store.uri}/{key}: node 0 did not say within {PATIENCE_SECONDS:.0f} s where it is; its pod may "
                     "wait for a node, or for its image"
                 ) from None
         sleep(POLL_SECONDS)

@@ -168,11 +168,7 @@ def _container(plan: RunPlan, host: str | None, name: str, variables: Sequence[O
         "image": plan.image,
         "imagePullPolicy": "IfNotPresent",
         "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
-        "env": [
-            *_environment(plan, host),
-            *(_MEETING if host is None and plan.cluster.num_nodes > 1 else ()),
-            *variables,
-        ],
+        "env": [*_environment(plan, host), *variables],
         "terminationMessagePath": TERMINATION_LOG,
         "terminationMessagePolicy": "File",
         "resources": _resources(plan),
@@ -198,7 +194,8 @@ def _environment(plan: RunPlan, host: str | None) -> list[Object]:
     ours = {**dict(plan.environment), **({} if host is None else {ENV_RDZV_ENDPOINT: f"{host}:{RDZV_PORT}"})}
     values = {"HOME": "/tmp", **{item.name: item.value for item in plan.cluster.env}, **ours}  # noqa: S108
     # A dollar in a value would be expanded; doubling it is how Kubernetes spells a dollar.
-    return [{"name": name, "value": value.replace("$", "$$")} for name, value in values.items()]
+    said = [{"name": name, "value": value.replace("$", "$$")} for name, value in values.items()]
+    return [*said, *_MEETING] if host is None and plan.cluster.num_nodes > 1 else said
 
 
 def _resources(plan: RunPlan) -> Object:

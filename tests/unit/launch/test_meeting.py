@@ -7,9 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from nexa_train.errors import DamagedError, NotFoundError, RefusedError
-from nexa_train.launch import meeting
-from nexa_train.launch.meeting import Meeting, endpoint, hear, say
-from nexa_train.launch.torchrun import met
+from nexa_train.launch.meeting import MEET, Meeting, endpoint, hear, met, say
 from nexa_train.store.memory import MemoryStore
 
 KEY = "checkpoints/r/meetings/gang"
@@ -72,12 +70,13 @@ def test_torchrun_understands_where_both_kinds_of_address_are(address: str, expe
     assert parse_rendezvous_endpoint(endpoint(address), -1) == (address, 29500)
 
 
-def test_node_0_tells_and_the_others_are_told(monkeypatch: pytest.MonkeyPatch):
-    uri = "memory://meeting"
-    first, second = (Meeting("gang", f"10.0.0.{7 + index}").arguments(uri, "r", index) for index in (0, 1))
-    assert first[0] == second[0] == meeting.MEET
-    assert met(*first[1:]) == ["--rdzv-endpoint=10.0.0.7:29500", "--rdzv-conf=timeout=600"]
-    moments = iter([0.0, 590.0])
-    monkeypatch.setattr("nexa_train.launch.torchrun.time.monotonic", lambda: next(moments))
+def test_node_0_tells_and_the_others_are_told():
+    store, told = MemoryStore(), []
+    first, second = (Meeting("gang", f"10.0.0.{7 + index}").arguments("memory://m", "r", index) for index in (0, 1))
+    assert first == [MEET, "memory://m", KEY, "0", "10.0.0.7"]
+    assert second == [MEET, "memory://m", KEY, "1", "10.0.0.8"]
+    clock = Clock(at=590.0, happens=lambda: told.extend(met(store, KEY, 0, "10.0.0.7")))
     # Late as it is, node 0 may not listen yet; but no node waits much longer than the ten minutes in all.
-    assert met(*second[1:]) == ["--rdzv-endpoint=10.0.0.7:29500", "--rdzv-conf=timeout=60"]
+    waited = met(store, KEY, 1, "10.0.0.8", clock=clock, sleep=clock.sleep)
+    assert waited == ["--rdzv-endpoint=10.0.0.7:29500", "--rdzv-conf=timeout=60"]
+    assert told == ["--rdzv-endpoint=10.0.0.7:29500", "--rdzv-conf=timeout=600"]
