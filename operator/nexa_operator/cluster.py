@@ -37,8 +37,12 @@ _METHODS = {"get": "GET", "list": "GET", "create": "POST", "patch": "PATCH", "de
 class Cluster(Protocol):
     """What the operator needs of a cluster. Every call raises ApiError when the answer is no."""
 
-    async def read(self, kind: Kind, namespace: str, name: str) -> Object | None:
-        """The object, or None if there is none."""
+    async def read(self, kind: Kind, namespace: str, name: str, *, not_older: str = "") -> Object | None:
+        """The object, or None if there is none.
+
+        Args:
+            not_older: a resourceVersion, of which or a later one an answer will do: the server has it in its memory.
+        """
         ...
 
     async def list(self, kind: Kind, namespace: str, labels: str = "", *, fields: str = "") -> list[Object]:
@@ -53,8 +57,8 @@ class Cluster(Protocol):
         """Create it; False if it was there already, with the same controller."""
         ...
 
-    async def patch(self, kind: Kind, body: Object, *, subresource: str = "") -> None:
-        """Merge into the object; with a subresource apply that as the operator's own."""
+    async def patch(self, kind: Kind, body: Object, *, subresource: str = "") -> Object:
+        """Merge into the object, with a subresource apply that as the operator's own; what it is then."""
         ...
 
     async def delete(
@@ -71,9 +75,10 @@ class KubernetesCluster:
         """`on_call` hears of every call: its verb, and the status of the answer, 0 if there was none."""
         self._api, self._on_call = api, on_call
 
-    async def read(self, kind: Kind, namespace: str, name: str) -> Object | None:
+    async def read(self, kind: Kind, namespace: str, name: str, *, not_older: str = "") -> Object | None:
+        query = [("resourceVersion", not_older)] if not_older else []
         try:
-            return await self._call("get", kind.path(namespace, name))
+            return await self._call("get", kind.path(namespace, name), query=query)
         except ApiError as exc:
             if exc.status == 404:
                 return None
@@ -116,14 +121,13 @@ class KubernetesCluster:
             message = "the name is taken by an object of another owner: delete or rename that one"
             raise NameTakenError(asked, status=409, message=message)
 
-    async def patch(self, kind: Kind, body: Object, *, subresource: str = "") -> None:
+    async def patch(self, kind: Kind, body: Object, *, subresource: str = "") -> Object:
         metadata = body["metadata"]
         path = kind.path(metadata["namespace"], metadata["name"], subresource)
         query = [("fieldManager", FIELD_MANAGER)] + ([("force", "true")] if subresource else [])
         if subresource:
-            await self._call("patch", path, body=as_yaml(body), query=query, content_type=_APPLY)
-        else:
-            await self._call("patch", path, body=body, query=query, content_type=_MERGE)
+            return await self._call("patch", path, body=as_yaml(body), query=query, content_type=_APPLY)
+        return await self._call("patch", path, body=body, query=query, content_type=_MERGE)
 
     async def delete(
         self, kind: Kind, namespace: str, name: str, *, uid: str = "", children_first: bool = False
@@ -153,7 +157,12 @@ class KubernetesCluster:
             method,
             path,
             query_params=[*query],
-            header_params={"Accept": "application/json", "Content-Type": content_type},
+            # Not compressed: that costs the server and this process more time than the bytes take.
+            header_params={
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+                "Content-Type": content_type,
+            },
             body=body,
             auth_settings=["BearerToken"],
         )

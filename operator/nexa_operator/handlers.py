@@ -32,13 +32,15 @@ Event = Mapping[str, Any]
 
 
 def registry_of(
-    enqueue: Callable[[Key], None],
+    changed: Callable[[Key, str], None],
+    enqueue_soon: Callable[[Key], None],
     enqueue_later: Callable[[Key, float], None],
     *,
     is_over: Callable[[Key], bool],
     heard: Callable[[str], None],
 ) -> kopf.OperatorRegistry:
-    """All handlers, each putting the key of the job concerned on the queue: at once, or later if nothing is new.
+    """All handlers, each putting the key of the job concerned on the queue: at once if the job has changed, with its
+    resourceVersion, soon if a child has, later if nothing is new.
 
     Args:
         is_over: whether nothing is left to do for a job, whatever becomes of its children.
@@ -57,7 +59,7 @@ def registry_of(
     async def job_changed(event: Event, **_: Any) -> None:
         heard(PLURAL)
         if jobs.is_new(event["type"], event["object"]):
-            enqueue(key_of(event["object"]))
+            changed(key_of(event["object"]), event["object"]["metadata"]["resourceVersion"])
 
     async def child_changed(event: Event, resource: kopf.Resource, **_: Any) -> None:
         heard(resource.plural)
@@ -66,7 +68,7 @@ def registry_of(
         if known and is_over(key):
             return
         if new:
-            enqueue(key)
+            enqueue_soon(key)
         else:
             enqueue_later(key, LATER_SECONDS)
 

@@ -142,7 +142,13 @@ async def _watch(settings: Settings, cluster: Cluster, reconciler: Reconciler) -
     """kopf: watches, and nothing of its own on any object."""
     await _wait_for_crd(cluster, settings.watch_namespace)
     queue = reconciler.queue
-    registry = registry_of(queue.add, queue.add_after, is_over=reconciler.is_over, heard=reconciler.metrics.heard)
+    registry = registry_of(
+        reconciler.changed,
+        queue.add_soon,
+        queue.add_after,
+        is_over=reconciler.is_over,
+        heard=reconciler.metrics.heard,
+    )
     ours = asyncio.all_tasks()
     tasks = await kopf.spawn_tasks(
         registry=registry,

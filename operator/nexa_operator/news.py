@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nexa_operator.naming import FINALIZER, LABEL_ROLE, ROLE_ROOM
-from nexa_operator.reading import condition_of, label_of
+from nexa_operator.reading import condition_of, controller_of, label_of
 
 Body = Mapping[str, Any]
 
@@ -63,18 +63,23 @@ NEWBORN_GANG = sign_of_gang({"metadata": {"generation": 1}})
 
 
 def sign_of_pod(body: Body) -> object:
-    """That it found a node is awaited by nobody, but of those that look for room."""
+    """That it found a node is awaited by nobody, but of those that look for room; and that it did its part by nobody
+    where a Job tells when all have."""
     status = body.get("status") or {}
     scheduled = condition_of(status, "PodScheduled")
     states = [entry.get("state") or {} for entry in status.get("containerStatuses") or []]
+    phase, ends = status.get("phase", "Pending"), [state["terminated"] for state in states if state.get("terminated")]
+    if controller_of(body).get("kind") == "Job":
+        phase = "Running" if phase == "Succeeded" else phase
+        ends = [end for end in ends if end.get("exitCode") != 0]
     return (
-        status.get("phase", "Pending"),
+        phase,
         status.get("reason"),
         body["metadata"].get("deletionTimestamp"),
         condition_of(status, "DisruptionTarget").get("status"),
         scheduled.get("message") if scheduled.get("status") == "False" else None,
         label_of(body, LABEL_ROLE) == ROLE_ROOM and scheduled.get("status") == "True",
-        tuple(str(state["terminated"]) for state in states if state.get("terminated")),
+        tuple(str(end) for end in ends),
         tuple(
             (waiting.get("reason"), waiting.get("message"))
             for state in states

@@ -43,10 +43,15 @@ def label_of(body: Body, key: str) -> str:
     return str((body["metadata"].get("labels") or {}).get(key, ""))
 
 
+def controller_of(body: Body) -> Body:
+    """The reference to the one owner that looks after the object; empty if there is none."""
+    references = body["metadata"].get("ownerReferences") or []
+    return next((reference for reference in references if reference.get("controller")), {})
+
+
 def owner_uid(body: Body) -> str:
     """The UID of the object's controller; empty if it has none."""
-    references = body["metadata"].get("ownerReferences") or []
-    return next((reference["uid"] for reference in references if reference.get("controller")), "")
+    return str(controller_of(body).get("uid", ""))
 
 
 def is_deleting(body: Body) -> bool:

@@ -77,6 +77,7 @@ log = structlog.get_logger(__name__)
 
 _GONE_SECONDS = 2.0
 _SERVED_SECONDS = 10.0
+_NEW_SECONDS = 60.0
 _KUEUE_SECONDS = 3.0
 _UNSEEN_SECONDS = 60.0
 _REFUSAL_SECONDS = 30.0
@@ -141,9 +142,16 @@ class Reconciler:
     _refusals: dict[Key, _Refusal] = field(default_factory=dict)
     _attended: dict[Key, datetime.datetime] = field(default_factory=dict)
     """When this operator last counted itself at a job that parts."""
+    _versions: dict[Key, str] = field(default_factory=dict)
+    """The resourceVersion of what was just heard of a job, or written to it: the next look will do with that."""
 
     def __post_init__(self) -> None:
         self._children = Children(cluster=self.cluster)
+
+    def changed(self, key: Key, version: str) -> None:
+        """Look at it soon; `version`: its resourceVersion, as it was heard."""
+        self._versions[key] = version
+        self.queue.add(key)
 
     def is_over(self, key: Key) -> bool:
         """Whether the job has ended and nothing of it is left to remove."""
@@ -199,7 +207,9 @@ class Reconciler:
     async def reconcile(self, key: Key) -> None:
         """One look. Raises ApiError; the look is then taken again."""
         self._over.discard(key)  # until this look has seen that it is
-        body = await self.cluster.read(TRAINING_JOBS, key.namespace, key.name)
+        # Taken away: after a look that fails or conflicts, and after one that wrote nothing, the latest is asked for.
+        version = self._versions.pop(key, "")
+        body = await self.cluster.read(TRAINING_JOBS, key.namespace, key.name, not_older=version)
         if body is None or body["metadata"]["uid"] != key.uid:
             self._forget(key)
             self._attended.pop(key, None)
@@ -223,13 +233,13 @@ class Reconciler:
             self._forget(key)
             context = self._context(key, body, job, seen)
             status = caught_up(body.get("status") or {}, seen=seen, decision=decision, context=context)
-            await self._write_status(body, status)
+            await self._write_status(key, body, status)
             await self._tell_all(key, body, status, decision)
-            left = await self._clear(key, body, seen, decision)
+            await self._clear(key, body, seen, decision)
             if seen.unavailable:
                 # A gang may be there, and run, and nobody tells when it can be seen again.
                 self.queue.add_after(key, _UNSEEN_SECONDS)
-            elif not left:
+            elif not _is_left(seen, decision):
                 self._over.add(key)
             await self._end(key, decision)
             return
@@ -240,12 +250,17 @@ class Reconciler:
         self._look_again(key, body, job, seen, decision)
         context = self._context(key, body, job, seen)
         status = next_status(body.get("status") or {}, seen=seen, decision=decision, context=context)
-        await self._write_status(body, status)
+        await self._write_status(key, body, status)
         self.metrics.told(body.get("status") or {}, status, context.now)
         if isinstance(decision, Restart):
             self.metrics.restarted(decision.loss.cause)
         await self._tell_all(key, body, status, decision)
         await self._carry_out(key, {**body, "status": status}, job, seen, decision)
+        if isinstance(decision, Succeed) and not _is_left(seen, decision):
+            self._forget(key)
+            self._over.add(key)
+            self.queue.cancel(key)
+            self._await_expiry(key, _ttl_seconds(body))
 
     def _look_again(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
         """At what nobody will tell of."""
@@ -256,6 +271,8 @@ class Reconciler:
 
     async def _observe(self, key: Key, body: Body) -> Observed:
         runtime = runtime_of(body)
+        if runtime.KIND == JOBS and self._is_new(body):
+            return observe(body, children=(), pods=())
         besides = (JOBS,) if ((body.get("spec") or {}).get("cluster") or {}).get("minNodes") else ()
         children: list[Object] = []
         # Pods last: a gang that has failed is then never seen beside ranks that are said to run.
@@ -277,6 +294,12 @@ class Reconciler:
         if seen.gang and pods_due_seconds(seen, self.clock()) == 0.0:
             return replace(seen, refusal=await self._refusal(key, seen.gang))
         return seen
+
+    def _is_new(self, body: Body) -> bool:
+        """Whether nothing can be there of it: a gang comes after a status, and nobody has lost the status yet."""
+        created = created_at(body)
+        age = None if created is None else (self.clock() - created).total_seconds()
+        return not body.get("status") and age is not None and age < _NEW_SECONDS
 
     def _with_loss(self, key: Key, seen: Observed) -> Observed:
         """With what this operator saw before of a gang that cannot go on: since when, and ranks that are gone since."""
@@ -348,12 +371,13 @@ class Reconciler:
         else:
             self.progress.forget(key)
 
-    async def _write_status(self, body: Body, status: Object) -> None:
+    async def _write_status(self, key: Key, body: Body, status: Object) -> None:
         if status == (body.get("status") or {}):
             return
         metadata = {name: body["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
         document = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status}
-        await self.cluster.patch(TRAINING_JOBS, document, subresource="status")
+        written = await self.cluster.patch(TRAINING_JOBS, document, subresource="status")
+        self._versions[key] = written["metadata"]["resourceVersion"]
 
     async def _carry_out(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
         kind = runtime_of(body).KIND
@@ -388,17 +412,14 @@ class Reconciler:
             metadata = {"namespace": key.namespace, "name": gang.name, "uid": gang.uid}
             await self.cluster.patch(runtime.KIND, {"metadata": metadata, "spec": runtime.suspension()})
 
-    async def _clear(self, key: Key, body: Body, seen: Observed, decision: Decision) -> bool:
-        """What a finished job has left to do, also where the look that finished it was cut short; whether there is."""
-        gangs = _to_remove(seen, decision)
-        for gang in gangs:
+    async def _clear(self, key: Key, body: Body, seen: Observed, decision: Decision) -> None:
+        """What a finished job has left to do, also where the look that finished it was cut short."""
+        for gang in _to_remove(seen, decision):
             await self.cluster.delete(
                 runtime_of(body).KIND, key.namespace, gang.name, uid=gang.uid, children_first=True
             )
         for room in seen.rooms:
             await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
-        ending = seen.gang is not None and seen.gang.deleting  # its ranks may still commit
-        return bool(gangs or seen.rooms or ending)
 
     def _plan(self, key: Key, body: Body, job: Job) -> RunPlan:
         """Of the attempt on record."""
@@ -488,8 +509,12 @@ class Reconciler:
     async def _end(self, key: Key, decision: Rest | Expire) -> None:
         if isinstance(decision, Expire):
             await self.cluster.delete(TRAINING_JOBS, key.namespace, key.name, uid=key.uid)
-        elif decision.remaining_seconds is not None:
-            self.queue.add_after(key, decision.remaining_seconds)
+        else:
+            self._await_expiry(key, decision.remaining_seconds)
+
+    def _await_expiry(self, key: Key, seconds: float | None) -> None:
+        if seconds is not None:
+            self.queue.add_after(key, seconds)
 
     async def _tell_all(self, key: Key, body: Body, status: Object, decision: Decision) -> None:
         """Of what the new status says and the one before did not."""
@@ -506,6 +531,7 @@ class Reconciler:
 
     def _forget(self, key: Key) -> None:
         self.progress.forget(key)
+        self._versions.pop(key, None)
         self._trouble.pop(key, None)
         self._invalid.pop(key, None)
         self._losses.pop(key, None)
@@ -570,7 +596,7 @@ def judge(
 
 def _unwatched(body: Body, seen: Observed, decision: Decision, *, now: datetime.datetime) -> Iterator[float]:
     """How soon to look again at what nobody tells of; pods and Jobs alone are watched, so that no CRD need be there."""
-    if _begins(decision) or isinstance(decision, Succeed | Fail):
+    if _begins(decision) or isinstance(decision, Fail) or (isinstance(decision, Succeed) and _is_left(seen, decision)):
         yield LATER_SECONDS  # what becomes of the new gang; what is left of a job that is over, and its time to live
     if isinstance(decision, Wait) and decision.seconds is None:
         yield _SERVED_SECONDS
@@ -598,6 +624,12 @@ def _to_remove(seen: Observed, decision: Decision) -> tuple[Ref, ...]:
     ended = gang.complete or gang.failure or any(rank.phase == "Failed" for rank in gang.ranks)
     runs_on = isinstance(decision, Fail | Rest | Expire) and not ended
     return (*seen.leftovers, gang.ref) if runs_on else seen.leftovers
+
+
+def _is_left(seen: Observed, decision: Decision) -> bool:
+    """Whether a job that is over has something to be removed, or ranks that may still commit."""
+    ending = seen.gang is not None and seen.gang.deleting
+    return bool(_to_remove(seen, decision) or seen.rooms or ending)
 
 
 def _rooms_to_remove(key: Key, seen: Observed, decision: Decision, *, now: datetime.datetime) -> list[Ref]:

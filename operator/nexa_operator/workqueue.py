@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K")
 
+SOON_SECONDS = 0.3
+"""In which what belongs together is heard: the ranks of a gang come up, and go down, one shortly after the other."""
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 60.0
 
@@ -25,6 +27,7 @@ class WorkQueue(Generic[K]):
     _ready: deque[K] = field(default_factory=deque)
     _dirty: set[K] = field(default_factory=set)
     _taken: set[K] = field(default_factory=set)
+    _soon: dict[K, asyncio.TimerHandle] = field(default_factory=dict)
     _failures: dict[K, int] = field(default_factory=dict)
     _timers: dict[K, asyncio.TimerHandle] = field(default_factory=dict)
     _more: asyncio.Event = field(default_factory=asyncio.Event)
@@ -40,6 +43,11 @@ class WorkQueue(Generic[K]):
         if key not in self._taken:
             self._put(key)
 
+    def add_soon(self, key: K) -> None:
+        """Look at it in a moment, with what comes until then; nothing new if it is looked at before."""
+        if key not in self._dirty and key not in self._soon:
+            self._soon[key] = asyncio.get_running_loop().call_later(SOON_SECONDS, self._come, key)
+
     def add_after(self, key: K, seconds: float) -> None:
         """Look at it again then; an earlier appointment stays."""
         timer, loop = self._timers.get(key), asyncio.get_running_loop()
@@ -48,6 +56,12 @@ class WorkQueue(Generic[K]):
         if timer is not None:
             timer.cancel()
         self._timers[key] = loop.call_later(seconds, self._ring, key)
+
+    def cancel(self, key: K) -> None:
+        """No appointment for it any more."""
+        for timers in (self._soon, self._timers):
+            if timer := timers.pop(key, None):
+                timer.cancel()
 
     def add_again(self, key: K) -> float:
         """Look at it again after a failure, each time twice as late; returns the delay in seconds."""
@@ -69,6 +83,8 @@ class WorkQueue(Generic[K]):
         key = self._ready.popleft()
         self._dirty.discard(key)
         self._taken.add(key)
+        if soon := self._soon.pop(key, None):
+            soon.cancel()
         return key
 
     def done(self, key: K) -> None:
@@ -80,6 +96,10 @@ class WorkQueue(Generic[K]):
     def _put(self, key: K) -> None:
         self._ready.append(key)
         self._more.set()
+
+    def _come(self, key: K) -> None:
+        self._soon.pop(key, None)
+        self.add(key)
 
     def _ring(self, key: K) -> None:
         self._timers.pop(key, None)

@@ -79,6 +79,22 @@ def test_a_pod_on_its_way_is_no_news_but_what_holds_it_up_and_what_becomes_of_it
     assert seen("Failed", containerStatuses=ended(2))
 
 
+def test_a_pod_that_did_its_part_is_no_news_where_a_job_tells_when_all_have() -> None:
+    def is_told(owner: str) -> list[bool]:
+        news = News(sign_of_pod, NEWBORN_POD)
+        bodies = [pod(0, phase="Running"), *(pod(0, phase=phase, containerStatuses=ended(0)) for phase in PHASES)]
+        for each in bodies:
+            each["metadata"]["uid"] = "a-pod"
+            each["metadata"]["ownerReferences"][0]["kind"] = owner
+        return [news.is_new("MODIFIED", each) for each in bodies]
+
+    assert is_told("Job") == [True, False, False, True]
+    assert is_told("PyTorchJob") == [True, True, True, True]
+
+
+PHASES = ("Running", "Succeeded", "Failed")
+
+
 def test_a_pod_that_looks_for_room_is_news_once_it_has_found_a_node() -> None:
     news, asking = News(sign_of_pod, NEWBORN_POD), pod(0, phase="Pending")
     asking["metadata"]["uid"] = "a-pod"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nexa_operator import naming
-from nexa_operator.errors import ApiError, InvalidError
+from nexa_operator.errors import ApiError, ConflictError, InvalidError
 from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, NODES, PODS, TRAINING_JOBS, Kind
 from nexa_operator.reconcile import Key
 from tests.unit.operator.builders import UID, body, condition, ended, words
@@ -46,16 +46,66 @@ def broken(world: World, gang: str = "demo-a0") -> None:
     world.add_pods(gang, phase="Failed", containerStatuses=ended(5, said))
 
 
-async def test_an_end_is_looked_at_again_though_nothing_tells_of_it() -> None:
-    for end in (complete, broken):
-        operator = await running(schedule={"ttlSecondsAfterFinished": 60})
-        end(operator.world)
-        assert [seconds for seconds in await operator.look() if seconds < 6], "it is over"
-        operator.world.pass_seconds(5)
-        assert await operator.look() == [55.0], "and is to be deleted then"
-        operator.world.pass_seconds(55)
+async def test_a_job_is_read_from_memory_only_as_new_as_it_was_heard_of_or_written() -> None:
+    operator = Operator(World())
+    operator.reconciler.changed(operator.key, "7")
+    await operator.look()
+    written = operator.job["metadata"]["resourceVersion"]
+    await operator.look()
+    await operator.look()
+    assert operator.world.not_older == ["7", written, ""], "a look that wrote nothing tells nothing to the next one"
+
+
+async def test_nothing_is_listed_of_a_job_that_was_just_made_but_of_an_old_one_whose_status_was_lost() -> None:
+    operator = await begun()
+    assert operator.world.num_asked("list", JOBS) == operator.world.num_asked("list", PODS) == 0
+    del operator.job["status"]
+    operator.world.pass_seconds(60)
+    operator.world.objects[JOBS.plural, "demo-a0"]["metadata"]["labels"][naming.LABEL_ATTEMPT] = "3"
+    await operator.look()
+    assert operator.job["status"]["attempt"] == 3
+    assert operator.world.names(JOBS) == ["demo-a0"]
+
+
+async def test_after_a_conflict_the_latest_is_asked_for() -> None:
+    operator = await begun()
+    operator.world.add_pods("demo-a0")
+    operator.world.overtaken = True
+    with pytest.raises(ConflictError):
         await operator.look()
-        assert operator.world.get(TRAINING_JOBS, "demo") is None
+    operator.world.overtaken = False
+    await operator.look()
+    assert operator.world.not_older[-2:] != ["", ""]
+    assert operator.world.not_older[-1] == ""
+    assert "Running" in operator.true()
+
+
+async def test_a_failed_job_is_looked_at_again_though_nothing_tells_of_it() -> None:
+    operator = await running(schedule={"ttlSecondsAfterFinished": 60})
+    broken(operator.world)
+    assert [seconds for seconds in await operator.look() if seconds < 6], "it is over"
+    operator.world.pass_seconds(5)
+    assert await operator.look() == [55.0], "and is to be deleted then"
+    operator.world.pass_seconds(55)
+    await operator.look()
+    assert operator.world.get(TRAINING_JOBS, "demo") is None
+
+
+async def test_a_job_that_leaves_nothing_is_looked_at_again_for_its_time_to_live_alone() -> None:
+    operator = await running(schedule={"ttlSecondsAfterFinished": 60})
+    complete(operator.world)
+    assert await operator.look() == [60.0]
+    assert operator.reconciler.is_over(operator.key)
+    operator.world.pass_seconds(60)
+    await operator.look()
+    assert operator.world.get(TRAINING_JOBS, "demo") is None
+
+
+async def test_no_appointment_is_kept_for_a_job_that_leaves_nothing() -> None:
+    operator = await running()
+    complete(operator.world)
+    assert await operator.look() == []
+    assert operator.queue.cancelled == [operator.key]
 
 
 async def test_what_becomes_of_a_new_gang_is_looked_at_though_nothing_may_tell_of_it() -> None:
@@ -65,6 +115,10 @@ async def test_what_becomes_of_a_new_gang_is_looked_at_though_nothing_may_tell_o
 
 async def test_a_job_is_over_once_a_look_has_seen_that_nothing_is_left() -> None:
     operator = await running()
+    gang = operator.world.objects[JOBS.plural, "demo-a0"]["metadata"]
+    labels = {**gang["labels"], naming.LABEL_ATTEMPT: "none"}
+    metadata = {"name": "left", "labels": labels, "ownerReferences": gang["ownerReferences"]}
+    operator.world.put(JOBS, {"metadata": metadata})
     complete(operator.world)
     await operator.look()
     assert not operator.reconciler.is_over(operator.key)
@@ -142,11 +196,12 @@ class Slow(World):
 
     then: Kind | None = None
 
-    async def patch(self, kind: Kind, body: dict[str, Any], *, subresource: str = "") -> None:
-        await super().patch(kind, body, subresource=subresource)
+    async def patch(self, kind: Kind, body: dict[str, Any], *, subresource: str = "") -> dict[str, Any]:
+        patched = await super().patch(kind, body, subresource=subresource)
         if subresource and self.then:
             self.remove(self.then, "demo-a0")
             self.put(self.then, {"metadata": {"name": "demo-a0", "uid": "of-another-job"}, "spec": {}})
+        return patched
 
 
 async def test_a_slow_look_deletes_no_gang_of_a_namesake() -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from nexa_operator.workqueue import LONGEST_DELAY_SECONDS, WorkQueue
+from nexa_operator.workqueue import LONGEST_DELAY_SECONDS, SOON_SECONDS, WorkQueue
 
 pytestmark = pytest.mark.anyio
 
@@ -50,6 +50,45 @@ async def test_a_worker_that_waits_is_woken():
     await asyncio.sleep(0)
     queue.add("a")
     assert await asyncio.wait_for(waiting, 1) == "a"
+
+
+async def test_what_comes_within_a_moment_is_one_look_and_it_is_not_put_off_by_what_comes_later():
+    queue: WorkQueue[str] = WorkQueue()
+    begun = asyncio.get_running_loop().time()
+    for _ in range(5):
+        queue.add_soon("a")
+        await asyncio.sleep(SOON_SECONDS / 6)
+    assert await asyncio.wait_for(queue.take(), 1) == "a"
+    assert SOON_SECONDS / 2 < asyncio.get_running_loop().time() - begun < 2 * SOON_SECONDS
+    queue.done("a")
+    assert await asyncio.wait_for(soon(queue), 1) is None
+
+
+async def test_a_look_before_the_moment_is_over_has_seen_it_and_what_comes_during_a_look_is_looked_at_after_it():
+    queue: WorkQueue[str] = WorkQueue()
+    queue.add_soon("a")
+    queue.add("a")
+    assert await soon(queue) == "a"
+    await asyncio.sleep(1.5 * SOON_SECONDS)
+    queue.done("a")
+    assert await soon(queue) is None
+    queue.add("a")
+    assert await soon(queue) == "a"
+    queue.add_soon("a")
+    queue.done("a")
+    assert await asyncio.wait_for(queue.take(), 1) == "a"
+
+
+async def test_a_cancelled_appointment_is_not_kept_and_another_can_be_made():
+    queue: WorkQueue[str] = WorkQueue()
+    queue.cancel("a")
+    queue.add_after("a", 0.01)
+    queue.add_soon("a")
+    queue.cancel("a")
+    await asyncio.sleep(1.5 * SOON_SECONDS)
+    assert await soon(queue) is None
+    queue.add_after("a", 0.01)
+    assert await soon(queue) == "a"
 
 
 async def test_the_earlier_of_two_appointments_counts():

@@ -32,9 +32,13 @@ class World:
         self.now = NOW
         self.objects: dict[tuple[str, str], Object] = {}
         self.asked: list[tuple[str, str, str]] = []
+        self.not_older: list[str] = []
+        """Of every read, in order."""
         self.unserved: set[Kind] = set()
         self.refused: set[Kind] = set()
         self.warnings: list[Object] = []
+        self.overtaken = False
+        """Whether somebody changes a job whenever it was read."""
         self.keeps = False
         """Whether what is to go after its children waits for them; a test removes them."""
         self._numbers = itertools.count(1)
@@ -77,9 +81,13 @@ class World:
 
     # What the operator asks.
 
-    async def read(self, kind: Kind, namespace: str, name: str) -> Object | None:
+    async def read(self, kind: Kind, namespace: str, name: str, *, not_older: str = "") -> Object | None:
         self._note("get", kind, name)
-        return copy.deepcopy(self.get(kind, name))
+        self.not_older.append(not_older)
+        found = copy.deepcopy(self.get(kind, name))
+        if self.overtaken:
+            self.objects[kind.plural, name]["metadata"]["resourceVersion"] = str(next(self._numbers))
+        return found
 
     async def list(self, kind: Kind, namespace: str, labels: str = "", *, fields: str = "") -> list[Object]:
         self._note("list", kind, labels or fields)
@@ -102,7 +110,7 @@ class World:
         self.put(kind, body)
         return True
 
-    async def patch(self, kind: Kind, body: Object, *, subresource: str = "") -> None:
+    async def patch(self, kind: Kind, body: Object, *, subresource: str = "") -> Object:
         name = body["metadata"]["name"]
         self._note("patch", kind, name)
         there = self.get(kind, name)
@@ -112,12 +120,13 @@ class World:
         there["metadata"]["resourceVersion"] = str(next(self._numbers))
         if subresource:
             there["status"] = copy.deepcopy(body["status"])
-            return
+            return copy.deepcopy(there)
         merged = {key: value for key, value in body["metadata"].items() if key not in ("uid", "resourceVersion")}
         there["metadata"] |= merged
         if "spec" in body:
             there["spec"] |= body["spec"]
             there["metadata"]["generation"] += 1
+        return copy.deepcopy(there)
 
     @staticmethod
     def _check_same(asked: Object, there: Object) -> None:
@@ -152,9 +161,13 @@ class Appointments(WorkQueue[Key]):
     def __init__(self) -> None:
         super().__init__()
         self.later: list[float] = []
+        self.cancelled: list[Key] = []
 
     def add_after(self, key: Key, seconds: float) -> None:
         self.later.append(seconds)
+
+    def cancel(self, key: Key) -> None:
+        self.cancelled.append(key)
 
 
 class Operator:
