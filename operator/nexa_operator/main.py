@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 _CRD_WAIT_SECONDS = 2.0
 _LIST_SECONDS = 60
+_IDLE_SECONDS = 0.5
 _END_SECONDS = 20
 _WIND_DOWN_SECONDS = 12
 """Half of it kopf waits for what goes on; well before its own end, at which it kills the process."""
@@ -227,6 +228,8 @@ def kopf_settings(ours: Settings) -> kopf.OperatorSettings:
     # A connection can die without a word: then nothing comes, not even the bookmarks.
     settings.watching.inactivity_timeout = ours.watch_silence_seconds
     settings.process.ultimate_exiting_timeout = _END_SECONDS
+    # Each object that spoke of late keeps its last event in memory for so long; 5 by default.
+    settings.queueing.idle_timeout = _IDLE_SECONDS
     for child in CHILDREN:
         # By the server: the other pods of a big cluster never cross the wire.
         settings.watching.label_selectors[child] = LABEL_JOB_UID
