@@ -377,7 +377,8 @@ class Reconciler:
         metadata = {name: body["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
         document = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status}
         written = await self.cluster.patch(TRAINING_JOBS, document, subresource="status")
-        self._versions[key] = written["metadata"]["resourceVersion"]
+        # What was heard in the meantime may be later, and the look that it asks for must not see less.
+        self._versions.setdefault(key, written["metadata"]["resourceVersion"])
 
     async def _carry_out(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
         kind = runtime_of(body).KIND

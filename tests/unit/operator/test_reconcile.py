@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,6 +55,15 @@ async def test_a_job_is_read_from_memory_only_as_new_as_it_was_heard_of_or_writt
     await operator.look()
     await operator.look()
     assert operator.world.not_older == ["7", written, ""], "a look that wrote nothing tells nothing to the next one"
+
+
+async def test_a_change_that_is_heard_while_a_status_is_written_is_seen_by_the_next_look() -> None:
+    world = Slow()
+    operator = Operator(world)
+    world.meanwhile = lambda: operator.reconciler.changed(operator.key, "1000")
+    await operator.look()
+    await operator.look()
+    assert world.not_older == ["", "1000"]
 
 
 async def test_nothing_is_listed_of_a_job_that_was_just_made_but_of_an_old_one_whose_status_was_lost() -> None:
@@ -195,9 +205,12 @@ class Slow(World):
     """While a look is under way somebody deletes the job and makes another of its name, and so is its gang called."""
 
     then: Kind | None = None
+    meanwhile: Callable[[], None] | None = None
 
     async def patch(self, kind: Kind, body: dict[str, Any], *, subresource: str = "") -> dict[str, Any]:
         patched = await super().patch(kind, body, subresource=subresource)
+        if self.meanwhile:
+            self.meanwhile()
         if subresource and self.then:
             self.remove(self.then, "demo-a0")
             self.put(self.then, {"metadata": {"name": "demo-a0", "uid": "of-another-job"}, "spec": {}})
