@@ -390,8 +390,8 @@ def _fix_after_creation(spec: Schema) -> None:
         "recovery",
     ):
         _add_rules(groups[name], _rule("self == oldSelf", _FIXED))
-    _add_rules(groups["cluster"], _unchanged("cluster", groups["cluster"], but="numNodes"))
-    _add_rules(groups["schedule"], _unchanged("schedule", groups["schedule"], but="suspend"))
+    for name, free in (("cluster", "numNodes"), ("schedule", "suspend")):
+        _add_rules(groups[name], _unchanged(name, groups[name], but=free))
     resize = "self.cluster.numNodes == oldSelf.cluster.numNodes"
     resize += " || (oldSelf.schedule.suspend && self.schedule.suspend)"
     _add_rules(

@@ -149,7 +149,7 @@ class Reconciler:
         self._children = Children(cluster=self.cluster)
 
     def changed(self, key: Key, version: str) -> None:
-        """Look at it soon; `version`: its resourceVersion, as it was heard."""
+        """Look at it; `version`: its resourceVersion, as it was heard."""
         self._versions[key] = version
         self.queue.add(key)
 
@@ -260,7 +260,7 @@ class Reconciler:
             self._forget(key)
             self._over.add(key)
             self.queue.cancel(key)
-            self._await_expiry(key, _ttl_seconds(body))
+            await self._end(key, Rest(remaining_seconds=_ttl_seconds(body)))
 
     def _look_again(self, key: Key, body: Body, job: Job | None, seen: Observed, decision: Decision) -> None:
         """At what nobody will tell of."""
@@ -298,8 +298,8 @@ class Reconciler:
     def _is_new(self, body: Body) -> bool:
         """Whether nothing can be there of it: a gang comes after a status, and nobody has lost the status yet."""
         created = created_at(body)
-        age = None if created is None else (self.clock() - created).total_seconds()
-        return not body.get("status") and age is not None and age < _NEW_SECONDS
+        is_young = created is not None and (self.clock() - created).total_seconds() < _NEW_SECONDS
+        return is_young and not body.get("status")
 
     def _with_loss(self, key: Key, seen: Observed) -> Observed:
         """With what this operator saw before of a gang that cannot go on: since when, and ranks that are gone since."""
@@ -510,12 +510,8 @@ class Reconciler:
     async def _end(self, key: Key, decision: Rest | Expire) -> None:
         if isinstance(decision, Expire):
             await self.cluster.delete(TRAINING_JOBS, key.namespace, key.name, uid=key.uid)
-        else:
-            self._await_expiry(key, decision.remaining_seconds)
-
-    def _await_expiry(self, key: Key, seconds: float | None) -> None:
-        if seconds is not None:
-            self.queue.add_after(key, seconds)
+        elif decision.remaining_seconds is not None:
+            self.queue.add_after(key, decision.remaining_seconds)
 
     async def _tell_all(self, key: Key, body: Body, status: Object, decision: Decision) -> None:
         """Of what the new status says and the one before did not."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 K = TypeVar("K")
+Timers: TypeAlias = dict[K, asyncio.TimerHandle]
 
 SOON_SECONDS = 0.3
-"""In which what belongs together is heard: the ranks of a gang come up, and go down, one shortly after the other."""
+"""In which what belongs together is heard."""
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 60.0
 
@@ -27,16 +28,16 @@ class WorkQueue(Generic[K]):
     _ready: deque[K] = field(default_factory=deque)
     _dirty: set[K] = field(default_factory=set)
     _taken: set[K] = field(default_factory=set)
-    _soon: dict[K, asyncio.TimerHandle] = field(default_factory=dict)
+    _soon: Timers[K] = field(default_factory=dict)
     _failures: dict[K, int] = field(default_factory=dict)
-    _timers: dict[K, asyncio.TimerHandle] = field(default_factory=dict)
+    _timers: Timers[K] = field(default_factory=dict)
     _more: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __len__(self) -> int:
         return len(self._dirty)
 
     def add(self, key: K) -> None:
-        """Look at it soon; nothing new if that is already to happen."""
+        """Look at it as soon as a worker is free; nothing new if that is already to happen."""
         if key in self._dirty:
             return
         self._dirty.add(key)
@@ -46,22 +47,20 @@ class WorkQueue(Generic[K]):
     def add_soon(self, key: K) -> None:
         """Look at it in a moment, with what comes until then; nothing new if it is looked at before."""
         if key not in self._dirty and key not in self._soon:
-            self._soon[key] = asyncio.get_running_loop().call_later(SOON_SECONDS, self._come, key)
+            self._soon[key] = asyncio.get_running_loop().call_later(SOON_SECONDS, self._ring, self._soon, key)
 
     def add_after(self, key: K, seconds: float) -> None:
         """Look at it again then; an earlier appointment stays."""
         timer, loop = self._timers.get(key), asyncio.get_running_loop()
         if timer is not None and timer.when() <= loop.time() + seconds:
             return
-        if timer is not None:
-            timer.cancel()
-        self._timers[key] = loop.call_later(seconds, self._ring, key)
+        self._stop(self._timers, key)
+        self._timers[key] = loop.call_later(seconds, self._ring, self._timers, key)
 
     def cancel(self, key: K) -> None:
         """No appointment for it any more."""
-        for timers in (self._soon, self._timers):
-            if timer := timers.pop(key, None):
-                timer.cancel()
+        self._stop(self._soon, key)
+        self._stop(self._timers, key)
 
     def add_again(self, key: K) -> float:
         """Look at it again after a failure, each time twice as late; returns the delay in seconds."""
@@ -83,8 +82,7 @@ class WorkQueue(Generic[K]):
         key = self._ready.popleft()
         self._dirty.discard(key)
         self._taken.add(key)
-        if soon := self._soon.pop(key, None):
-            soon.cancel()
+        self._stop(self._soon, key)
         return key
 
     def done(self, key: K) -> None:
@@ -97,10 +95,11 @@ class WorkQueue(Generic[K]):
         self._ready.append(key)
         self._more.set()
 
-    def _come(self, key: K) -> None:
-        self._soon.pop(key, None)
-        self.add(key)
+    @staticmethod
+    def _stop(timers: Timers[K], key: K) -> None:
+        if timer := timers.pop(key, None):
+            timer.cancel()
 
-    def _ring(self, key: K) -> None:
-        self._timers.pop(key, None)
+    def _ring(self, timers: Timers[K], key: K) -> None:
+        timers.pop(key, None)
         self.add(key)
