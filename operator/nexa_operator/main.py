@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -40,6 +41,8 @@ _WIND_DOWN_SECONDS = 12
 """Half of it kopf waits for what goes on; well before its own end, at which it kills the process."""
 _RELEASE_SECONDS = 4
 _BEGIN_AGAIN_SECONDS = 2.0
+_CONTAINERS_BETWEEN_COLLECTIONS = 10_000
+"""Python's 700 are what a few events of a watch leave at once, none of it in cycles."""
 
 
 class _Forever:
@@ -59,6 +62,7 @@ def main() -> None:
         print(exc, file=sys.stderr)
         raise SystemExit(exc.exit_code) from exc
     configure_logging(settings.log_level)
+    collect_seldom()
     while not _ended_in_order(settings):
         time.sleep(_BEGIN_AGAIN_SECONDS)
 
@@ -234,6 +238,13 @@ def kopf_settings(ours: Settings) -> kopf.OperatorSettings:
         # By the server: the other pods of a big cluster never cross the wire.
         settings.watching.label_selectors[child] = LABEL_JOB_UID
     return settings
+
+
+def collect_seldom() -> None:
+    """Look for cycles less often, and never among what was imported: a tenth of the operator's processor time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_CONTAINERS_BETWEEN_COLLECTIONS)
 
 
 def configure_logging(level: int) -> None:

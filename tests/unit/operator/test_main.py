@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
 from nexa_operator.errors import WatchError
-from nexa_operator.main import run_until_wound_down
+from nexa_operator.main import collect_seldom, run_until_wound_down
 
 pytestmark = pytest.mark.anyio
 
@@ -83,3 +84,14 @@ async def test_where_it_is_not_wanted_any_more_it_ends_first() -> None:
     await asyncio.wait([watching])
     assert watching.cancelled()
     assert running.done()
+
+
+def test_the_collector_is_spared() -> None:
+    before = gc.get_threshold()
+    try:
+        collect_seldom()
+        assert gc.get_threshold()[0] > before[0]
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
