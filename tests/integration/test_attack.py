@@ -100,17 +100,18 @@ def arena(chart: Cluster, limited: Namespace) -> Iterator[Arena]:
     mallory.close()
 
 
-PROBES = ("nexa-jobs", "nexa-children", "nexa-templates")
+PROBES = ("nexa-jobs", "nexa-children", "nexa-templates", "nexa-pods")
 
 
 def _probed(arena: Arena, policy: str) -> str:
     """The API server takes up policies and roles a moment after it has accepted them; this says what it thinks now."""
-    path, body = {
-        "nexa-jobs": (arena.path, hostile(image="elsewhere/x")),
-        "nexa-children": (f"{arena.core}/pods", a_pod(labels=OURS)),
-        "nexa-templates": (arena.jobs, a_job("probe", MINE, OURS)),
+    who, path, body = {
+        "nexa-jobs": (arena.mallory, arena.path, hostile(image="elsewhere/x")),
+        "nexa-children": (arena.mallory, f"{arena.core}/pods", a_pod(labels=OURS)),
+        "nexa-templates": (arena.mallory, arena.jobs, a_job("probe", MINE, OURS)),
+        "nexa-pods": (arena.admin, f"{arena.core}/pods", a_pod(labels=OURS, **BEYOND["a token"])),
     }[policy]
-    return said(arena.mallory, f"{path}?dryRun=All", body)
+    return said(who, f"{path}?dryRun=All", body)
 
 
 def said(api: Api, path: str, body: Object) -> str:
@@ -565,6 +566,7 @@ BEYOND: dict[str, Object] = {
 
 
 @pytest.mark.parametrize("attempt", BEYOND)
+@pytest.mark.usefixtures("arena")  # which waits for the policies
 def test_not_even_a_controller_makes_such_a_pod_of_a_job(chart: Cluster, limited: Namespace, attempt: str):
     limited.kubectl("create", "serviceaccount", "other", check=False)
     controller = Api(chart, as_user=JOB_CONTROLLER)
