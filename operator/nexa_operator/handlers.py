@@ -18,6 +18,7 @@ from nexa_operator.news import (
     NEWBORN_GANG,
     NEWBORN_POD,
     News,
+    has_failed,
     sign_of_gang,
     sign_of_pod,
     sign_of_training_job,
@@ -33,6 +34,7 @@ Event = Mapping[str, Any]
 
 def registry_of(
     changed: Callable[[Key, str], None],
+    enqueue: Callable[[Key], None],
     enqueue_soon: Callable[[Key], None],
     enqueue_later: Callable[[Key, float], None],
     *,
@@ -40,7 +42,7 @@ def registry_of(
     heard: Callable[[str], None],
 ) -> kopf.OperatorRegistry:
     """All handlers, each putting the key of the job concerned on the queue: at once if the job has changed, with its
-    resourceVersion, soon if a child has, later if nothing is new.
+    resourceVersion, or a pod has failed, soon if a child has changed, later if nothing is new.
 
     Args:
         is_over: whether nothing is left to do for a job, whatever becomes of its children.
@@ -67,7 +69,9 @@ def registry_of(
         key, known, new = _key_of_owner(body), news.knows(body), news.is_new(event["type"], body)
         if known and is_over(key):
             return
-        if new:
+        if new and has_failed(body):
+            enqueue(key)
+        elif new:
             enqueue_soon(key)
         else:
             enqueue_later(key, LATER_SECONDS)

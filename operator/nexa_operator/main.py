@@ -149,6 +149,7 @@ async def _watch(settings: Settings, cluster: Cluster, reconciler: Reconciler) -
     queue = reconciler.queue
     registry = registry_of(
         reconciler.changed,
+        queue.add,
         queue.add_soon,
         queue.add_after,
         is_over=reconciler.is_over,

@@ -88,5 +88,12 @@ def sign_of_pod(body: Body) -> object:
     )
 
 
+def has_failed(body: Body) -> bool:
+    """Whether a container of a pod ended badly: its last words go with the pod."""
+    entries = (body.get("status") or {}).get("containerStatuses") or []
+    ends = [(entry.get("state") or {}).get("terminated") or {} for entry in entries]
+    return any(end.get("exitCode", 0) != 0 for end in ends)
+
+
 _STARTING = ("ContainerCreating", "PodInitializing")
 NEWBORN_POD = sign_of_pod({"metadata": {}})

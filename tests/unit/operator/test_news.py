@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from nexa_operator.naming import FINALIZER
-from nexa_operator.news import NEWBORN_GANG, NEWBORN_POD, News, sign_of_gang, sign_of_pod, sign_of_training_job
+from nexa_operator.news import (
+    NEWBORN_GANG,
+    NEWBORN_POD,
+    News,
+    has_failed,
+    sign_of_gang,
+    sign_of_pod,
+    sign_of_training_job,
+)
 from tests.unit.operator.builders import body, condition, ended, gang_job, pod
 
 
@@ -77,6 +87,16 @@ def test_a_pod_on_its_way_is_no_news_but_what_holds_it_up_and_what_becomes_of_it
     assert seen("Running", conditions=[condition("DisruptionTarget")])
     assert seen("Failed", containerStatuses=ended(1))
     assert seen("Failed", containerStatuses=ended(2))
+
+
+@pytest.mark.parametrize(("child", "expected"), [
+    (pod(phase="Failed", containerStatuses=ended(70)), True),
+    (pod(phase="Succeeded", containerStatuses=ended(0)), False),
+    (pod(phase="Running"), False),
+    (gang_job(), False),
+])  # fmt: skip
+def test_a_failed_pod_is_told_from_others(child: dict[str, Any], expected: bool) -> None:
+    assert has_failed(child) is expected
 
 
 def test_a_pod_that_did_its_part_is_no_news_where_a_job_tells_when_all_have() -> None:
