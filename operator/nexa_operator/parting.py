@@ -64,8 +64,12 @@ def holds(body: Body) -> bool:
 
 def wants_hold(body: Body) -> bool:
     """Whether it should and does not yet."""
+    return _takes_artifacts(body) and not holds(body) and not is_deleting(body)
+
+
+def _takes_artifacts(body: Body) -> bool:
     policy = ((body.get("spec") or {}).get("schedule") or {}).get("deletionPolicy")
-    return policy == "Delete" and not holds(body) and not is_deleting(body)
+    return bool(policy == "Delete")
 
 
 def spans_of(body: Body) -> int:
@@ -82,6 +86,9 @@ def next_step(
     Args:
         gangs: what carries its attempts. jobs: the Jobs beside them. pods: all of its pods.
     """
+    if not _takes_artifacts(body):
+        # Whoever may change the job may put the finalizer on it; what was promised of its artifacts stands in the spec.
+        return LetGo(problem="schedule.deletionPolicy does not say Delete")
     removal = next((job for job in jobs if label_of(job, naming.LABEL_ROLE) == naming.ROLE_REMOVAL), None)
     outcome = Await() if removal is None else _outcome(removal)
     if isinstance(outcome, LetGo):

@@ -212,6 +212,7 @@ class Reconciler:
         body = await self.cluster.read(TRAINING_JOBS, key.namespace, key.name, not_older=version)
         if body is None or body["metadata"]["uid"] != key.uid:
             self._forget(key)
+            self.queue.cancel(key)
             self._attended.pop(key, None)
         elif not is_ours(body):
             return

@@ -43,6 +43,14 @@ def test_only_jobs_that_say_so_are_held() -> None:
     assert not wants_hold(deleted(finalizers=[])), "too late to hold it"
 
 
+def test_a_finalizer_that_somebody_else_put_on_removes_nothing() -> None:
+    document = deleted()
+    document["spec"]["schedule"]["deletionPolicy"] = "Retain"
+    step = next_step(document, gangs=[], jobs=[], pods=[], now=NOW)
+    assert isinstance(step, LetGo)
+    assert "deletionPolicy" in step.problem
+
+
 def test_gangs_end_before_anything_is_removed() -> None:
     assert step(gangs=[gang_job()]) == Clear(gangs=(Ref("demo-a0", GANG_UID),))
     going = gang_job()

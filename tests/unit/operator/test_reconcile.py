@@ -118,6 +118,14 @@ async def test_no_appointment_is_kept_for_a_job_that_leaves_nothing() -> None:
     assert operator.queue.cancelled == [operator.key]
 
 
+async def test_no_appointment_is_kept_for_a_job_that_is_gone() -> None:
+    operator = await running()
+    key = operator.key
+    operator.world.objects.clear()
+    await operator.reconciler.reconcile(key)
+    assert operator.queue.cancelled == [key]
+
+
 async def test_what_becomes_of_a_new_gang_is_looked_at_though_nothing_may_tell_of_it() -> None:
     operator = Operator(World())
     assert [seconds for seconds in await operator.look() if seconds < 6], "there are kinds that are not watched"
