@@ -153,7 +153,7 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
     gang, record, schedule = seen.gang, seen.record, spec.schedule
     if record.finished:
         return rest(seen, ttl_seconds=schedule.ttl_seconds_after_finished, now=now)
-    if gang is not None and gang.complete:
+    if gang is not None and gang.complete and not gang.is_belied:
         return Succeed()
     if deadline_seconds(seen, spec, now) == 0.0:
         return Fail(

@@ -131,6 +131,13 @@ class Gang:
         return tuple(rank for rank in self.ranks if rank.lost)
 
     @property
+    def is_belied(self) -> bool:
+        """Whether a rank that cannot have ended well stands against its completion: controllers adopt pods that carry
+        their labels, whoever made them, count those as theirs, and delete the ranks that are left over."""
+        ended_well = {rank.index for rank in self.ranks if rank.phase == "Succeeded"}
+        return any(rank.index not in ended_well for rank in self.lost_ranks if not rank.replaced)
+
+    @property
     def num_up(self) -> int:
         """Pods that run or have ended well."""
         return sum(rank.phase in ("Running", "Succeeded") and not rank.deleting for rank in self.ranks)

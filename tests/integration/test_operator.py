@@ -264,6 +264,28 @@ def test_a_pod_that_is_deleted_by_hand_ends_the_attempt_without_a_charge(ns):
     assert ns.status("removed")["chargedRestarts"] == 0
 
 
+def test_a_success_of_pods_that_the_controller_adopted_is_not_believed(ns):
+    ns.submit("usurped", nodes=2)
+    pods = ns.wait_pods("usurped-a0", 2)
+    ns.bind(pods, "dead")
+    for index in ("0", "1"):
+        name, annotations = f"forged-{index}", {"batch.kubernetes.io/job-completion-index": index}
+        container = {"name": "trainer", "image": "example.invalid/none"}
+        forged = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "annotations": annotations},
+            "spec": {"restartPolicy": "Never", "containers": [container]},
+        }
+        ns.kubectl("create", "--filename=-", input=json.dumps(forged))
+        ns.play_kubelet(ns.get(f"pod/{name}"), "Succeeded")
+    uid = ns.get("job/usurped-a0")["metadata"]["uid"]
+    ns.kubectl("label", "pods", "forged-0", "forged-1", f"batch.kubernetes.io/controller-uid={uid}")
+    ns.wait_pods("usurped-a1", 2)
+    status = ns.status("usurped")
+    assert (status["attempt"], status["chargedRestarts"], status["lastFailure"]["cause"]) == (1, 0, "PodDeleted")
+
+
 def test_a_pod_that_hangs_on_a_dead_node_does_not_hold_up_the_next_attempt(ns):
     ns.submit("hung", nodes=2)
     pods = ns.wait_pods("hung-a0", 2)

@@ -104,6 +104,17 @@ def test_a_suspended_job_s_ranks_may_still_commit_and_are_looked_at_until_they_a
     assert next_look_seconds(seen(gang(rank(0))), stops, spec=spec_of(SUSPENDED), now=NOW) == 2.0
 
 
+def test_a_success_is_not_believed_while_a_rank_that_did_not_end_well_stands_against_it() -> None:
+    done, deleted = [rank(index, phase="Succeeded") for index in (0, 1)], rank(1, deleting=True)
+    assert decision(seen(gang(*done, complete=True))) == Succeed()
+    assert decision(seen(gang(*done, deleted, complete=True))) == Succeed()
+    assert decision(seen(gang(done[0], rank(-1, replaced=True), complete=True))) == Succeed(), "its pod was cleaned up"
+    usurped = decision(seen(gang(done[0], deleted, complete=True)))
+    assert isinstance(usurped, Restart)
+    assert usurped.loss.cause == "PodDeleted"
+    assert usurped.charged == 0
+
+
 @pytest.mark.parametrize("finished", ["Succeeded", "Failed"])
 def test_an_end_is_final_whatever_the_children_say_later(finished):
     for there in (None, gang(failed()), gang(complete=True), gang(rank())):
