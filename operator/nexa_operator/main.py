@@ -112,11 +112,13 @@ async def run(settings: Settings) -> None:
         namespace = settings.watch_namespace
         beside = [
             lead_forever(lease, gate=gate),
-            reconciler.resync_forever(namespace=namespace, interval_seconds=settings.resync_interval_seconds),
+            reconciler.resync_forever(
+                namespace=namespace, interval_seconds=settings.resync_interval_seconds, may_act=gate
+            ),
             reader.read_forever(),
             *(reconciler.work_forever(may_act=gate) for _ in range(settings.num_workers)),
         ]
-        await _until_first_ends([*beside, _watch(settings, cluster, reconciler)])
+        await _until_first_ends([*beside, _watch(settings, cluster, reconciler, may_act=gate)])
         # Nothing is done any more. Left to expire, the Lease would hold up the next operator for 15 seconds.
         with contextlib.suppress(ApiError, TimeoutError):
             await asyncio.wait_for(lease.release(), _RELEASE_SECONDS)
@@ -144,9 +146,10 @@ async def _first_ended(tasks: Iterable[asyncio.Task[None]]) -> asyncio.Task[None
                 return task
 
 
-async def _watch(settings: Settings, cluster: Cluster, reconciler: Reconciler) -> None:
-    """kopf: watches, and nothing of its own on any object."""
+async def _watch(settings: Settings, cluster: Cluster, reconciler: Reconciler, *, may_act: asyncio.Event) -> None:
+    """kopf: watches, and nothing of its own on any object. Who waits for his turn would only gather what comes by."""
     await _wait_for_crd(cluster, settings.watch_namespace)
+    await may_act.wait()
     queue = reconciler.queue
     registry = registry_of(
         reconciler.changed,

@@ -169,15 +169,15 @@ class Reconciler:
             finally:
                 self.queue.done(key)
 
-    async def resync_forever(self, *, namespace: str, interval_seconds: float) -> None:
-        """Look at every job now and then, whether or not anything was heard of it."""
+    async def resync_forever(self, *, namespace: str, interval_seconds: float, may_act: asyncio.Event) -> None:
+        """Look at every job now and then, whether or not anything was heard of it; metrics hear of all in any case."""
         while True:
             seconds = interval_seconds
             try:
                 told: list[Body] = []
                 async for body in self.cluster.walk(TRAINING_JOBS, namespace):
                     told.append(_summary(body))
-                    if not _rests_for_good(body):
+                    if may_act.is_set() and not _rests_for_good(body):
                         self.queue.add(key_of(body))
                 self.metrics.listed(told, self.clock())
             except ApiError as exc:

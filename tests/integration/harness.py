@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,12 @@ class Operator:
     @property
     def said(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
+
+    def metrics(self) -> str:
+        """What it tells Prometheus now, where it was started once."""
+        (port,) = (record["metrics_port"] for record in self.said if record["event"] == "started")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
 
 
 class Namespace:

@@ -454,6 +454,9 @@ def _leases(ns):
     return json.loads(ns.cluster.kubectl("get", "leases", f"-n={RELEASE_NAMESPACE}", "-o=json").stdout)["items"]
 
 
+WATCHES = "nexa_watch_age_seconds{kind="
+
+
 def _events(operator):
     return {record["event"] for record in operator.said}
 
@@ -469,9 +472,11 @@ def test_a_second_operator_waits_for_the_lease_and_takes_over(ns, operator, tmp_
         ns.submit("first-acts-again")
         ns.wait_pods("first-acts-again-a0", 2)
         assert "lease" not in _events(second), "it would say that it holds it"
+        assert WATCHES not in second.metrics(), "it would gather what comes by"
         operator.kill()
         ns.submit("second-acts")
         wait_until(lambda: ns.get("job/second-acts-a0"), timeout_seconds=40, what="the second operator acts")
+        assert WATCHES in second.metrics()
     finally:
         second.kill()
         operator.start()

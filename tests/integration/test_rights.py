@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -130,9 +129,7 @@ def test_nothing_was_forbidden(played: Stage):
 
 
 def test_the_metrics_tell_of_it(played: Stage):
-    (port,) = (record["metrics_port"] for record in played.operator.said if record["event"] == "started")
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        families = list(text_string_to_metric_families(answer.read().decode()))
+    families = list(text_string_to_metric_families(played.operator.metrics()))
     seen = {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
     assert seen["nexa_restarts_total", "other"] == 1, "no trainer names a series"
     assert seen["nexa_time_to_first_step_seconds_count",] == 1

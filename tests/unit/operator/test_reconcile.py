@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
 from nexa_operator import naming
 from nexa_operator.errors import ApiError, ConflictError, InvalidError
@@ -331,12 +332,24 @@ async def test_progress_is_written_with_the_time_that_has_passed_and_that_alone_
     assert operator.job["status"]["goodput"]["startupSeconds"] == 6_000.0
 
 
-async def resync(operator: Operator) -> None:
-    task = asyncio.create_task(operator.reconciler.resync_forever(namespace="", interval_seconds=60))
+async def resync(operator: Operator, *, acts: bool = True) -> None:
+    gate = asyncio.Event()
+    if acts:
+        gate.set()
+    task = asyncio.create_task(operator.reconciler.resync_forever(namespace="", interval_seconds=60, may_act=gate))
     for _ in range(10):
         await asyncio.sleep(0)
     assert not task.done(), task.exception()
     task.cancel()
+
+
+async def test_who_may_not_act_counts_all_jobs_and_looks_at_none() -> None:
+    operator = await running()
+    await resync(operator, acts=False)
+    assert len(operator.queue) == 0
+    assert b'nexa_jobs{phase="Running"} 1.0' in generate_latest(operator.metrics.registry)
+    await resync(operator)
+    assert len(operator.queue) == 1
 
 
 async def test_a_status_that_nobody_can_read_ends_no_resync_and_hides_no_other_job() -> None:
