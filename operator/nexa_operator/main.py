@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
@@ -80,6 +81,9 @@ def _ended_in_order(settings: Settings) -> bool:
 
 async def run(settings: Settings) -> None:
     """Everything that runs, in one event loop."""
+    told_to_stop = asyncio.Event()
+    # Until kopf hears it: a signal that nobody hears does not end the first process of a container.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     queue: WorkQueue[Key] = WorkQueue()
     metrics = Metrics()
     metrics.queue_depth.set_function(lambda: len(queue))
@@ -111,6 +115,7 @@ async def run(settings: Settings) -> None:
         gate = asyncio.Event()
         namespace = settings.watch_namespace
         beside = [
+            _until(told_to_stop),
             lead_forever(lease, gate=gate),
             reconciler.resync_forever(
                 namespace=namespace, interval_seconds=settings.resync_interval_seconds, may_act=gate
@@ -124,8 +129,13 @@ async def run(settings: Settings) -> None:
             await asyncio.wait_for(lease.release(), _RELEASE_SECONDS)
 
 
+async def _until(event: asyncio.Event) -> None:
+    await event.wait()
+
+
 async def _until_first_ends(coroutines: list[Coroutine[Any, Any, None]]) -> None:
-    """kopf ends on a signal; anything else that ends is a fault, and ends the operator too."""
+    """A signal ends kopf or, before that has begun, what waits for it; anything else that ends is a fault, and ends the
+    operator too."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         ended = await _first_ended(tasks)

@@ -482,6 +482,19 @@ def test_a_second_operator_waits_for_the_lease_and_takes_over(ns, operator, tmp_
         operator.start()
 
 
+def test_one_that_waits_for_the_lease_ends_when_it_is_told_to(ns, operator, tmp_path):
+    ns.submit("somebody-acts")
+    ns.wait_pods("somebody-acts-a0", 2)
+    waiting = Operator(
+        operator.kubeconfig, tmp_path / "log.jsonl", NEXA_LEASE_NAMESPACE=RELEASE_NAMESPACE, NEXA_IDENTITY="waiting"
+    )
+    try:
+        wait_until(lambda: _events(waiting) & {"started"}, timeout_seconds=40, what="it has started")
+        assert waiting.stop() == 0
+    finally:
+        waiting.kill()
+
+
 def test_in_one_namespace_the_operator_needs_only_a_role_there_and_touches_nothing_else(ns, operator, tmp_path):
     operator.kill()
     ns.cluster.kubectl("delete", "clusterrolebinding/nexa")
