@@ -12,6 +12,13 @@ REMOVAL_SECONDS = 600
 
 _MOST = 2**31 - 1
 """Pods that ask for room may be evicted as often as it takes."""
+_POD_GROUPS = (
+    "scheduling.k8s.io/group-name",
+    "scheduling.x-k8s.io/pod-group",
+    "pod-group.scheduling.sigs.k8s.io",
+    "pod-group.scheduling.sigs.k8s.io/name",
+)
+"""By which schedulers know the pods of a gang; these are none of it, and would be held back until it is complete."""
 _SMALL = {"cpu": "100m", "memory": "256Mi"}
 
 
@@ -43,6 +50,9 @@ def removal(plan: RunPlan) -> Object:
 def _job(plan: RunPlan, name: str, role: str, template: Object, *, num_pods: int) -> Object:
     metadata = pod.gang_metadata(plan) | {"name": name}
     metadata["labels"] = {**pod.labels(plan), naming.LABEL_ROLE: role}
-    template["metadata"]["labels"] = {**template["metadata"]["labels"], naming.LABEL_ROLE: role}
+    for told in ("labels", "annotations"):
+        of_gang = template["metadata"][told]
+        template["metadata"][told] = {key: of_gang[key] for key in of_gang if key not in _POD_GROUPS}
+    template["metadata"]["labels"][naming.LABEL_ROLE] = role
     spec = {"parallelism": num_pods, "completions": num_pods, "backoffLimit": _MOST, "template": template}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}

@@ -157,10 +157,15 @@ def test_a_gang_that_may_shrink_starts_with_as_many_pods_as_are_enough():
 
 def test_what_runs_beside_a_gang_is_no_gang():
     # One that waited for as many pods as the gang has would wait for ever.
-    given = plan("job", schedule={"schedulerName": "volcano"}, cluster={"numNodes": 4})
+    labels = {"scheduling.x-k8s.io/pod-group": "a-gang", "team": "a"}
+    cluster = {"numNodes": 4, "labels": labels, "annotations": {"scheduling.k8s.io/group-name": "a-gang"}}
+    given = plan("job", schedule={"schedulerName": "volcano"}, cluster=cluster)
     for document in (beside.room(given, num_pods=2), beside.removal(given)):
-        assert document["spec"]["template"]["spec"]["schedulerName"] == "volcano"
+        template = document["spec"]["template"]
+        assert template["spec"]["schedulerName"] == "volcano"
+        assert template["metadata"]["labels"]["team"] == "a"
         assert "group-min-member" not in json.dumps(document)
+        assert "a-gang" not in json.dumps(template["metadata"])
 
 
 @every_runtime
