@@ -79,6 +79,7 @@ bench: setup ## Compare speed and memory with what people use today: NEXA_BENCH_
 	@test -f "$$NEXA_BENCH_DATA" || { echo "bench: skipped: NEXA_BENCH_DATA='$$NEXA_BENCH_DATA' is no file" >&2; exit 0; }; \
 		$(BIN)/python -m benchmarks.trainer && $(BIN)/python -m benchmarks.data && \
 		$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.operator
 
 .PHONY: lint
 lint: setup ## Check style, formatting and who imports whom
