@@ -70,7 +70,9 @@ def classify(gang: Gang, *, rules: Sequence[RecoveryRule] = (), ran: bool = True
     told = [_loss(rank, rules, ran=ran) for rank in sorted(gang.lost_ranks, key=lambda rank: rank.ending_order)]
     if not told:
         # The pod itself is gone: something outside removed it, the trainer cannot.
-        return Loss(cause=_DELETED, message=gang.failure_message, charged=False)
+        said = gang.failure_message
+        action = _by_rule(rules, Rank(index=0), None, _DELETED, said)
+        return Loss(cause=_DELETED, message=said, action=action or "retry", charged=False)
     return min(told, key=_telling)
 
 
@@ -96,7 +98,7 @@ def _loss(rank: Rank, rules: Sequence[RecoveryRule], *, ran: bool) -> Loss:
     cause = words.cause if words else _cause_without_words(rank, code)
     message = words.message if words else rank.message
     said = f"{message}\n{words.log if words else ''}"
-    action: Action | None = next((rule.action for rule in rules if _fits(rule, rank, code, cause, said)), None)
+    action = _by_rule(rules, rank, code, cause, said)
     # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
     gone = rank.disrupted or rank.replaced or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
     gone = gone or (words is None and (cause in _LOST_NODE or rank.never_began))
@@ -113,6 +115,10 @@ def _loss(rank: Rank, rules: Sequence[RecoveryRule], *, ran: bool) -> Loss:
         node="" if rank.replaced else rank.node,  # its place was lost with it: this one is its follower's
         adapts=adapts,
     )
+
+
+def _by_rule(rules: Sequence[RecoveryRule], rank: Rank, code: int | None, cause: str, said: str) -> Action | None:
+    return next((rule.action for rule in rules if _fits(rule, rank, code, cause, said)), None)
 
 
 def _fits(rule: RecoveryRule, rank: Rank, code: int | None, cause: str, said: str) -> bool:

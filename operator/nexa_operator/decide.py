@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from nexa_operator import elastic, goodput
 from nexa_operator.classify import Loss, classify
-from nexa_operator.observe import Gang, Observed, Rank
+from nexa_operator.observe import STOPPING, Gang, Observed, Rank
 from nexa_train.config.spec import JobSpec, RecoverySpec
 
 DEADLINE = "DeadlineExceeded"
@@ -23,8 +23,7 @@ LAST_WORDS_SECONDS = 3.0
 """After the first loss that was seen, for ranks that are still ending: one of them may know why, and say that later."""
 LOOK_SECONDS = 2.0
 """Until the controller of a gang that is to stop has asked its pods to."""
-BACKING_OFF, STOPPING = "BackingOff", "Stopping"
-"""Why a job waits for a time to come."""
+BACKING_OFF = "BackingOff"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +70,9 @@ class Shrink:
 @dataclass(frozen=True, kw_only=True)
 class Watch:
     """The gang does its work, or waits in its queue for it."""
+
+    problem: str = ""
+    """Why this operator could begin no such attempt; empty: it could."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +172,9 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
         return Wait(reason="RuntimeUnavailable", message=seen.unavailable)
     if gang is None:
         return _create(seen, spec, now)
+    if gang.suspended and not (queued or gang.deleting or record.suspends):
+        said = f"{gang.name} was suspended by somebody else, who is to let it go; Kueue does with a schedule.queueName"
+        return Wait(reason="SuspendedByAnother", message=said)
     if gang.deleting or (gang.suspended and not queued):
         return _resume(seen, gang, spec, now)
     # Ranks of a gang that its queue suspended go because of that: it goes on when it is let go again.

@@ -36,6 +36,8 @@ NODE_NOT_READY = "NodeNotReady"
 NODE_GONE = "NodeGone"
 _IN_ORDER = ("EvictionByEvictionAPI", "PreemptionByScheduler")
 """Disruptions whose pods are asked to go, by a drain for example, and given the time that they ask for."""
+RESIZING, STOPPING = "Resizing", "Stopping"
+"""Reasons in status while a gang is ended by this operator's will, besides schedule.suspend."""
 _MOST_NODES = 8
 _MOST_DIGITS = 9
 _NO_INDEX = -1
@@ -138,6 +140,13 @@ class Gang:
         return any(rank.index not in ended_well for rank in self.lost_ranks if not rank.replaced)
 
     @property
+    def does_well(self) -> bool:
+        """Whether it runs or has ended well, by itself."""
+        if self.complete:
+            return not self.is_belied
+        return bool(self.ranks) and not (self.failure or self.lost_ranks or self.suspended or self.deleting)
+
+    @property
     def num_up(self) -> int:
         """Pods that run or have ended well."""
         return sum(rank.phase in ("Running", "Succeeded") and not rank.deleting for rank in self.ranks)
@@ -182,6 +191,8 @@ class Record:
     """Succeeded or Failed, once one of them is true: it never changes again."""
     completed_at: datetime.datetime | None = None
     account: goodput.Account = field(default_factory=goodput.Account)
+    suspends: bool = True
+    """Whether a gang that is suspended may be so by this operator's will; False: it asked for nothing of the kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,7 +317,8 @@ def finished_of(status: Body) -> str:
 def read_record(status: Body, created: datetime.datetime | None = None) -> Record:
     """Lenient: status is written by this operator, maybe by an older one. Only the account asks since when the job is
     there."""
-    failure = status.get("lastFailure") or {}
+    failure, account = status.get("lastFailure") or {}, goodput.read(status, created)
+    why_queued = condition_of(status, "Queued").get("reason")
     return Record(
         attempt=status.get("attempt", 0),
         num_nodes=status.get("numNodes"),
@@ -321,7 +333,8 @@ def read_record(status: Body, created: datetime.datetime | None = None) -> Recor
         checkpoint=_read_checkpoint(status.get("checkpoint")),
         finished=finished_of(status),
         completed_at=as_time(status.get("completionTime")),
-        account=goodput.read(status, created),
+        account=account,
+        suspends=account.state in ("", goodput.SUSPENDED) or why_queued in (RESIZING, STOPPING),
     )
 
 

@@ -574,7 +574,7 @@ def judge(
 ) -> tuple[Job | None, Decision]:
     """The job and what to do about it; no job where this operator cannot carry it out. Pure.
 
-    Pods that run have their image: a default that was taken away since is missed only where others shall follow.
+    Pods that run have their image, and were understood: what was taken away since is missed only where others follow.
     `invalid`: what the server said to the last gang that was made of this job, if it can never take such a one.
     """
     try:
@@ -587,6 +587,9 @@ def judge(
     except (ConfigError, RuntimeUnavailableError) as exc:
         if seen.record.finished:
             return None, rest(seen, ttl_seconds=_ttl_seconds(body), now=now)
+        if seen.gang is not None and seen.gang.does_well:
+            # Begun by an operator that understood it, of another version: it is not to die of this one's ignorance.
+            return None, Succeed() if seen.gang.complete else Watch(problem=str(exc))
         reason = "ConfigRejected" if isinstance(exc, ConfigError) else "RuntimeUnavailable"
         return None, Fail(reason=reason, message=str(exc))
     return job, decision

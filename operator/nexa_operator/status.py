@@ -17,7 +17,6 @@ from nexa_operator import goodput
 from nexa_operator.classify import Loss
 from nexa_operator.decide import (
     BACKING_OFF,
-    STOPPING,
     Create,
     Decision,
     Fail,
@@ -33,7 +32,7 @@ from nexa_operator.decide import (
     Watch,
 )
 from nexa_operator.naming import STORAGE_PREFIX
-from nexa_operator.observe import Observed, Rank
+from nexa_operator.observe import RESIZING, STOPPING, Observed, Rank
 from nexa_operator.reading import Body, condition_of, is_true
 from nexa_train.config.protocol import CheckpointRef, Progress, Termination
 
@@ -186,7 +185,7 @@ def _state(account: goodput.Account, seen: Observed, decision: Decision, context
         return account.state
     if isinstance(decision, Create | Resume) and account.state == goodput.PRODUCTIVE:
         return goodput.RESTART  # somebody deleted its gang
-    if isinstance(decision, Watch) and _queued(seen):
+    if isinstance(decision, Watch | Wait) and _queued(seen):
         return goodput.QUEUE
     if account.state in (goodput.RESTART, goodput.PRODUCTIVE):
         return account.state
@@ -294,7 +293,7 @@ def _verdict(previous: Body, seen: Observed, decision: Decision, context: Contex
     if isinstance(decision, Wait):
         return _waiting(decision, context)
     if isinstance(decision, Suspend) and decision.resizes:
-        why = ("Resizing", "the next attempt has another number of pods; a checkpoint is committed first")
+        why = (RESIZING, "the next attempt has another number of pods; a checkpoint is committed first")
         return _Verdict(phase="Restarting", true={"Queued": why, "Reconciling": why})
     if isinstance(decision, Suspend) or (isinstance(decision, Hold) and decision.seconds > 0):
         return _Verdict(phase="Suspending", true={"Reconciling": ("Suspending", "ranks commit their last checkpoint")})
@@ -420,6 +419,8 @@ def happenings(old: Body, new: Body, decision: Decision) -> Iterator[Happening]:
         checkpoint = new["checkpoint"]
         said = f"step {checkpoint['step']}: {checkpoint.get('digest', '')} {checkpoint.get('uri', '')}".rstrip()
         yield Happening(type="Normal", reason="CheckpointCommitted", message=said)
+    if isinstance(decision, Watch) and decision.problem:
+        yield Happening(type="Warning", reason="NotUnderstood", message=f"its gang goes on: {decision.problem}")
     if isinstance(decision, Resume):
         yield Happening(type="Normal", reason="Resumed", message=f"attempt {attempt} {decision.why}")
     if isinstance(decision, Restart):
@@ -430,7 +431,7 @@ def happenings(old: Body, new: Body, decision: Decision) -> Iterator[Happening]:
         yield Happening(type="Warning", reason="Shrunk", message=said)
     if isinstance(decision, Suspend) and decision.resizes:
         said = f"attempt {attempt} stops; the next has another number of pods"
-        yield Happening(type="Normal", reason="Resizing", message=said)
+        yield Happening(type="Normal", reason=RESIZING, message=said)
     if (excluded := new.get("excludedNodes")) and excluded != old.get("excludedNodes"):
         yield Happening(type="Warning", reason="NodeExcluded", message=f"from attempt {attempt} on: {excluded[-1]}")
     for kind, level in (("Running", "Normal"), ("Suspended", "Normal"), ("Succeeded", "Normal"), ("Failed", "Warning")):

@@ -349,6 +349,20 @@ def test_suspending_stops_the_gang_and_resuming_makes_another_even_of_another_si
     assert ns.status("paused")["restarts"] == 0
 
 
+def test_a_gang_that_somebody_else_suspends_goes_on_when_he_lets_it(ns):
+    ns.submit("held", nodes=1)
+    (pod,) = ns.wait_pods("held-a0", 1)
+    ns.play_kubelet(pod, "Running")
+    ns.wait_true("held", "Running")
+    ns.kubectl("patch", "job/held-a0", '--patch={"spec":{"suspend":true}}')
+    ns.wait(lambda: ns.condition("held", "Queued").get("reason") == "SuspendedByAnother", "it waits", "held")
+    ns.kubectl("patch", "job/held-a0", '--patch={"spec":{"suspend":false}}')
+    (pod,) = ns.wait_pods("held-a0", 1)
+    ns.play_kubelet(pod, "Running")
+    ns.wait_true("held", "Running")
+    assert ns.status("held")["attempt"] == 0
+
+
 def test_deleting_the_job_collects_its_children(ns):
     ns.submit("gone")
     ns.wait_pods("gone-a0", 2)

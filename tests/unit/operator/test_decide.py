@@ -115,6 +115,22 @@ def test_a_success_is_not_believed_while_a_rank_that_did_not_end_well_stands_aga
     assert usurped.charged == 0
 
 
+def test_a_gang_that_somebody_else_suspended_is_left_to_him() -> None:
+    stopped = gang(rank(0, deleting=True), suspended=True)
+    waits = decision(seen(stopped, record=Record(suspends=False)))
+    assert isinstance(waits, Wait)
+    assert (waits.reason, waits.seconds) == ("SuspendedByAnother", None)
+    assert isinstance(decision(seen(gang(rank(0)), record=Record(suspends=False))), Watch)
+    assert isinstance(decision(seen(stopped, record=Record(suspends=True))), Resume | Wait)
+    assert isinstance(decision(seen(gang(deleting=True), record=Record(suspends=False))), Resume)
+
+
+def test_a_rule_is_asked_also_where_no_pod_is_left() -> None:
+    rules = (RecoveryRule(causes=["PodDeleted"], action="fail"),)
+    assert classify(gang(), rules=rules).action == "fail"
+    assert classify(gang()).action == "retry"
+
+
 @pytest.mark.parametrize("finished", ["Succeeded", "Failed"])
 def test_an_end_is_final_whatever_the_children_say_later(finished):
     for there in (None, gang(failed()), gang(complete=True), gang(rank())):

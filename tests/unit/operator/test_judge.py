@@ -48,6 +48,20 @@ def test_a_job_that_cannot_be_understood_is_deleted_when_its_time_to_live_is_ove
         assert judge(broken, seen(record=ended), defaults=HEAVY, now=NOW) == (None, expected)
 
 
+def test_a_gang_that_another_version_began_goes_on_though_this_one_does_not_understand_the_job() -> None:
+    strange = body(schedule={"aKeyOfTomorrow": 1})
+
+    def decided(observed: Observed) -> Decision:
+        return judge(strange, observed, defaults=HEAVY, now=NOW)[1]
+
+    runs = decided(seen(gang(rank(0), rank(1))))
+    assert isinstance(runs, Watch)
+    assert "aKeyOfTomorrow" in runs.problem
+    assert decided(seen(gang(complete=True))) == Succeed()
+    for others in (seen(), seen(gang()), seen(gang(failed())), seen(gang(rank(0), suspended=True))):
+        assert isinstance(decided(others), Fail)
+
+
 def test_what_the_server_can_never_take_is_not_tried_again_but_what_runs_goes_on() -> None:
     def decided(observed: Observed) -> Decision:
         said = "create .../jobs: 422: spec.template.spec.nodeSelector: Invalid value"

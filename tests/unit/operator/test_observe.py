@@ -155,6 +155,23 @@ def test_a_status_of_an_older_operator_is_read_as_far_as_it_goes():
     assert read_record({"conditions": [condition("Failed")]}).finished == "Failed"
 
 
+@pytest.mark.parametrize(
+    ("state", "reason", "ours"),
+    [
+        ("suspended", "", True),
+        ("restart", "Resizing", True),
+        ("restart", "Stopping", True),
+        ("restart", "Restarting", False),
+        ("productive", "", False),
+        ("queue", "SuspendedByAnother", False),
+    ],
+)
+def test_whose_will_a_suspension_is_stands_in_the_status(state: str, reason: str, ours: bool) -> None:
+    status = {"goodput": {"state": state}, "conditions": [{**condition("Queued"), "reason": reason}]}
+    assert read_record(status).suspends is ours
+    assert read_record({}).suspends, "a status that was lost"
+
+
 @pytest.mark.parametrize("label", ["9" * 20, "\u0663", "-1", "x", ""])
 def test_a_number_that_no_status_can_hold_is_no_attempt(label: str) -> None:
     forged = gang_job(attempt=0)
