@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
-from hypothesis import assume
+from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -207,3 +207,15 @@ def _node(path: Path) -> Mapping[str, Any]:
     for key in path:
         node = node["properties"][key]
     return node
+
+
+def settings_of(**more: Any) -> settings:
+    """A real cluster does not give the same answer twice: what failed is shown as it failed."""
+    return settings(
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        **more,
+    )

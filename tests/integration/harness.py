@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from nexa_train.config.protocol import CheckpointRef, Termination
+from tests.cluster.api import Api, Refused
 from tests.cluster.cluster import Cluster
 from tests.cluster.errors import ClusterError
 from tests.cluster.run import run, wait_until
@@ -164,6 +165,18 @@ def manifest(name: str, *, nodes: int = 2, **spec: Any) -> dict[str, Any]:
             **spec,
         },
     }
+
+
+def create_job(api: Api, path: str, name: str, spec: dict[str, Any]) -> bool:
+    """A NexaTrainingJob of that spec; False if an admission policy of the chart's denies it."""
+    body = {"apiVersion": "train.nexa.dev/v1alpha1", "kind": "NexaTrainingJob", "metadata": {"name": name}}
+    try:
+        api.create(path, {**body, "spec": spec})
+    except Refused as refused:
+        if "ValidatingAdmissionPolicy" not in refused.message:
+            raise
+        return False
+    return True
 
 
 def pod_status(phase: str, *, words: Termination | None = None, **more: Any) -> dict[str, Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
@@ -27,9 +26,10 @@ from tests.cluster.api import Refused
 from tests.cluster.cluster import Cluster
 from tests.cluster.run import wait_until
 from tests.integration.any_spec import Path as Leaf
-from tests.integration.any_spec import Spec, changed, is_valid, leaves, specs
-from tests.integration.harness import pod_status, prepare_operator
+from tests.integration.any_spec import Spec, changed, is_valid, leaves, settings_of, specs
+from tests.integration.harness import create_job, pod_status, prepare_operator
 from tests.integration.lane import Lane, conditions, new_lane
+from tests.integration.likeness import difference
 
 pytestmark = pytest.mark.integration
 
@@ -60,54 +60,6 @@ def expected_of(body: dict[str, Any]) -> tuple[Job | None, str]:
     except RuntimeUnavailableError:
         return None, "RuntimeUnavailable"
     return job, ""
-
-
-def difference(live: Any, wanted: Any, where: str = "") -> str:
-    """Where something wanted is not there; the server adds defaults, drops what is empty, and respells quantities."""
-    if isinstance(wanted, dict) and wanted:
-        parts = ((key, (live or {}).get(key), value) for key, value in wanted.items())
-    elif isinstance(wanted, list) and len(live or []) == len(wanted):
-        parts = ((str(index), *pair) for index, pair in enumerate(zip(live or [], wanted, strict=True)))
-    elif live == wanted or _is_respelt(live, wanted) or (live is None and _is_left_out(wanted, where)):
-        return ""
-    else:
-        return f"{where} is {live!r}, expected {wanted!r}"
-    return next(filter(None, (difference(has, wants, f"{where}.{key}") for key, has, wants in parts)), "")
-
-
-def _is_respelt(live: Any, wanted: Any) -> bool:
-    return isinstance(wanted, str) and math.isclose(_amount(live), _amount(wanted))
-
-
-def _is_left_out(wanted: Any, where: str) -> bool:
-    """Whether the server does not write this. It does write a false or 0 without which another default would hold."""
-    return wanted == "" or (not wanted and where.rpartition(".")[2] in ("annotations", "readOnly"))
-
-
-_UNITS = {
-    "n": 1e-9,
-    "u": 1e-6,
-    "m": 1e-3,
-    "k": 1e3,
-    "M": 1e6,
-    "G": 1e9,
-    "T": 1e12,
-    "Ki": 2**10,
-    "Mi": 2**20,
-    "Gi": 2**30,
-    "Ti": 2**40,
-}
-
-
-def _amount(quantity: Any) -> float:
-    """In thousandths, as the server rounds them up; it holds no more than 63 bits."""
-    text = str(quantity)
-    unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), "")
-    try:
-        amount = min(float(text.removesuffix(unit)) * _UNITS.get(unit, 1), 2.0**63)
-        return math.ceil(round(amount * 1000, 6))
-    except (ValueError, OverflowError):
-        return math.nan
 
 
 def says_nothing(value: Any) -> bool:
@@ -166,7 +118,7 @@ class AnyJob(RuleBasedStateMachine):
     @rule(spec=specs())
     def create(self, spec: Spec) -> None:
         name = f"any-{next(self.numbers)}"
-        if not create(self.lane, name, spec):
+        if not create_job(self.lane.api, self.lane.path("nexatrainingjobs"), name, spec):
             return
         self.names.append(name)
         self.settle("create", name)
@@ -238,18 +190,6 @@ def body_of(lane: Lane, name: str) -> dict[str, Any]:
     body = lane.api.get(lane.path("nexatrainingjobs", name))
     assert body is not None, name
     return body
-
-
-def create(lane: Lane, name: str, spec: Spec) -> bool:
-    """False if the chart's admission policy denies it."""
-    body = {"apiVersion": "train.nexa.dev/v1alpha1", "kind": "NexaTrainingJob", "metadata": {"name": name}}
-    try:
-        lane.api.create(lane.path("nexatrainingjobs"), {**body, "spec": spec})
-    except Refused as refused:
-        if "ValidatingAdmissionPolicy" not in refused.message:
-            raise
-        return False
-    return True
 
 
 def settle(lane: Lane, name: str) -> None:
@@ -350,18 +290,6 @@ def is_invalid(lane: Lane, gang: dict[str, Any]) -> bool:
     return False
 
 
-def settings_of(**more: Any) -> settings:
-    """A real cluster does not give the same answer twice: what failed is shown as it failed."""
-    return settings(
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-        **more,
-    )
-
-
 def run_machine(lane: Lane, *, num_runs: int) -> Counter[str]:
     counts: Counter[str] = Counter()
     # Attributes of a class made for this run: hypothesis makes the instances.
@@ -381,7 +309,8 @@ def test_every_leaf_is_changed_and_only_two_may_be(lane: Lane, part: int) -> Non
     @given(spec=specs(), data=st.data())
     def changes(spec: Spec, data: st.DataObject) -> None:
         name = f"leaf-{part}-{next(numbers)}"
-        assume(create(lane, name, {**spec, "schedule": {**spec.get("schedule", {}), "suspend": True}}))
+        suspended = {**spec, "schedule": {**spec.get("schedule", {}), "suspend": True}}
+        assume(create_job(lane.api, lane.path("nexatrainingjobs"), name, suspended))
         settle(lane, name)
         for leaf in leaves_of_part:
             change(lane, name, leaf, data)

@@ -5,14 +5,19 @@ On a control plane of its own, where CRDs and webhooks of others stay.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import assume, given
 
 from nexa_operator.kinds import WORKLOADS
+from nexa_operator.plan import Defaults, make_plan
 from nexa_operator.runtimes import RUNTIMES
+from nexa_operator.spec import parse
 from nexa_train.config.protocol import CheckpointRef, Termination
 from tests.cluster import host
 from tests.cluster.api import Api, Refused
@@ -21,13 +26,24 @@ from tests.cluster.control_plane import ControlPlane, start_control_plane
 from tests.cluster.controllers import start_jobset, start_kueue, start_training_operator
 from tests.cluster.process import Process
 from tests.cluster.run import wait_until
+from tests.integration.any_spec import Spec, settings_of, specs
 from tests.integration.audit import Log, granted
-from tests.integration.harness import NAMED, OPERATOR_USER, Namespace, Operator, new_namespace, prepare_operator
+from tests.integration.harness import (
+    NAMED,
+    OPERATOR_USER,
+    Namespace,
+    Operator,
+    create_job,
+    new_namespace,
+    prepare_operator,
+)
+from tests.integration.likeness import difference
 
 pytestmark = pytest.mark.integration
 
 CHECKPOINT = CheckpointRef(step=10, uri="s3://models/checkpoints/r/step-00000010", digest="d" * 64)
 DONE = Termination(run_id="r", exit_code=0, cause="Succeeded", step=10, total_steps=10, checkpoint=CHECKPOINT)
+IMAGE = "trainer:test"
 SUSPEND = '--patch={"spec":{"schedule":{"suspend":true}}}'
 RESUME = '--patch={"spec":{"schedule":{"suspend":false}}}'
 
@@ -46,6 +62,20 @@ class Team(Namespace):
     def gang(self, name: str) -> dict[str, Any] | None:
         kind = RUNTIMES[self.runtime].KIND
         return self.get(f"{kind.plural}.{kind.group}/{name}")
+
+    def decided(self, name: str, spec: Spec) -> dict[str, Any]:
+        """The job of that spec once it has a gang; empty if it shall never have one."""
+        api = Api(self.cluster)
+        denied = not create_job(
+            api, f"/apis/train.nexa.dev/v1alpha1/namespaces/{self.namespace}/nexatrainingjobs", name, spec
+        )
+        api.close()
+        if denied:
+            return {}
+        has_gang = lambda: self.gang(f"{name}-a0") is not None  # noqa: E731
+        has_failed = lambda: self.status(name).get("phase") == "Failed"  # noqa: E731
+        self.wait(lambda: has_gang() or has_failed(), f"{name} has a gang or failed", name)
+        return self.job(name) if has_gang() else {}
 
     def ranks(self, name: str, *, attempt: int = 0) -> list[dict[str, Any]]:
         """Pods of an attempt that nobody has asked to go, in the order of their indices."""
@@ -283,6 +313,36 @@ def open_queue(team: Team, *, cpu: int) -> None:
     for document in documents:
         document["apiVersion"] = "kueue.x-k8s.io/v1beta1"
     team.kubectl("apply", "--filename=-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}))
+
+
+@pytest.mark.parametrize("queued", [False, True], ids=["begun at once", "queued"])
+def test_of_any_job_lives_what_its_spec_says(anywhere: Team, queued: bool, request: pytest.FixtureRequest) -> None:
+    if queued:
+        request.getfixturevalue("kueue")
+    numbers, compared = itertools.count(), Counter[str]()
+
+    @settings_of(max_examples=3)
+    @given(spec=specs())
+    def holds(spec: Spec) -> None:
+        schedule = {"runtime": anywhere.runtime, "suspend": False, **({"queueName": "any"} if queued else {})}
+        others = {key: value for key, value in spec.get("schedule", {}).items() if key not in NOT_ANY}
+        cluster = {key: value for key, value in spec.get("cluster", {}).items() if key not in NOT_ANY}
+        name = f"any-{next(numbers)}"
+        body = anywhere.decided(name, {**spec, "cluster": cluster, "schedule": {**others, **schedule}})
+        assume(body)
+        plan = make_plan(parse(body), owner_uid=body["metadata"]["uid"], attempt=0, defaults=Defaults(image=IMAGE))
+        for kind, wanted in RUNTIMES[anywhere.runtime].objects(plan):
+            live = anywhere.get(f"{kind.plural}.{kind.group}/{wanted['metadata']['name']}".replace("./", "/"))
+            assert difference(live, wanted) == "", name
+            compared[kind.plural] += 1
+        anywhere.kubectl("delete", f"ntj/{name}", "--wait=false")
+
+    holds()
+    assert compared[RUNTIMES[anywhere.runtime].KIND.plural] >= 1
+
+
+NOT_ANY = ("runtime", "suspend", "queueName", "managedBy", "minNodes")
+"""Keys that the test says itself, or by which a job has no gang."""
 
 
 @pytest.fixture
