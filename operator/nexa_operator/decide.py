@@ -24,6 +24,7 @@ LAST_WORDS_SECONDS = 3.0
 LOOK_SECONDS = 2.0
 """Until the controller of a gang that is to stop has asked its pods to."""
 BACKING_OFF = "BackingOff"
+"""Why a job waits for a time to come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
     gang, record, schedule = seen.gang, seen.record, spec.schedule
     if record.finished:
         return rest(seen, ttl_seconds=schedule.ttl_seconds_after_finished, now=now)
-    if gang is not None and gang.complete and not gang.is_belied:
+    if gang is not None and gang.succeeded:
         return Succeed()
     if deadline_seconds(seen, spec, now) == 0.0:
         return Fail(

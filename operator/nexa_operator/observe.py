@@ -133,17 +133,15 @@ class Gang:
         return tuple(rank for rank in self.ranks if rank.lost)
 
     @property
-    def is_belied(self) -> bool:
-        """Whether a rank that cannot have ended well stands against its completion: controllers adopt pods that carry
-        their labels, whoever made them, count those as theirs, and delete the ranks that are left over."""
+    def succeeded(self) -> bool:
+        """Whether it is complete and no rank that cannot have ended well stands against that: controllers adopt pods
+        that carry their labels, whoever made them, count those as theirs, and delete the ranks that are left over."""
         ended_well = {rank.index for rank in self.ranks if rank.phase == "Succeeded"}
-        return any(rank.index not in ended_well for rank in self.lost_ranks if not rank.replaced)
+        return self.complete and all(rank.index in ended_well for rank in self.lost_ranks if not rank.replaced)
 
     @property
-    def does_well(self) -> bool:
-        """Whether it runs or has ended well, by itself."""
-        if self.complete:
-            return not self.is_belied
+    def goes_on(self) -> bool:
+        """Whether its ranks are there, and nothing ends them."""
         return bool(self.ranks) and not (self.failure or self.lost_ranks or self.suspended or self.deleting)
 
     @property

@@ -587,9 +587,11 @@ def judge(
     except (ConfigError, RuntimeUnavailableError) as exc:
         if seen.record.finished:
             return None, rest(seen, ttl_seconds=_ttl_seconds(body), now=now)
-        if seen.gang is not None and seen.gang.does_well:
-            # Begun by an operator that understood it, of another version: it is not to die of this one's ignorance.
-            return None, Succeed() if seen.gang.complete else Watch(problem=str(exc))
+        # Begun by an operator that understood it, of another version: it is not to die of this one's ignorance.
+        if seen.gang is not None and seen.gang.succeeded:
+            return None, Succeed()
+        if seen.gang is not None and seen.gang.goes_on:
+            return None, Watch(problem=str(exc))
         reason = "ConfigRejected" if isinstance(exc, ConfigError) else "RuntimeUnavailable"
         return None, Fail(reason=reason, message=str(exc))
     return job, decision
