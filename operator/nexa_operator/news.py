@@ -67,7 +67,7 @@ def sign_of_pod(body: Body) -> object:
     where a Job tells when all have."""
     status = body.get("status") or {}
     scheduled = condition_of(status, "PodScheduled")
-    states = [entry.get("state") or {} for entry in status.get("containerStatuses") or []]
+    states = _container_states(body)
     phase, ends = status.get("phase", "Pending"), [state["terminated"] for state in states if state.get("terminated")]
     if controller_of(body).get("kind") == "Job":
         phase = "Running" if phase == "Succeeded" else phase
@@ -90,9 +90,12 @@ def sign_of_pod(body: Body) -> object:
 
 def has_failed(body: Body) -> bool:
     """Whether a container of a pod ended badly: its last words go with the pod."""
+    return any((state.get("terminated") or {}).get("exitCode", 0) != 0 for state in _container_states(body))
+
+
+def _container_states(body: Body) -> list[Body]:
     entries = (body.get("status") or {}).get("containerStatuses") or []
-    ends = [(entry.get("state") or {}).get("terminated") or {} for entry in entries]
-    return any(end.get("exitCode", 0) != 0 for end in ends)
+    return [entry.get("state") or {} for entry in entries]
 
 
 _STARTING = ("ContainerCreating", "PodInitializing")
