@@ -24,6 +24,7 @@ from nexa_operator.news import (
     sign_of_training_job,
 )
 from nexa_operator.reconcile import Key, key_of
+from nexa_operator.workqueue import WorkQueue
 from nexa_train.config import GROUP, PLURAL, VERSION
 
 CHILDREN = (("batch", "v1", "jobs"), ("", "v1", "pods"))
@@ -34,9 +35,7 @@ Event = Mapping[str, Any]
 
 def registry_of(
     changed: Callable[[Key, str], None],
-    enqueue: Callable[[Key], None],
-    enqueue_soon: Callable[[Key], None],
-    enqueue_later: Callable[[Key, float], None],
+    queue: WorkQueue[Key],
     *,
     is_over: Callable[[Key], bool],
     heard: Callable[[str], None],
@@ -70,11 +69,11 @@ def registry_of(
         if known and is_over(key):
             return
         if new and has_failed(body):
-            enqueue(key)
+            queue.add(key)
         elif new:
-            enqueue_soon(key)
+            queue.add_soon(key)
         else:
-            enqueue_later(key, LATER_SECONDS)
+            queue.add_after(key, LATER_SECONDS)
 
     labelled = {LABEL_JOB_UID: kopf.PRESENT, LABEL_JOB_NAME: kopf.PRESENT}
     heard(PLURAL)

@@ -114,8 +114,8 @@ async def run(settings: Settings) -> None:
         )
         gate = asyncio.Event()
         namespace = settings.watch_namespace
-        beside = [
-            _until(told_to_stop),
+        beside: list[Coroutine[Any, Any, object]] = [
+            told_to_stop.wait(),
             lead_forever(lease, gate=gate),
             reconciler.resync_forever(
                 namespace=namespace, interval_seconds=settings.resync_interval_seconds, may_act=gate
@@ -129,11 +129,7 @@ async def run(settings: Settings) -> None:
             await asyncio.wait_for(lease.release(), _RELEASE_SECONDS)
 
 
-async def _until(event: asyncio.Event) -> None:
-    await event.wait()
-
-
-async def _until_first_ends(coroutines: list[Coroutine[Any, Any, None]]) -> None:
+async def _until_first_ends(coroutines: list[Coroutine[Any, Any, object]]) -> None:
     """A signal ends kopf or, before that has begun, what waits for it; anything else that ends is a fault, and ends the
     operator too."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
@@ -146,7 +142,7 @@ async def _until_first_ends(coroutines: list[Coroutine[Any, Any, None]]) -> None
     ended.result()
 
 
-async def _first_ended(tasks: Iterable[asyncio.Task[None]]) -> asyncio.Task[None]:
+async def _first_ended(tasks: Iterable[asyncio.Task[Any]]) -> asyncio.Task[Any]:
     """kopf, when it ends, cancels all that is new in its loop, parts of a look too; what counts is why it ends."""
     waiting = set(tasks)
     while True:
@@ -160,14 +156,8 @@ async def _watch(settings: Settings, cluster: Cluster, reconciler: Reconciler, *
     """kopf: watches, and nothing of its own on any object. Who waits for his turn would only gather what comes by."""
     await _wait_for_crd(cluster, settings.watch_namespace)
     await may_act.wait()
-    queue = reconciler.queue
     registry = registry_of(
-        reconciler.changed,
-        queue.add,
-        queue.add_soon,
-        queue.add_after,
-        is_over=reconciler.is_over,
-        heard=reconciler.metrics.heard,
+        reconciler.changed, reconciler.queue, is_over=reconciler.is_over, heard=reconciler.metrics.heard
     )
     ours = asyncio.all_tasks()
     tasks = await kopf.spawn_tasks(
