@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nexa_operator.kinds import TRAINING_JOBS
 from nexa_train.config.protocol import CheckpointRef, Termination
 from tests.cluster.api import Api, Refused
 from tests.cluster.cluster import Cluster
@@ -167,11 +168,10 @@ def manifest(name: str, *, nodes: int = 2, **spec: Any) -> dict[str, Any]:
     }
 
 
-def create_job(api: Api, path: str, name: str, spec: dict[str, Any]) -> bool:
+def create_job(api: Api, namespace: str, name: str, spec: dict[str, Any]) -> bool:
     """A NexaTrainingJob of that spec; False if an admission policy of the chart's denies it."""
-    body = {"apiVersion": "train.nexa.dev/v1alpha1", "kind": "NexaTrainingJob", "metadata": {"name": name}}
     try:
-        api.create(path, {**body, "spec": spec})
+        api.create(TRAINING_JOBS.path(namespace), {**manifest(name), "spec": spec})
     except Refused as refused:
         if "ValidatingAdmissionPolicy" not in refused.message:
             raise

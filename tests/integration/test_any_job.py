@@ -118,7 +118,7 @@ class AnyJob(RuleBasedStateMachine):
     @rule(spec=specs())
     def create(self, spec: Spec) -> None:
         name = f"any-{next(self.numbers)}"
-        if not create_job(self.lane.api, self.lane.path("nexatrainingjobs"), name, spec):
+        if not create_job(self.lane.api, self.lane.namespace, name, spec):
             return
         self.names.append(name)
         self.settle("create", name)
@@ -310,7 +310,7 @@ def test_every_leaf_is_changed_and_only_two_may_be(lane: Lane, part: int) -> Non
     def changes(spec: Spec, data: st.DataObject) -> None:
         name = f"leaf-{part}-{next(numbers)}"
         suspended = {**spec, "schedule": {**spec.get("schedule", {}), "suspend": True}}
-        assume(create_job(lane.api, lane.path("nexatrainingjobs"), name, suspended))
+        assume(create_job(lane.api, lane.namespace, name, suspended))
         settle(lane, name)
         for leaf in leaves_of_part:
             change(lane, name, leaf, data)

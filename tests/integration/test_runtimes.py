@@ -63,19 +63,16 @@ class Team(Namespace):
         kind = RUNTIMES[self.runtime].KIND
         return self.get(f"{kind.plural}.{kind.group}/{name}")
 
-    def decided(self, name: str, spec: Spec) -> dict[str, Any]:
+    def decided(self, api: Api, name: str, spec: Spec) -> dict[str, Any]:
         """The job of that spec once it has a gang; empty if it shall never have one."""
-        api = Api(self.cluster)
-        denied = not create_job(
-            api, f"/apis/train.nexa.dev/v1alpha1/namespaces/{self.namespace}/nexatrainingjobs", name, spec
-        )
-        api.close()
-        if denied:
+
+        def is_decided() -> bool:
+            return self.gang(f"{name}-a0") is not None or self.status(name).get("phase") == "Failed"
+
+        if not create_job(api, self.namespace, name, spec):
             return {}
-        has_gang = lambda: self.gang(f"{name}-a0") is not None  # noqa: E731
-        has_failed = lambda: self.status(name).get("phase") == "Failed"  # noqa: E731
-        self.wait(lambda: has_gang() or has_failed(), f"{name} has a gang or failed", name)
-        return self.job(name) if has_gang() else {}
+        self.wait(is_decided, f"{name} has a gang or failed", name)
+        return self.job(name) if self.gang(f"{name}-a0") else {}
 
     def ranks(self, name: str, *, attempt: int = 0) -> list[dict[str, Any]]:
         """Pods of an attempt that nobody has asked to go, in the order of their indices."""
@@ -319,7 +316,7 @@ def open_queue(team: Team, *, cpu: int) -> None:
 def test_of_any_job_lives_what_its_spec_says(anywhere: Team, queued: bool, request: pytest.FixtureRequest) -> None:
     if queued:
         request.getfixturevalue("kueue")
-    numbers, compared = itertools.count(), Counter[str]()
+    api, numbers, compared = Api(anywhere.cluster), itertools.count(), Counter[str]()
 
     @settings_of(max_examples=3)
     @given(spec=specs())
@@ -328,16 +325,17 @@ def test_of_any_job_lives_what_its_spec_says(anywhere: Team, queued: bool, reque
         others = {key: value for key, value in spec.get("schedule", {}).items() if key not in NOT_ANY}
         cluster = {key: value for key, value in spec.get("cluster", {}).items() if key not in NOT_ANY}
         name = f"any-{next(numbers)}"
-        body = anywhere.decided(name, {**spec, "cluster": cluster, "schedule": {**others, **schedule}})
+        body = anywhere.decided(api, name, {**spec, "cluster": cluster, "schedule": {**others, **schedule}})
         assume(body)
         plan = make_plan(parse(body), owner_uid=body["metadata"]["uid"], attempt=0, defaults=Defaults(image=IMAGE))
         for kind, wanted in RUNTIMES[anywhere.runtime].objects(plan):
-            live = anywhere.get(f"{kind.plural}.{kind.group}/{wanted['metadata']['name']}".replace("./", "/"))
+            live = api.get(kind.path(anywhere.namespace, wanted["metadata"]["name"]))
             assert difference(live, wanted) == "", name
             compared[kind.plural] += 1
         anywhere.kubectl("delete", f"ntj/{name}", "--wait=false")
 
     holds()
+    api.close()
     assert compared[RUNTIMES[anywhere.runtime].KIND.plural] >= 1
 
 
