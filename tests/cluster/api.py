@@ -66,10 +66,11 @@ class Api:
         """A JSON merge patch; of the status where the path ends so."""
         return self.call("PATCH", path, body, content_type="application/merge-patch+json")
 
-    def delete(self, path: str) -> None:
-        """No error if it is gone."""
+    def delete(self, path: str, *, at_once: bool = False) -> None:
+        """No error if it is gone. A pod on a node stays until its kubelet has ended it; `at_once`, it does not."""
+        grace = {"gracePeriodSeconds": 0} if at_once else {}
         try:
-            self.call("DELETE", path, {"propagationPolicy": "Background"})
+            self.call("DELETE", path, {"propagationPolicy": "Background", **grace})
         except Refused as refused:
             if refused.status != 404:
                 raise

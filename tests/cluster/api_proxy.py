@@ -248,10 +248,10 @@ class ApiProxy(HttpProxy):
 
     @staticmethod
     def _job_in(parts: list[str]) -> str:
-        """Of .../nexatrainingjobs/NAME/status, or of .../jobs/NAME-aN."""
+        """Of .../nexatrainingjobs/NAME/status, of .../jobs/NAME-aN, or of one beside that."""
         if PLURAL in parts:
             return parts[parts.index(PLURAL) + 1] if parts[-1] != PLURAL else ""
-        return re.sub(r"-a\d+$", "", parts[-1])
+        return re.sub(r"-(a\d+(-room)?|removal)$", "", parts[-1])
 
     def _learn(self, request: Request, answer: Answer, job: str) -> None:
         """Whose UID is whose, what was created, and what lists said."""

@@ -28,7 +28,13 @@ class Cluster:
         return run([binary("kubectl"), f"--kubeconfig={self.kubeconfig}", *args], input=input, check=check)
 
     def fake_nodes(
-        self, num_nodes: int, *, tainted: bool = True, keeper: str = "fake", pods_end: bool = True
+        self,
+        num_nodes: int,
+        *,
+        tainted: bool = True,
+        keeper: str = "fake",
+        pods_end: bool = True,
+        pods_run: bool = True,
     ) -> list[str]:
         raise Unavailable("fake nodes are made only in a cluster that the tests start; unset NEXA_TEST_KUBECONFIG")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,8 @@ _FIRST_SERVICE = "10.96.0.1"
 _LOOPBACK = "127.0.0.1"
 _COMPLETE = "pod-complete"
 """The stage of kwok's that ends pods."""
+_OF_PODS = (_COMPLETE, "pod-delete", "pod-ready")
+"""All of its stages that do anything to pods."""
 
 # The default limits (20 and 50 requests a second) would hide everything else in a load test.
 _CLIENT_LIMITS = ("--kube-api-qps=5000", "--kube-api-burst=10000")
@@ -64,14 +66,22 @@ class ControlPlane(Cluster):
         return self.network.host_ip
 
     def fake_nodes(
-        self, num_nodes: int, *, tainted: bool = True, keeper: str = "fake", pods_end: bool = True
+        self,
+        num_nodes: int,
+        *,
+        tainted: bool = True,
+        keeper: str = "fake",
+        pods_end: bool = True,
+        pods_run: bool = True,
     ) -> list[str]:
         """Have `KEEPER-0` to `KEEPER-N`, Ready, with eight GPUs each, kept by a kwok of their own.
 
-        Pods of Jobs complete on them by themselves; without `pods_end` they run until they are deleted.
+        Pods of Jobs complete on them by themselves; without `pods_end` they run until they are deleted. Without
+        `pods_run` nobody looks after pods there: the test is their kubelet.
         Tainted with `kwok.x-k8s.io/node=KEEPER:NoSchedule`, so that only pods land there that ask for it.
         """
-        self._start_kwok_once(keeper, pods_end=pods_end)
+        left_out = _OF_PODS if not pods_run else () if pods_end else (_COMPLETE,)
+        self._start_kwok_once(keeper, left_out)
         names = [f"{keeper}-{index}" for index in range(num_nodes)]
         items = [_fake_node(name, keeper, tainted=tainted) for name in names]
         nodes = {"apiVersion": "v1", "kind": "List", "items": items}
@@ -95,10 +105,10 @@ class ControlPlane(Cluster):
         (pid,) = (entry["pid"] for entry in self.ledger.entries("process") if entry["name"] == f"kwok-{keeper}")
         os.kill(int(pid), number)
 
-    def _start_kwok_once(self, keeper: str, *, pods_end: bool) -> None:
+    def _start_kwok_once(self, keeper: str, left_out: Collection[str]) -> None:
         if any(entry["name"] == f"kwok-{keeper}" for entry in self.ledger.entries("process")):
             return
-        stages = [_stage(self.ledger, file) for file in module_files("kwok") if pods_end or file.stem != _COMPLETE]
+        stages = [_stage(self.ledger, file) for file in module_files("kwok") if file.stem not in left_out]
         port = free_ports(1)[0]
         kwok = start(
             self.ledger,

@@ -18,14 +18,20 @@ from tests.integration.harness import Operator, kubeconfig_through, manifest, ne
 
 STEP_SECONDS = 90
 """Longer than the operator waits for one answer, and for the next resync."""
+KEEPER = "lane"
+"""Of the nodes that lanes have of their own."""
 _APIS = {"nexatrainingjobs": "/apis/train.nexa.dev/v1alpha1", "jobs": "/apis/batch/v1"}
 
 
 class Lane:
     """What a test does there, and how long the operator took to be back."""
 
-    def __init__(self, namespace: str, api: Api, proxy: ApiProxy, operator: Operator) -> None:
+    def __init__(
+        self, namespace: str, api: Api, proxy: ApiProxy, operator: Operator, nodes: Sequence[str] = ()
+    ) -> None:
         self.namespace, self.api, self.proxy, self.operator = namespace, api, proxy, operator
+        self.nodes = nodes
+        """Of its own, without a kubelet: pods stay there as they are, also when they shall go."""
         self.settled: list[tuple[float, float]] = []
         """Seconds from each restart until what the test waited for was so; for how many it waited for a processor."""
         self._restarted = 0.0
@@ -77,23 +83,80 @@ class Lane:
         """Of the operator, since it was started: what other work on this machine took from it."""
         return int(Path(f"/proc/{self.operator.process.pid}/schedstat").read_text().split()[1]) / 1e9
 
-    def wait_true(self, name: str, kind: str, *, attempt: int = 0, timeout_seconds: float = STEP_SECONDS) -> None:
-        def so() -> bool:
-            status = self.status(name)
-            return status.get("attempt") == attempt and conditions(status).get(kind) == "True"
+    def wait_true(
+        self, name: str, kind: str, *, attempt: int = 0, timeout_seconds: float = STEP_SECONDS
+    ) -> dict[str, Any]:
+        """The status that says so."""
 
-        self.wait(so, f"{name}: attempt {attempt} is {kind}", timeout_seconds=timeout_seconds)
+        def so() -> dict[str, Any] | None:
+            status = self.status(name)
+            return status if status.get("attempt") == attempt and conditions(status).get(kind) == "True" else None
+
+        what = f"{name}: attempt {attempt} is {kind}"
+        found: dict[str, Any] = self.wait(so, what, timeout_seconds=timeout_seconds)
+        return found
 
     def pods(self, gang: str) -> list[dict[str, Any]]:
-        return self.api.list(self.path("pods"), labels=f"job-name={gang}")
+        """Those of its ranks."""
+        job, _, attempt = gang.rpartition("-a")
+        labels = f"train.nexa.dev/job-name={job},train.nexa.dev/attempt={attempt},!train.nexa.dev/role"
+        return self.api.list(self.path("pods"), labels=labels)
 
-    def play(self, gang: str, phase: str, *, ranks: Sequence[int] = (0, 1), **said: Any) -> None:
-        """Once both pods are there, some of them say so, as a kubelet would."""
-        pods = self.wait(lambda: found if len(found := self.pods(gang)) == 2 else None, f"two pods of {gang}")
+    def pods_beside(self, name: str, role: str) -> list[dict[str, Any]]:
+        """Those that are no rank: they ask for room, or remove artifacts."""
+        labels = f"train.nexa.dev/job-name={name},train.nexa.dev/role={role}"
+        return self.api.list(self.path("pods"), labels=labels)
+
+    def play(self, gang: str, phase: str, *, ranks: Sequence[int] = (0, 1), num_pods: int = 2, **said: Any) -> None:
+        """Once all its pods are there, some of them say so, as a kubelet would."""
+        pods = self.wait(
+            lambda: found if len(found := self.pods(gang)) == num_pods else None, f"{num_pods} pods of {gang}"
+        )
         for pod in pods:
             if int(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]) in ranks:
-                status = pod_status(phase, words=words(**said) if said else None)
-                self.api.merge(self.path("pods", pod["metadata"]["name"]) + "/status", {"status": status})
+                self.say(pod, phase, **said)
+
+    def say(self, pod: dict[str, Any], phase: str, **said: Any) -> None:
+        """As its kubelet would."""
+        status = pod_status(phase, words=words(**said) if said else None)
+        self.api.merge(self.path("pods", pod["metadata"]["name"]) + "/status", {"status": status})
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """What `spec.cluster` says for pods to go to this lane's nodes."""
+        tolerated = {"key": "kwok.x-k8s.io/node", "operator": "Equal", "value": KEEPER, "effect": "NoSchedule"}
+        return {"nodeSelector": {"lane": self.namespace}, "tolerations": [tolerated]}
+
+    def wait_placed(self, gang: str, num_pods: int = 2) -> list[dict[str, Any]]:
+        """Its pods, once each has a node."""
+
+        def placed() -> list[dict[str, Any]] | None:
+            pods = [pod for pod in self.pods(gang) if pod["spec"].get("nodeName")]
+            return pods if len(pods) == num_pods else None
+
+        found: list[dict[str, Any]] = self.wait(placed, f"{num_pods} pods of {gang} on nodes")
+        return found
+
+    def wait_asked_to_go(self, *gangs: str) -> None:
+        """Until all their pods shall end."""
+
+        def asked() -> bool:
+            return all("deletionTimestamp" in pod["metadata"] for gang in gangs for pod in self.pods(gang))
+
+        self.wait(asked, f"pods of {', '.join(gangs)} are to go")
+
+    def end_pods(self, gang: str) -> None:
+        """As their kubelet does with pods that shall go, once all of them shall."""
+        self.wait_asked_to_go(gang)
+        for pod in self.pods(gang):
+            self.api.delete(self.path("pods", pod["metadata"]["name"]), at_once=True)
+
+    def wait_gone(self, name: str) -> None:
+        self.wait(lambda: self.api.get(self.path("nexatrainingjobs", name)) is None, f"{name} is gone")
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Those about a job."""
+        return [each for each in self.api.list(self.path("events")) if each["involvedObject"]["name"] == name]
 
     def change(self, name: str, **spec: Any) -> None:
         self.api.merge(self.path("nexatrainingjobs", name), {"spec": spec})
@@ -105,15 +168,19 @@ def conditions(status: dict[str, Any]) -> dict[str, str]:
 
 
 @contextmanager
-def new_lane(cluster: Cluster, kubeconfig: Path, folder: Path, **environment: str) -> Iterator[Lane]:
-    """With an operator that looks at this lane's namespace alone."""
+def new_lane(
+    cluster: Cluster, kubeconfig: Path, folder: Path, *, nodes: Sequence[str] = (), **environment: str
+) -> Iterator[Lane]:
+    """With an operator that looks at this lane's namespace alone; on `nodes` there is place for its jobs."""
     folder.mkdir()
     with new_namespace(cluster) as ns:
+        if nodes:
+            cluster.kubectl("label", "--overwrite", "nodes", *nodes, f"lane={ns.namespace}")
         api, proxy = Api(cluster), ApiProxy(cluster=cluster)
         through = kubeconfig_through(proxy.endpoint, kubeconfig, folder / "kubeconfig")
         operator = Operator(through, folder / "log.jsonl", NEXA_WATCH_NAMESPACE=ns.namespace, **environment)
         try:
-            yield Lane(ns.namespace, api, proxy, operator)
+            yield Lane(ns.namespace, api, proxy, operator, nodes)
         finally:
             operator.kill()
             proxy.close()
