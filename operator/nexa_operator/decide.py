@@ -323,7 +323,7 @@ def next_look_seconds(seen: Observed, decision: Decision, *, spec: JobSpec, now:
         due.append(decision.wait_seconds or None)
     elif isinstance(decision, Watch) and seen.gang is not None:
         # Once over, only the scheduler can tell anything new.
-        due.append(elastic.patience_seconds(seen.gang, spec, now) or None)
+        due.append(elastic.patience_seconds(seen, seen.gang, spec, now) or None)
         if seen.record.excluded_nodes and elastic.unplaced_seconds(seen.gang, now):
             due.append(FORGIVE_SECONDS)
     elif isinstance(decision, Probe) and seen.room:

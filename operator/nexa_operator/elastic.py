@@ -16,7 +16,7 @@ from nexa_train.config.spec import JobSpec
 
 def smaller(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> int | None:
     """Pods to go on with instead of those that have no room; None: as it is."""
-    if patience_seconds(gang, spec, now) != 0.0:
+    if patience_seconds(seen, gang, spec, now) != 0.0:
         return None
     most = min(gang.num_placed, size(seen, spec) - 1)
     return next((nodes for nodes in range(most, least(spec) - 1, -1) if divides(spec, nodes)), None)
@@ -48,11 +48,19 @@ def unplaced_seconds(gang: Gang, now: datetime.datetime) -> float:
     return (now - max(since)).total_seconds() if since else 0.0
 
 
-def patience_seconds(gang: Gang, spec: JobSpec, now: datetime.datetime) -> float | None:
-    """Until pods without a node have waited long enough; None: none waits, or the job may not be smaller."""
+def patience_seconds(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> float | None:
+    """Until pods without a node have waited long enough; None: none waits, or the job may not be smaller.
+
+    They stand in line for room that is kept free, and only get it once it is given up.
+    """
     if spec.cluster.min_nodes is None or not any(rank.unplaced_since for rank in gang.ranks):
         return None
-    return max(0.0, spec.cluster.shrink_after_seconds - unplaced_seconds(gang, now))
+    waited = unplaced_seconds(gang, now)
+    if seen.rooms:
+        waited = 0.0  # what keeps room free for them is in their way
+    elif seen.room_left_at is not None:
+        waited = min(waited, (now - seen.room_left_at).total_seconds())
+    return max(0.0, spec.cluster.shrink_after_seconds - waited)
 
 
 def least(spec: JobSpec) -> int:

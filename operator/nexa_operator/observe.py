@@ -214,6 +214,8 @@ class Observed:
     """How many pods of the one beside this gang have found a node."""
     room_since: datetime.datetime | None = None
     """When the last of these found it."""
+    room_left_at: datetime.datetime | None = None
+    """When this operator last gave up what kept room free; None: it never did."""
     strays: tuple[Rank, ...] = ()
     """Pods of the attempt on record that outlive its gang: somebody deleted that, and they end by and by."""
     room_wanted_since: datetime.datetime | None = None

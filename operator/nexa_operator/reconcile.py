@@ -140,6 +140,8 @@ class Reconciler:
     _over: set[Key] = field(default_factory=set)
     _losses: dict[Key, _Loss] = field(default_factory=dict)
     _refusals: dict[Key, _Refusal] = field(default_factory=dict)
+    _rooms_left: dict[Key, datetime.datetime] = field(default_factory=dict)
+    """When this operator last removed pods that kept room free."""
     _attended: dict[Key, datetime.datetime] = field(default_factory=dict)
     """When this operator last counted itself at a job that parts."""
     _versions: dict[Key, str] = field(default_factory=dict)
@@ -286,6 +288,8 @@ class Reconciler:
         has_pods = bool(children or body.get("status"))
         pods = await self._children.of(PODS, key.namespace, key.uid) if has_pods else []
         seen = observe(body, children=children, pods=pods, progress=self.progress.latest(key))
+        if key in self._rooms_left:
+            seen = replace(seen, room_left_at=self._rooms_left[key])
         queue = ((body.get("spec") or {}).get("schedule") or {}).get("queueName")
         if queue and seen.gang and seen.gang.suspended:
             return replace(seen, admission=await self._admission(key.namespace, queue, seen.gang))
@@ -395,6 +399,7 @@ class Reconciler:
             if job is not None and _begins(decision):
                 await self._create(key, body, self._plan(key, body, job))
             for room in _rooms_to_remove(key, seen, decision, now=self.clock()):
+                self._rooms_left[key] = self.clock()
                 await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
         except ConflictError:
             # What this look saw is gone; the next one sees what has its name.
@@ -534,6 +539,7 @@ class Reconciler:
         self._invalid.pop(key, None)
         self._losses.pop(key, None)
         self._refusals.pop(key, None)
+        self._rooms_left.pop(key, None)
 
 
 def key_of(body: Body) -> Key:

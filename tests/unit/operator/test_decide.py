@@ -554,6 +554,16 @@ def test_a_gang_waits_for_room_a_minute_before_it_shrinks() -> None:
     assert next_look_seconds(crowded, Watch(), spec=spec_of(cluster={"num_nodes": 4}), now=NOW) is None
 
 
+def test_pods_do_not_wait_in_vain_while_room_is_kept_free_for_them() -> None:
+    """Though the scheduler finds none for them meanwhile."""
+    crowded = gang(*placed(3), pending(3, 90))
+    kept, left = seen(crowded, rooms=("demo-a0-room",)), seen(crowded, room_left_at=ago(20))
+    assert decision(kept, cluster=ELASTIC) == decision(left, cluster=ELASTIC) == Watch()
+    assert next_look_seconds(kept, Watch(), spec=spec_of(cluster=ELASTIC), now=NOW) == 60.0
+    assert next_look_seconds(left, Watch(), spec=spec_of(cluster=ELASTIC), now=NOW) == 40.0
+    assert isinstance(decision(seen(crowded, room_left_at=ago(60)), cluster=ELASTIC), Shrink)
+
+
 def grows(**given: Any) -> Any:
     return decision(seen(gang(*placed(2)), record=Record(num_nodes=2), **given), cluster=ELASTIC)
 

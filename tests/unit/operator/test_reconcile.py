@@ -311,6 +311,23 @@ async def test_room_is_kept_until_the_larger_gang_stands_in_line_for_it() -> Non
     assert world.names(JOBS) == ["demo-a1"]
 
 
+async def test_an_operator_that_was_away_while_it_kept_room_gives_the_larger_gang_time_to_take_it() -> None:
+    operator = await smaller_with_room()
+    await operator.look()
+    refused = {"type": "PodScheduled", "status": "False", "lastTransitionTime": "2026-11-23T12:00:00Z"}
+    operator.world.add_pods("demo-a1", phase="Pending", conditions=[refused])
+    operator.world.objects["pods", "demo-a1-0-x"] |= {"spec": {"nodeName": "n"}, "status": {"phase": "Pending"}}
+    operator.world.pass_seconds(300)
+    assert 60.05 in await operator.look()
+    assert operator.world.names(JOBS) == ["demo-a1"], "the room is given up, its attempt is not"
+    operator.world.pass_seconds(59)
+    await operator.look()
+    assert operator.world.names(JOBS) == ["demo-a1"]
+    operator.world.pass_seconds(1)
+    await operator.look()
+    assert operator.world.names(JOBS) == ["demo-a2"]
+
+
 async def test_room_is_not_kept_for_pods_that_may_not_be_made_beside_it() -> None:
     operator = await smaller_with_room()
     await operator.look()
