@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.api import Api
-from tests.cluster.api_proxy import ApiProxy
+from tests.cluster.api_proxy import ApiProxy, Story
 from tests.cluster.cluster import Cluster
 from tests.cluster.run import wait_until
 from tests.integration.harness import Operator, kubeconfig_through, manifest, new_namespace, pod_status, words
@@ -20,7 +20,11 @@ STEP_SECONDS = 90
 """Longer than the operator waits for one answer, and for the next resync."""
 KEEPER = "lane"
 """Of the nodes that lanes have of their own."""
-_APIS = {"nexatrainingjobs": "/apis/train.nexa.dev/v1alpha1", "jobs": "/apis/batch/v1"}
+_APIS = {
+    "nexatrainingjobs": "/apis/train.nexa.dev/v1alpha1",
+    "jobs": "/apis/batch/v1",
+    "jobsets": "/apis/jobset.x-k8s.io/v1alpha2",
+}
 
 
 class Lane:
@@ -37,6 +41,11 @@ class Lane:
         self._restarted = 0.0
         self._restarting = threading.Lock()
         proxy.kill = self.kill
+
+    def begin(self, story: Story) -> None:
+        """From now on this one counts."""
+        self._restarted = 0.0
+        self.proxy.begin(story)
 
     def kill(self) -> None:
         """SIGKILL, and start anew."""
@@ -113,7 +122,7 @@ class Lane:
             lambda: found if len(found := self.pods(gang)) == num_pods else None, f"{num_pods} pods of {gang}"
         )
         for pod in pods:
-            if int(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]) in ranks:
+            if rank_of(pod) in ranks:
                 self.say(pod, phase, **said)
 
     def say(self, pod: dict[str, Any], phase: str, **said: Any) -> None:
@@ -126,6 +135,9 @@ class Lane:
         """What `spec.cluster` says for pods to go to this lane's nodes."""
         tolerated = {"key": "kwok.x-k8s.io/node", "operator": "Equal", "value": KEEPER, "effect": "NoSchedule"}
         return {"nodeSelector": {"lane": self.namespace}, "tolerations": [tolerated]}
+
+    def cordon(self, node: str, so: bool = True) -> None:
+        self.api.merge(f"/api/v1/nodes/{node}", {"spec": {"unschedulable": so}})
 
     def wait_placed(self, gang: str, num_pods: int = 2) -> list[dict[str, Any]]:
         """Its pods, once each has a node."""
@@ -160,6 +172,10 @@ class Lane:
 
     def change(self, name: str, **spec: Any) -> None:
         self.api.merge(self.path("nexatrainingjobs", name), {"spec": spec})
+
+
+def rank_of(pod: dict[str, Any]) -> int:
+    return int(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"])
 
 
 def conditions(status: dict[str, Any]) -> dict[str, str]:

@@ -27,6 +27,9 @@ _KEPT = (
     "checkpoint",
 )
 _KEPT_OF_FAILURE = ("attempt", "cause", "exitCode", "charged", "checkpointStep")
+SHRINK_SECONDS = 3
+_MORE_THAN_HALF = "40"
+"""CPUs of a node: no two such pods fit on one."""
 _HALFWAY = CHECKPOINT.model_copy(update={"step": 5})
 
 
@@ -120,14 +123,45 @@ PARTING = Life(
 """It takes its artifacts with it: deleted while one attempt runs and a rank of the one before has not ended yet."""
 
 
-LIVES = (STOPPED, PARTING)
+def _elastic(lane: Lane, name: str) -> dict[str, Any]:
+    _, second = lane.nodes
+    lane.cordon(second)
+    wanted = {"minNodes": 1, "shrinkAfterSeconds": SHRINK_SECONDS, "resources": {"cpu": _MORE_THAN_HALF}}
+    lane.submit(name, cluster={**lane.place, **wanted})
+    lane.wait(lambda: lane.pods(f"{name}-a1"), "an attempt with fewer pods")
+    lane.end_pods(f"{name}-a0")
+    _run(lane, name, attempt=1, num_pods=1, placed=True)
+    lane.wait(lambda: any(map(_finds_no_node, lane.pods_beside(name, "room"))), "a pod asks for room")
+    lane.cordon(second, False)
+    lane.end_pods(f"{name}-a1")
+    _run(lane, name, attempt=2, placed=True)
+    return _succeed(lane, name, attempt=2)
 
 
-def _run(lane: Lane, name: str, *, attempt: int, placed: bool = False) -> None:
+def _finds_no_node(pod: dict[str, Any]) -> bool:
+    told = pod["status"].get("conditions", ())
+    return any(each["type"] == "PodScheduled" and each["status"] == "False" for each in told)
+
+
+ELASTIC = Life(
+    name="elastic",
+    live=_elastic,
+    ends={"phase": "Succeeded", "attempt": 2, "numNodes": 2, "restarts": 0},
+    left=["jobs/-a2", "pods/-a2-0", "pods/-a2-1"],
+    made=["jobs/-a0", "jobs/-a1", "jobs/-a1-room", "jobs/-a2"],
+)
+"""There is room for one pod of two: it goes on with that one, grows when there is room for both, and succeeds."""
+
+
+LIVES = (STOPPED, PARTING, ELASTIC)
+
+
+def _run(lane: Lane, name: str, *, attempt: int, num_pods: int = 2, placed: bool = False) -> None:
+    """All its pods run; `placed`: once each has a node."""
     gang = f"{name}-a{attempt}"
     if placed:
-        lane.wait_placed(gang)
-    lane.play(gang, "Running")
+        lane.wait_placed(gang, num_pods)
+    lane.play(gang, "Running", num_pods=num_pods)
     lane.wait_true(name, "Running", attempt=attempt)
 
 

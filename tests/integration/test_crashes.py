@@ -69,7 +69,7 @@ def some_of_each_sort(possible: Sequence[Strike], counts: Counter[What], draw: r
 def carry_out(lane: Lane, life: Life, name: str, strike: Strike | None, expected: End | None) -> tuple[Story, End]:
     """One plan; raises with the whole story if it ends otherwise than expected."""
     story = Story(job=name, strikes=dict([strike] if strike else []))
-    lane.proxy.begin(story)
+    lane.begin(story)
     try:
         ended = life.lead(lane, name)
         assert expected in (None, ended)
