@@ -5,12 +5,14 @@ All that a life waits for comes about however the operator was disturbed. Nothin
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.integration.harness import CHECKPOINT, NAMED
-from tests.integration.lane import Lane, conditions
+from tests.integration.lane import Lane, conditions, rank_of
 
 _KINDS = ("jobs", "services", "pods")
 """Of what a job has."""
@@ -27,9 +29,10 @@ _KEPT = (
     "checkpoint",
 )
 _KEPT_OF_FAILURE = ("attempt", "cause", "exitCode", "charged", "checkpointStep")
-SHRINK_SECONDS = 3
+SHRINK_SECONDS, BACKOFF_SECONDS, TTL_SECONDS = 3, 2, 5
 _MORE_THAN_HALF = "40"
 """CPUs of a node: no two such pods fit on one."""
+XID = "NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus."
 _HALFWAY = CHECKPOINT.model_copy(update={"step": 5})
 
 
@@ -153,7 +156,39 @@ ELASTIC = Life(
 """There is room for one pod of two: it goes on with that one, grows when there is room for both, and succeeds."""
 
 
-LIVES = (STOPPED, PARTING, ELASTIC)
+def _worn_out(lane: Lane, name: str) -> dict[str, Any]:
+    recovery, schedule = {"maxRestarts": 2, "backoffSeconds": BACKOFF_SECONDS}, {"ttlSecondsAfterFinished": TTL_SECONDS}
+    lane.submit(name, cluster=lane.place, recovery=recovery, schedule=schedule)
+    _run(lane, name, attempt=0, placed=True)
+    broken = next(pod["spec"]["nodeName"] for pod in lane.pods(f"{name}-a0") if rank_of(pod) == 1)
+    _lose(lane, name, attempt=0, log=XID)
+    _run(lane, name, attempt=1, placed=True)
+    assert broken not in {pod["spec"]["nodeName"] for pod in lane.pods(f"{name}-a1")}, "on the node that was broken"
+    lost = time.time()
+    _lose(lane, name, attempt=1)
+    _run(lane, name, attempt=2, placed=True)
+    third = lane.api.get(lane.path("jobs", f"{name}-a2")) or {}
+    begun = datetime.datetime.fromisoformat(third["metadata"]["creationTimestamp"]).timestamp()
+    assert begun >= int(lost + BACKOFF_SECONDS), "the third attempt waits for its time"
+    _lose(lane, name, attempt=2)
+    status = lane.wait_true(name, "Failed", attempt=2)
+    for attempt in range(3):
+        lane.end_pods(f"{name}-a{attempt}")
+    lane.wait_gone(name)
+    return status
+
+
+WORN_OUT = Life(
+    name="worn-out",
+    live=_worn_out,
+    ends={"phase": "Failed", "attempt": 2, "restarts": 2, "chargedRestarts": 2, "excluded": 1},
+    left=[],
+    made=["jobs/-a0", "jobs/-a1", "jobs/-a2"],
+)
+"""It loses a rank on a broken node, another, waits, a third, which is one too many; its time to live ends it."""
+
+
+LIVES = (STOPPED, PARTING, ELASTIC, WORN_OUT)
 
 
 def _run(lane: Lane, name: str, *, attempt: int, num_pods: int = 2, placed: bool = False) -> None:
