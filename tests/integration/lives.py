@@ -14,7 +14,7 @@ from typing import Any
 from tests.integration.harness import CHECKPOINT, NAMED
 from tests.integration.lane import Lane, conditions, rank_of
 
-_KINDS = ("jobs", "services", "pods")
+_KINDS = ("jobs", "jobsets", "services", "pods")
 """Of what a job has."""
 _KEPT = (
     "observedGeneration",
@@ -188,7 +188,25 @@ WORN_OUT = Life(
 """It loses a rank on a broken node, another, waits, a third, which is one too many; its time to live ends it."""
 
 
-LIVES = (STOPPED, PARTING, ELASTIC, WORN_OUT)
+def _by_jobset(lane: Lane, name: str) -> dict[str, Any]:
+    lane.submit(name, schedule={"runtime": "jobset"}, **NAMED)
+    _run(lane, name, attempt=0)
+    _lose(lane, name, attempt=0, checkpoint=_HALFWAY)
+    _run(lane, name, attempt=1)
+    return _succeed(lane, name, attempt=1)
+
+
+BY_JOBSET = Life(
+    name="jobset",
+    live=_by_jobset,
+    ends={"phase": "Succeeded", "attempt": 1, "restarts": 1, "chargedRestarts": 1},
+    left=["jobs/-a1-r-0", "jobsets/-a1", "pods/-a1-r-0-0", "pods/-a1-r-0-1", "services/-ranks"],
+    made=["jobsets/-a0", "jobsets/-a1", "services/-ranks"],
+)
+"""On another runtime, whose own objects nobody tells the operator of: a rank is lost, and it succeeds."""
+
+
+LIVES = (STOPPED, PARTING, ELASTIC, WORN_OUT, BY_JOBSET)
 
 
 def _run(lane: Lane, name: str, *, attempt: int, num_pods: int = 2, placed: bool = False) -> None:

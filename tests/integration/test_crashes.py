@@ -19,8 +19,10 @@ from queue import Empty, SimpleQueue
 
 import pytest
 
+from tests.cluster import host
 from tests.cluster.api_proxy import FAULTS, Fault, Story, What
-from tests.cluster.cluster import Cluster
+from tests.cluster.control_plane import ControlPlane, start_control_plane
+from tests.cluster.controllers import start_jobset
 from tests.cluster.errors import TimedOut
 from tests.integration.harness import prepare_operator
 from tests.integration.lane import KEEPER, Lane, new_lane
@@ -119,15 +121,25 @@ class Lanes:
 
 
 @pytest.fixture(scope="module")
-def lanes(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lanes]:
+def plane() -> Iterator[ControlPlane]:
+    """One of its own, where JobSet's CRD and webhooks stay."""
+    host.require_control_plane()
+    started = start_control_plane()
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def lanes(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lanes]:
+    start_jobset(plane)
     folder = tmp_path_factory.mktemp("lanes")
-    kubeconfig = prepare_operator(control_plane, folder)
-    nodes = control_plane.fake_nodes(4 * LANES, keeper=KEEPER, pods_run=False)
+    kubeconfig = prepare_operator(plane, folder)
+    nodes = plane.fake_nodes(4 * LANES, keeper=KEEPER, pods_run=False)
     with ExitStack() as stack:
 
         def lane(name: str, **environment: str) -> Lane:
             own = (nodes.pop(), nodes.pop())
-            return stack.enter_context(new_lane(control_plane, kubeconfig, folder / name, nodes=own, **environment))
+            return stack.enter_context(new_lane(plane, kubeconfig, folder / name, nodes=own, **environment))
 
         plain = [lane(f"plain-{number}") for number in range(LANES)]
         yield Lanes(plain, [lane(f"brisk-{number}", **BRISK) for number in range(LANES)])
