@@ -39,6 +39,8 @@ themselves."""
 _LOST_NODE = (NODE_GONE, NODE_NOT_READY)
 _PRESSURES = ("DiskPressure", "MemoryPressure", "NetworkUnavailable", "PIDPressure")
 _TELLING_CONDITIONS = BROKEN_NODE_CONDITIONS.union(_LOST_NODE, _PRESSURES)
+_LAST_LINES = 5
+_LAST_CHARACTERS = 500
 _KILLED = (137, 143)
 """By SIGKILL or SIGTERM."""
 _DELETED = "PodDeleted"
@@ -96,8 +98,8 @@ def _loss(rank: Rank, rules: Sequence[RecoveryRule], *, ran: bool) -> Loss:
     words = rank.termination
     code = rank.exit_code if rank.exit_code is not None else words.exit_code if words else None
     cause = words.cause if words else _cause_without_words(rank, code)
-    message = words.message if words else rank.message
-    said = f"{message}\n{words.log if words else ''}"
+    message = words.message if words else rank.message or _end_of(rank.output)
+    said = f"{message}\n{words.log if words else rank.output}"
     action = _by_rule(rules, rank, code, cause, said)
     # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
     gone = rank.disrupted or rank.replaced or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
@@ -115,6 +117,13 @@ def _loss(rank: Rank, rules: Sequence[RecoveryRule], *, ran: bool) -> Loss:
         node="" if rank.replaced else rank.node,  # its place was lost with it: this one is its follower's
         adapts=adapts,
     )
+
+
+def _end_of(output: str) -> str:
+    """As much as one reads in a status: there Python says what went wrong, and a runtime why nothing started."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    end = " | ".join(lines[-_LAST_LINES:])[-_LAST_CHARACTERS:]
+    return f"it said last: {end}" if end else ""
 
 
 def _by_rule(rules: Sequence[RecoveryRule], rank: Rank, code: int | None, cause: str, said: str) -> Action | None:

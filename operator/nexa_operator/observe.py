@@ -58,6 +58,8 @@ class Rank:
     message: str = ""
     finished_at: str = ""
     termination: Termination | None = None
+    output: str = ""
+    """What is left of one that ended without last words: the end of its log, or why its container did not start."""
     disruption: str = ""
     """Reason of its DisruptionTarget: evicted, preempted, its node lost or shut down."""
     deleting: bool = False
@@ -464,6 +466,8 @@ def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
     scheduled = condition_of(status, "PodScheduled")
     phase = status.get("phase", "Pending")
     waits = phase == "Pending" and scheduled.get("status") == "False"
+    said = ended.get("message", "")
+    words = _last_words(said)
     return Rank(
         index=_NO_INDEX if index is None else index,
         phase=phase,
@@ -472,7 +476,8 @@ def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
         reason=ended.get("reason") or waiting.get("reason") or status.get("reason", ""),
         message=waiting.get("message") or _unscheduled(status) or status.get("message", ""),
         finished_at=ended.get("finishedAt") or "",
-        termination=_last_words(ended.get("message", "")),
+        termination=words,
+        output="" if words else said,
         disruption=first_true(pod, "DisruptionTarget").get("reason", ""),
         deleting=is_deleting(pod),
         replaced=replaces and phase == "Pending",

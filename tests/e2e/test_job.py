@@ -245,6 +245,15 @@ def test_a_missing_data_file_fails_the_job_at_once_and_says_which(product: Produ
     assert not list(product.minio.client.list_objects("nexa-models", "checkpoints/default-no-data"))
 
 
+def test_a_trainer_that_dies_before_it_can_speak_is_told_by_the_end_of_its_log(product: Product) -> None:
+    broken = [{"name": "PYTHONHASHSEED", "value": "none"}]
+    document = example("speechless", cluster={"numNodes": 1, "env": broken})
+    document["spec"]["recovery"] = {"maxRestarts": 0}
+    status = wait_ended(product.cluster, product.apply(document))
+    assert (status["lastFailure"]["cause"], status["lastFailure"]["exitCode"]) == ("Killed", 1)
+    assert "PYTHONHASHSEED must be" in status["lastFailure"]["message"], status["lastFailure"]
+
+
 def test_a_missing_storage_profile_is_said_in_the_kubelet_s_words(product: Product) -> None:
     absent = {"storage": "absent"}
     name = product.apply(example("no-profile", artifacts=absent, data=absent))

@@ -170,7 +170,7 @@ def _container(plan: RunPlan, host: str | None, name: str, variables: Sequence[O
         "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
         "env": [*_environment(plan, host), *variables],
         "terminationMessagePath": TERMINATION_LOG,
-        "terminationMessagePolicy": "File",
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # of what dies whole only its log is left
         "resources": _resources(plan),
         "securityContext": {
             "allowPrivilegeEscalation": False,

@@ -453,6 +453,17 @@ def test_what_ended_by_itself_or_was_removed_did_not_go_with_its_node(ended: dic
     )
 
 
+def test_of_what_left_no_words_the_end_of_its_log_is_told_and_searched() -> None:
+    log = "".join(f"step {number}\n" for number in range(9)) + "Traceback:\n\n  import nexa\nModuleNotFoundError: nexa\n"
+    got = classify(gang(failed(output=log)))
+    assert got.message == "it said last: step 7 | step 8 | Traceback: | import nexa | ModuleNotFoundError: nexa"
+    assert classify(gang(failed(output=f"{'x' * 4000}end"))).message.endswith(f"{'x' * 497}end")
+    assert classify(gang(failed(output="NVRM: Xid 79\n", node="n1"))).action == "exclude_node"
+    rule = RecoveryRule(log_contains=["step 0"], action="fail")
+    assert classify(gang(failed(output=log)), rules=[rule]).action == "fail"
+    assert classify(gang(failed(output=log, message="Pod was evicted"))).message == "Pod was evicted"
+
+
 def test_of_ranks_that_failed_alike_the_one_on_the_broken_node_is_the_cause_though_it_ended_later() -> None:
     first = failed(0, node="n1", finished_at="2026-11-23T12:00:01Z", termination=words(cause="NcclError"))
     later = failed(

@@ -62,6 +62,15 @@ def test_last_words_that_are_none_are_no_error(message):
     failed = pod(phase="Failed", containerStatuses=ended(137, message))
     (rank,) = observe(body(), children=[gang_job()], pods=[failed]).gang.ranks
     assert (rank.termination, rank.exit_code, rank.lost) == (None, 137, True)
+    assert rank.output == message
+
+
+def test_what_spoke_leaves_its_words_alone():
+    said = words(message="no").as_bytes().decode()
+    (rank,) = observe(
+        body(), children=[gang_job()], pods=[pod(phase="Failed", containerStatuses=ended(1, said))]
+    ).gang.ranks
+    assert (rank.termination, rank.output) == (words(message="no"), "")
 
 
 def test_a_pod_without_a_status_is_pending():

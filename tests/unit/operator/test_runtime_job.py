@@ -153,7 +153,7 @@ def test_the_pod_is_restricted_and_knows_no_api_server():
 
 def test_last_words_come_from_the_file_alone_and_stopping_gets_its_time():
     assert container_of()["terminationMessagePath"] == "/dev/termination-log"
-    assert container_of()["terminationMessagePolicy"] == "File"
+    assert container_of()["terminationMessagePolicy"] == "FallbackToLogsOnError"
     assert pod_of()["terminationGracePeriodSeconds"] == 120
 
 
