@@ -443,6 +443,12 @@ class RecoverySpec(Strict):
         le=604_800,
         description="Ranks, or a node before it has any, that got nothing done for so long have stalled.",
     )
+    grace_period_seconds: Int = Field(
+        120,
+        ge=1,
+        le=3600,
+        description="For a last checkpoint, where ranks are asked to stop: by a drain, a preemption or a suspension.",
+    )
     rules: list[RecoveryRule] = Field(default_factory=list, max_length=32)
 
 

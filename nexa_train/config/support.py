@@ -139,7 +139,12 @@ _ON_KUBERNETES_ALONE = (
     "schedule.ttl_seconds_after_finished",
 )
 ELSEWHERE: dict[str, tuple[str, ...]] = {
-    "here": (*_ON_KUBERNETES_ALONE, "schedule.active_deadline_seconds", "schedule.queue_name"),
+    "here": (
+        *_ON_KUBERNETES_ALONE,
+        "recovery.grace_period_seconds",
+        "schedule.active_deadline_seconds",
+        "schedule.queue_name",
+    ),
     "slurm": _ON_KUBERNETES_ALONE,
 }
 """Keys that mean nothing in a place: one job file serves them all, so they are no error there, but are said."""

@@ -22,8 +22,6 @@ from nexa_train.config.protocol import (
 from nexa_train.errors import RefusedError
 from nexa_train.plan import parse_quantity
 
-GRACE_SECONDS = 120
-"""How long before the end of its time Slurm asks a job to stop, so that it can commit a checkpoint."""
 STRAGGLER_SECONDS = 60
 """How long the other nodes of a job may go on when one has ended: it cannot be without them for long."""
 RDZV_PORTS = 10_000
@@ -42,7 +40,7 @@ def render_script(job: Job) -> str:
         "mem": _megabytes(cluster.resources.memory),
         "time": _minutes(job.spec.schedule.active_deadline_seconds),
         "partition": job.spec.schedule.queue_name,
-        "signal": f"TERM@{_grace(job.spec.schedule.active_deadline_seconds)}",
+        "signal": f"TERM@{_grace(job)}",
         "output": f"{job.metadata.name}-%j.log",
         "open-mode": "append",  # A requeued job's log goes on where its last attempt left it.
     }
@@ -64,7 +62,7 @@ def _environment(job: Job) -> dict[str, str]:
         ENV_RDZV_ENDPOINT: f'"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):{port}"',
         # Slurm signals every process of a step. torchrun answers SIGTERM by killing the ranks, after 30 seconds
         # unless told otherwise; they need theirs to commit a checkpoint.
-        "PET_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS),
+        "PET_SHUTDOWN_TIMEOUT": str(job.spec.recovery.grace_period_seconds),
     }
 
 
@@ -102,9 +100,10 @@ def _megabytes(memory: str | None) -> str | None:
     return f"{round(parse_quantity(memory) / (1 << 20))}M" if memory else None
 
 
-def _grace(seconds: int | None) -> int:
-    """Less than usual for a short job, which would be stopped as it starts."""
-    return min(GRACE_SECONDS, seconds // 2) if seconds else GRACE_SECONDS
+def _grace(job: Job) -> int:
+    """How long before its end it is asked to stop: less for a short job, which would be stopped as it starts."""
+    grace, limit = job.spec.recovery.grace_period_seconds, job.spec.schedule.active_deadline_seconds
+    return min(grace, limit // 2) if limit else grace
 
 
 def _minutes(seconds: int | None) -> int | None:

@@ -15,9 +15,8 @@ from typing import TypeAlias
 from nexa_operator import naming
 from nexa_operator.reading import Body, Ref, first_true, is_deleting, label_of, ref_of
 from nexa_operator.runtimes.beside import REMOVAL_SECONDS
-from nexa_operator.runtimes.pod import TERMINATION_GRACE_SECONDS
+from nexa_train.config.spec import RecoverySpec
 
-PATIENCE_SECONDS = TERMINATION_GRACE_SECONDS + REMOVAL_SECONDS + 60
 LOOK_SECONDS = 5.0
 SPAN_SECONDS = 60
 """An operator that is there counts itself so often, and at its first look, however short its life is."""
@@ -72,6 +71,13 @@ def _takes_artifacts(body: Body) -> bool:
     return bool(policy == "Delete")
 
 
+def patience_seconds(body: Body) -> int:
+    """How long operators hold the job at most: its ranks are given their time, then the removal has its own."""
+    told = ((body.get("spec") or {}).get("recovery") or {}).get("gracePeriodSeconds")
+    grace = told if isinstance(told, int) else RecoverySpec().grace_period_seconds
+    return grace + REMOVAL_SECONDS + 60
+
+
 def spans_of(body: Body) -> int:
     """How often an operator has counted itself at it."""
     told = (body["metadata"].get("annotations") or {}).get(naming.ANNOTATION_SPANS, "")
@@ -93,8 +99,9 @@ def next_step(
     outcome = Await() if removal is None else _outcome(removal)
     if isinstance(outcome, LetGo):
         return outcome
-    if spans_of(body) > PATIENCE_SECONDS // SPAN_SECONDS:
-        return LetGo(problem=f"not done within {PATIENCE_SECONDS} s")
+    patience = patience_seconds(body)
+    if spans_of(body) > patience // SPAN_SECONDS:
+        return LetGo(problem=f"not done within {patience} s")
     if removal is not None:
         return outcome
     standing = tuple(ref_of(gang) for gang in gangs if not is_deleting(gang))

@@ -43,6 +43,8 @@ class RunPlan:
     """The headless Service by which the pods find pod 0; None: there is one pod, or they meet in the artifact store."""
     image: str
     cluster: ClusterSpec
+    grace_seconds: int
+    """For a last checkpoint, after SIGTERM."""
     min_pods: int
     """So many of the gang's are enough for a next attempt, if no more find a node."""
     environment: tuple[tuple[str, str], ...]
@@ -89,6 +91,7 @@ def make_plan(
         service=_service(job),
         image=image,
         cluster=job.spec.cluster,
+        grace_seconds=job.spec.recovery.grace_period_seconds,
         min_pods=min(job.spec.cluster.num_nodes, least or job.spec.cluster.num_nodes),
         environment=(
             (ENV_JOB, _as_json(job)),

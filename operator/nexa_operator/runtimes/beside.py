@@ -42,6 +42,7 @@ def removal(plan: RunPlan) -> Object:
         "resources": {"requests": dict(_SMALL), "limits": dict(_SMALL)},
     }
     container.pop("ports", None)
+    template["spec"]["terminationGracePeriodSeconds"] = 0  # it has nothing to finish: another one begins where it ended
     document = _job(plan, naming.removal_name(plan.job_name), naming.ROLE_REMOVAL, template, num_pods=1)
     document["spec"] |= {"backoffLimit": 3, "activeDeadlineSeconds": REMOVAL_SECONDS}
     return document

@@ -20,8 +20,6 @@ from nexa_train.config.protocol import (
 from nexa_train.config.spec import Toleration, Volume
 
 CONTAINER = "trainer"
-TERMINATION_GRACE_SECONDS = 120
-"""Time for a last checkpoint after SIGTERM."""
 USER_ID = 65532
 NODE_TROUBLE_SECONDS = {"node.kubernetes.io/unreachable": 5, "node.kubernetes.io/not-ready": 30}
 """A node that is silent was given its time before the taint; one that is not ready may only restart its runtime."""
@@ -128,7 +126,7 @@ def _pod_spec(plan: RunPlan, container: Object) -> Object:
         **({} if plan.service is None else {"subdomain": plan.service}),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": TERMINATION_GRACE_SECONDS,
+        "terminationGracePeriodSeconds": plan.grace_seconds,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER_ID,

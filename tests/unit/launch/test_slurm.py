@@ -100,6 +100,8 @@ def test_a_failing_node_is_not_drowned_by_the_others_and_a_step_has_the_cpus_of_
 
 def test_torchrun_leaves_the_ranks_the_time_that_slurm_gives(tmp_path: Path) -> None:
     assert environment_of(render_script(job()), tmp_path)["PET_SHUTDOWN_TIMEOUT"] == "120"
+    longer = job(recovery={"grace_period_seconds": 600})
+    assert environment_of(render_script(longer), tmp_path)["PET_SHUTDOWN_TIMEOUT"] == "600"
 
 
 ASKED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -110,6 +112,7 @@ ASKED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "time, rounded up": ({"schedule": {"active_deadline_seconds": 61}}, {"time": "2"}),
     "a partition": ({"schedule": {"queue_name": "gpu"}}, {"partition": "gpu"}),
     "time to commit a checkpoint": ({}, {"signal": "TERM@120"}),
+    "as much as the job says": ({"recovery": {"grace_period_seconds": 600}}, {"signal": "TERM@600"}),
     "less where there is little": ({"schedule": {"active_deadline_seconds": 100}}, {"signal": "TERM@50", "time": "2"}),
     "another go when a node is lost, in the same log": ({}, {"requeue": "", "open-mode": "append"}),
 }

@@ -454,7 +454,8 @@ def test_what_ended_by_itself_or_was_removed_did_not_go_with_its_node(ended: dic
 
 
 def test_of_what_left_no_words_the_end_of_its_log_is_told_and_searched() -> None:
-    log = "".join(f"step {number}\n" for number in range(9)) + "Traceback:\n\n  import nexa\nModuleNotFoundError: nexa\n"
+    log = "".join(f"step {number}\n" for number in range(9))
+    log += "Traceback:\n\n  import nexa\nModuleNotFoundError: nexa\n"
     got = classify(gang(failed(output=log)))
     assert got.message == "it said last: step 7 | step 8 | Traceback: | import nexa | ModuleNotFoundError: nexa"
     assert classify(gang(failed(output=f"{'x' * 4000}end"))).message.endswith(f"{'x' * 497}end")

@@ -8,7 +8,7 @@ import pytest
 
 from nexa_operator import naming, parting
 from nexa_operator.kinds import PODS, TRAINING_JOBS
-from nexa_operator.parting import Await, Clear, LetGo, Remove, holds, next_step, wants_hold
+from nexa_operator.parting import Await, Clear, LetGo, Remove, holds, next_step, patience_seconds, wants_hold
 from nexa_operator.plan import Defaults, make_plan
 from nexa_operator.reading import Ref
 from nexa_operator.runtimes import beside
@@ -49,6 +49,12 @@ def test_a_finalizer_that_somebody_else_put_on_removes_nothing() -> None:
     step = next_step(document, gangs=[], jobs=[], pods=[], now=NOW)
     assert isinstance(step, LetGo)
     assert "deletionPolicy" in step.problem
+
+
+def test_a_job_is_held_for_as_long_as_its_ranks_are_given_and_one_of_before_the_key_for_the_usual_time() -> None:
+    longer = deleted()
+    longer["spec"]["recovery"] = {"gracePeriodSeconds": 3600}
+    assert patience_seconds(longer) - patience_seconds(deleted()) == 3600 - 120
 
 
 def test_gangs_end_before_anything_is_removed() -> None:
@@ -161,4 +167,4 @@ async def test_the_hold_ends_also_where_operators_come_and_go(restarts_every_loo
         world.pass_seconds(parting.LOOK_SECONDS)
     assert operator.job["metadata"]["finalizers"] == []
     lasted = (world.now - NOW).total_seconds()
-    assert lasted < 120 if restarts_every_look else abs(lasted - parting.PATIENCE_SECONDS) < 90
+    assert lasted < 120 if restarts_every_look else abs(lasted - patience_seconds(operator.job)) < 90

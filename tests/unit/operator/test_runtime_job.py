@@ -155,6 +155,7 @@ def test_last_words_come_from_the_file_alone_and_stopping_gets_its_time():
     assert container_of()["terminationMessagePath"] == "/dev/termination-log"
     assert container_of()["terminationMessagePolicy"] == "FallbackToLogsOnError"
     assert pod_of()["terminationGracePeriodSeconds"] == 120
+    assert pod_of(recovery={"gracePeriodSeconds": 600})["terminationGracePeriodSeconds"] == 600
 
 
 def test_the_command_is_the_image_s():
