@@ -73,6 +73,10 @@ class Rank:
     NotReady; or NodeGone. Known of lost ranks, where nodes may be read."""
     unplaced_since: datetime.datetime | None = None
     """Since when the scheduler has found no node for it; None: it has one, or was not tried yet."""
+    untried_since: datetime.datetime | None = None
+    """Since when no scheduler has tried to find a node for it; None: one has."""
+    scheduler: str = ""
+    """Which of them should."""
     began: bool = True
     """Whether its kubelet has made anything of its containers."""
     uid: str = ""
@@ -427,6 +431,12 @@ def pods_due_seconds(seen: Observed, now: datetime.datetime) -> float | None:
     return max(0.0, _LATE_SECONDS - (now - gang.created_at).total_seconds())
 
 
+def ignored_seconds(gang: Gang | None, now: datetime.datetime) -> float | None:
+    """Until a scheduler should have tried a pod of the gang; 0: none answers to that name; None: all were tried."""
+    since = [rank.untried_since for rank in gang.ranks if rank.untried_since and not rank.deleting] if gang else []
+    return max(0.0, _LATE_SECONDS - (now - min(since)).total_seconds()) if since else None
+
+
 def refusal_in(events: Iterable[Body], gang: Gang) -> str:
     """The last warning of what should make a gang's pods; empty: it gave none."""
     said = max(events, key=_told_at, default={}).get("message", "")
@@ -466,6 +476,7 @@ def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
     scheduled = condition_of(status, "PodScheduled")
     phase = status.get("phase", "Pending")
     waits = phase == "Pending" and scheduled.get("status") == "False"
+    node = (pod.get("spec") or {}).get("nodeName", "")
     said = ended.get("message", "")
     words = _last_words(said)
     return Rank(
@@ -482,8 +493,10 @@ def _rank(runtime: Runtime, pod: Body, *, replaces: bool) -> Rank:
         deleting=is_deleting(pod),
         replaced=replaces and phase == "Pending",
         gone_by=as_time(pod["metadata"].get("deletionTimestamp")),
-        node=(pod.get("spec") or {}).get("nodeName", ""),
+        node=node,
         unplaced_since=as_time(scheduled.get("lastTransitionTime")) if waits else None,
+        untried_since=None if scheduled or node or phase != "Pending" else created_at(pod),
+        scheduler=(pod.get("spec") or {}).get("schedulerName", ""),
         began="containerStatuses" in status,
         uid=pod["metadata"].get("uid", ""),
     )

@@ -46,6 +46,7 @@ from nexa_operator.observe import (
     Observed,
     Rank,
     finished_of,
+    ignored_seconds,
     nodes_of_lost_ranks,
     observe,
     observe_unavailable,
@@ -620,6 +621,8 @@ def _unwatched(body: Body, seen: Observed, decision: Decision, *, now: datetime.
         yield due or _REFUSAL_SECONDS
     if seen.rooms and (_begins(decision) or due):
         yield _STANDS_SECONDS
+    if ignored := ignored_seconds(seen.gang, now):
+        yield ignored
 
 
 def _to_remove(seen: Observed, decision: Decision) -> tuple[Ref, ...]:

@@ -32,7 +32,7 @@ from nexa_operator.decide import (
     Watch,
 )
 from nexa_operator.naming import STORAGE_PREFIX
-from nexa_operator.observe import RESIZING, STOPPING, Observed, Rank
+from nexa_operator.observe import RESIZING, STOPPING, Observed, Rank, ignored_seconds
 from nexa_operator.reading import Body, condition_of, is_true
 from nexa_train.config.protocol import CheckpointRef, Progress, Termination
 
@@ -347,17 +347,24 @@ def _watching(previous: Body, seen: Observed, context: Context) -> _Verdict:
     if seen.refusal:
         refused = ("PodsRefused", _shortened(f"{up} of {context.num_nodes} pods run: {seen.refusal}"))
         return _Verdict(phase="Pending", true=dict.fromkeys(_QUEUED, refused))
-    before = condition_of(previous, "Queued")
-    if held_up is None and before.get("status") == "True" and before["reason"] in _STARTING:
+    before, ignored = condition_of(previous, "Queued"), _ignored(seen, context)
+    if held_up is None and not ignored and before.get("status") == "True" and before["reason"] in _STARTING:
         # A write for every pod that comes up would tell nobody anything.
         return _Verdict(phase=previous["phase"], true=dict.fromkeys(_QUEUED, (before["reason"], before["message"])))
-    reason, why = _hindrance(held_up) if held_up else ("PodsPending", "")
+    reason, why = _hindrance(held_up) if held_up else ("PodsPending", ignored)
     waiting = (reason, _shortened(f"{up} of {context.num_nodes} pods run{why}"))
     return _Verdict(phase="Pending", true=dict.fromkeys(_QUEUED, waiting))
 
 
 def _is_held_up(rank: Rank) -> bool:
     return bool(rank.message) or rank.reason not in ("", "ContainerCreating", "PodInitializing")
+
+
+def _ignored(seen: Observed, context: Context) -> str:
+    if seen.gang is None or ignored_seconds(seen.gang, context.now) != 0.0:
+        return ""
+    schedulers = sorted({rank.scheduler for rank in seen.gang.ranks if rank.untried_since})
+    return f": no scheduler {', '.join(schedulers)} has tried to place the others; does one of that name run here?"
 
 
 def _hindrance(rank: Rank) -> tuple[str, str]:

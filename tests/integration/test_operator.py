@@ -417,6 +417,13 @@ def test_pods_that_nobody_may_make_are_explained_and_begun_once_they_may_be(ns):
     ns.kubectl("delete", "ntj/crowded")
 
 
+def test_a_scheduler_that_is_not_there_is_named(ns):
+    ns.submit("ignored", schedule={"schedulerName": "absent"})
+    said = lambda: ns.condition("ignored", "Queued").get("message", "")  # noqa: E731
+    ns.wait(lambda: "no scheduler absent has tried" in said(), "what its pods wait for", "ignored")
+    ns.kubectl("delete", "ntj/ignored")
+
+
 def test_the_time_to_live_ends_a_finished_job(ns):
     ns.submit("brief", nodes=1, schedule={"ttlSecondsAfterFinished": 1})
     (pod,) = ns.wait_pods("brief-a0", 1)

@@ -13,6 +13,7 @@ from nexa_operator.observe import (
     Observed,
     Rank,
     Record,
+    ignored_seconds,
     newest,
     nodes_of_lost_ranks,
     observe,
@@ -282,6 +283,22 @@ def test_a_gang_lacks_pods_once_they_are_late_and_unless_it_stands_or_ends() -> 
         assert pods_due_seconds(crowded(**stands), late) is None
     assert pods_due_seconds(crowded(ranks=(Rank(index=0), Rank(index=1))), late) is None
     assert pods_due_seconds(observe(body(), children=[], pods=[]), late) is None
+
+
+def test_a_pod_that_no_scheduler_tries_is_ignored_after_a_while_and_one_that_was_tried_is_not() -> None:
+    untried, tried, placed = (pod(index, phase="Pending") for index in range(3))
+    for each in (untried, tried, placed):
+        each["metadata"]["creationTimestamp"] = "2026-11-23T12:00:00Z"
+    tried["status"]["conditions"] = [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}]
+    placed["spec"] = {"nodeName": "n1"}
+    soon, late = NOW + datetime.timedelta(seconds=4), NOW + datetime.timedelta(seconds=10)
+
+    def seconds(pods: list[dict[str, Any]], now: datetime.datetime) -> float | None:
+        return ignored_seconds(observe(body(), children=[gang_job()], pods=pods).gang, now)
+
+    assert (seconds([untried, tried], soon), seconds([placed, untried], late)) == (6.0, 0.0)
+    assert seconds([tried, placed, pod(0)], late) is None
+    assert ignored_seconds(None, late) is None
 
 
 @pytest.mark.parametrize("label", ["first", "-1", "1.5", "\u0663", "9" * 20])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from nexa_operator.classify import Loss
 from nexa_operator.decide import Create, Fail, Hold, Probe, Rest, Restart, Resume, Shrink, Succeed, Suspend, Wait, Watch
 from nexa_operator.observe import Observed, Record
+from nexa_operator.reading import condition_of
 from nexa_operator.status import Context, caught_up, duration, happenings, next_status
 from nexa_train.config.protocol import CheckpointRef
 from tests.unit.operator.builders import LATER, NOW, checkpoint, failed, gang, progress, rank, seen, words
@@ -99,6 +101,16 @@ def test_what_holds_a_pod_up_is_said_and_so_is_that_it_no_longer_does():
     assert "no room" not in str(freed)
     refused = write({}, seen(), CREATE, trouble="quota")
     assert truths(write(refused, seen(gang()), Watch()))["Queued"] == "PodsPending"
+
+
+def test_a_scheduler_that_does_not_answer_is_named_once_pods_have_waited_for_it():
+    begun = write({}, seen(), CREATE)
+    untried = rank(0, phase="Pending", untried_since=NOW, scheduler="absent")
+    waiting = seen(gang(untried, rank(1)), record=Record(num_nodes=2))
+    assert write(begun, waiting, Watch(), now=NOW + datetime.timedelta(seconds=9)) == begun
+    ignored = write(begun, waiting, Watch(), now=LATER)
+    assert "1 of 2 pods run: no scheduler absent has tried" in condition_of(ignored, "Queued")["message"]
+    assert write(ignored, waiting, Watch(), now=LATER + datetime.timedelta(hours=1)) == ignored
 
 
 def test_every_condition_is_always_there_with_generation_reason_and_time():
