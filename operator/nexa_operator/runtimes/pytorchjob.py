@@ -43,6 +43,9 @@ def gang(plan: RunPlan) -> Object:
     policy: Object = {"cleanPodPolicy": "Running"}
     if plan.queue is not None:
         policy["suspend"] = True
+    if plan.min_pods < plan.cluster.num_nodes:
+        # Read where training-operator was told to make a PodGroup, which otherwise asks for all of them or none.
+        policy["schedulingPolicy"] = {"minAvailable": plan.min_pods}
     by_label = {"fieldRef": {"fieldPath": f"metadata.labels['{LABEL_INDEX}']"}}
     template = pod.template(
         plan,

@@ -153,6 +153,8 @@ def test_a_gang_that_may_shrink_starts_with_as_many_pods_as_are_enough():
         made = make_plan(described, owner_uid=UID, attempt=1, defaults=Defaults(image="i"), num_nodes=num_nodes)
         document = RUNTIMES["job"].objects(made)[-1][1]
         assert document["metadata"]["annotations"] == {"scheduling.volcano.sh/group-min-member": enough}
+        policy = RUNTIMES["pytorchjob"].objects(made)[-1][1]["spec"]["runPolicy"]
+        assert policy.get("schedulingPolicy") == (None if num_nodes == 2 else {"minAvailable": 2})
 
 
 def test_what_runs_beside_a_gang_is_no_gang():
