@@ -51,6 +51,24 @@ def remove_storage_profile(cluster: Cluster, *, namespace: str, name: str = "def
     cluster.kubectl("delete", *selected)
 
 
+def manifests(minio: MinioServer, run_id: str) -> list[dict[str, Any]]:
+    """Committed ones of a run, oldest first."""
+    found = minio.client.list_objects(MODEL_BUCKET, f"checkpoints/{run_id}/", recursive=True)
+    keys = sorted(each.object_name or "" for each in found)
+    return [json.loads(read_model(minio, key)) for key in keys if key.endswith("/manifest.json")]
+
+
+def read_model(minio: MinioServer, key: str) -> bytes:
+    """An object of the bucket with the checkpoints."""
+    answer = minio.client.get_object(MODEL_BUCKET, key)
+    try:
+        content: bytes = answer.read()
+        return content
+    finally:
+        answer.close()
+        answer.release_conn()
+
+
 def install_operator(cluster: Cluster, *, operator_image: str, trainer_image: str, **values: str | int) -> None:
     """`helm upgrade --install`, and wait until the operator says that it is ready."""
     repository, _, tag = operator_image.rpartition(":")

@@ -26,6 +26,7 @@ from tests.cluster.product import (
     condition,
     fill_buckets,
     job_status,
+    manifests,
     remove_storage_profile,
     wait_ended,
 )
@@ -294,6 +295,54 @@ def test_a_killed_pod_costs_one_attempt_and_no_bit(product: Product, tmp_path: P
     assert outcome["checkpoint"]["weights_digest"] == status["checkpoint"]["weightsDigest"]
 
 
+@pytest.fixture
+def in_the_way(product: Product) -> Iterator[Callable[[], None]]:
+    """A pod that leaves room for one rank of the example; called, it goes."""
+    name = "in-the-way"
+    container = {
+        "name": name,
+        "image": product.images["TRAINER_IMAGE"],
+        "command": ["sleep", "infinity"],
+        "resources": {"requests": {"cpu": example()["spec"]["cluster"]["resources"]["cpu"]}},
+    }
+    spec = {"containers": [container], "terminationGracePeriodSeconds": 0}
+    product.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec})
+    product.cluster.kubectl("wait", f"pod/{name}", "--for=condition=Ready", "--timeout=60s")
+    go = lambda: product.cluster.kubectl("delete", f"pod/{name}", "--ignore-not-found") and None  # noqa: E731
+    yield go
+    go()
+
+
+def test_a_job_goes_on_with_the_pod_that_found_room_and_with_all_when_others_do(
+    product: Product, in_the_way: Callable[[], None], tmp_path: Path
+) -> None:
+    document = example(
+        "elastic",
+        model={"dModel": 64, "nLayers": 2, "nHeads": 2},
+        data={"validation": {"rows": 8}},
+        training={"globalBatchSize": 8, "maxSteps": 300, "saveEverySteps": 50},
+        cluster={"minNodes": 1, "shrinkAfterSeconds": 5},
+    )
+    name = product.apply(document)
+    wait_until(lambda: job_status(product.cluster, name).get("step", 0) >= 5, timeout_seconds=120, what="some steps")
+    assert job_status(product.cluster, name)["numNodes"] == 1
+    in_the_way()
+    status = wait_ended(product.cluster, name)
+    assert condition(status, "Succeeded")["status"] == "True", status
+    assert (status["attempt"], status["numNodes"], status["restarts"]) == (2, 2, 0)
+    written = manifests(product.minio, status["runId"])
+    worlds = [each["world"]["nodes"] for each in written]
+    assert worlds == sorted(worlds)
+    assert set(worlds) == {1, 2}
+    steps_taken = [entry["step"] for each in written for entry in each["logs"]]
+    assert steps_taken == list(range(1, 301)), "none twice, none left out"
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(document))
+    done = product.nexa("run", str(job), "--set", f"artifacts.uri={tmp_path}/artifacts", "-o", "json")
+    outcome = json.loads(done.stdout)
+    assert outcome["validation_loss"] == pytest.approx(status["validationLoss"], rel=1e-3), "as with two all the time"
+
+
 def test_pods_without_memory_for_so_many_sequences_go_on_with_fewer(product: Product) -> None:
     """The limit is the namespace's, of which the estimate knows nothing.
 
@@ -322,8 +371,7 @@ def test_pods_without_memory_for_so_many_sequences_go_on_with_fewer(product: Pro
         product.cluster.kubectl("delete", "limitrange/tight")
     assert condition(status, "Succeeded")["status"] == "True", status
     assert status.get("lastFailure", {}).get("cause") == ("OOMKilled" if status["restarts"] else None)
-    key = status["checkpoint"]["uri"].removeprefix("s3://nexa-models/")
-    world = json.loads(product.minio.client.get_object("nexa-models", key).read())["world"]
+    world = manifests(product.minio, status["runId"])[-1]["world"]
     assert world["microbatch"] * world["accumulation"] == 64
     assert world["microbatch"] < 64
 
