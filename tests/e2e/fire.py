@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -15,16 +18,18 @@ from typing import Any
 
 import httpx
 import psutil
+import yaml
 from pydantic import ValidationError
 
 from nexa_train.config.protocol import PROGRESS_PORT, Progress
 from tests.cluster.api import Api
 from tests.cluster.minio import MinioServer
 from tests.cluster.node import RealCluster
-from tests.cluster.product import MODEL_BUCKET, condition
+from tests.cluster.product import EXAMPLE, MODEL_BUCKET, condition
 from tests.cluster.run import wait_until
 from tests.integration.harness import Operator
 
+SAVE_EVERY = 10
 JOBS = "/apis/train.nexa.dev/v1alpha1/namespaces/default/nexatrainingjobs"
 PODS = "/api/v1/namespaces/default/pods"
 POLL_SECONDS = 0.05
@@ -319,6 +324,31 @@ def under_fire(run: Run, kinds: Iterable[str], chance: random.Random) -> list[St
         struck.append(strike(run, kind, chance))
         print(f"{run.name}: {struck[-1]}", flush=True)
     return struck
+
+
+def document(name: str, *, steps: int, **recovery: Any) -> dict[str, Any]:
+    """examples/job.yaml with more steps of less work, and room on the node for a gang that ends while one starts."""
+    made: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
+    made["metadata"]["name"], spec = name, made["spec"]
+    spec["model"] |= {"dModel": 64, "nLayers": 2, "nHeads": 2}
+    spec["data"]["validation"] = {"rows": 8}
+    spec["training"] |= {"globalBatchSize": 8, "maxSteps": steps, "saveEverySteps": SAVE_EVERY}
+    spec["cluster"]["resources"] = {"memory": "3Gi"}
+    spec["recovery"] = {"maxRestarts": 100, "backoffSeconds": 0, "progressDeadlineSeconds": 120, **recovery}
+    return made
+
+
+def undisturbed(ground: Field, steps: int, folder: Path) -> str:
+    """The weights digest of the same file run on this machine, with nothing in its way."""
+    job = folder / "job.json"
+    job.write_text(json.dumps(document("undisturbed", steps=steps)))
+    command = [sys.executable, "-m", "nexa_train", "run", str(job), "--set", f"artifacts.uri={folder}", "-o", "json"]
+    done = subprocess.run(
+        command, env={**os.environ, **ground.minio.env()}, capture_output=True, text=True, check=False, timeout=800
+    )
+    assert done.returncode == 0, done.stderr
+    digest: str = json.loads(done.stdout)["checkpoint"]["weights_digest"]
+    return digest
 
 
 def commit_lag_steps(manifests: list[dict[str, Any]]) -> int:

@@ -3,104 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from tests.cluster.api import Api
-from tests.cluster.cluster import ExternalCluster
-from tests.cluster.minio import MinioServer
-from tests.cluster.node import RealCluster
-from tests.cluster.paths import REPOSITORY
-from tests.cluster.product import (
-    EXAMPLE,
-    MODEL_BUCKET,
-    OPERATOR_NAMESPACE,
-    fill_buckets,
-    make_storage_profile,
-    remove_storage_profile,
-)
-from tests.cluster.run import run
-from tests.cluster.tools import binary
+from tests.cluster.product import MODEL_BUCKET
 from tests.e2e.fire import (
     ENDS_ATTEMPT,
+    SAVE_EVERY,
     Field,
     Strike,
     commit_lag_steps,
     deck,
+    document,
     percentile,
     under_fire,
+    undisturbed,
     wait_for_process,
 )
-from tests.integration.harness import Operator, kubeconfig_of_operator
 
 pytestmark = pytest.mark.e2e
 
-SAVE_EVERY = 10
 NEXT_STEP_SECONDS = 30
 ON_A_BUSY_MACHINE_SECONDS = 60
-
-
-def document(name: str, *, steps: int, **recovery: Any) -> dict[str, Any]:
-    """examples/job.yaml with more steps of less work, and room on the node for a gang that ends while one starts."""
-    made: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
-    made["metadata"]["name"], spec = name, made["spec"]
-    spec["model"] |= {"dModel": 64, "nLayers": 2, "nHeads": 2}
-    spec["data"]["validation"] = {"rows": 8}
-    spec["training"] |= {"globalBatchSize": 8, "maxSteps": steps, "saveEverySteps": SAVE_EVERY}
-    spec["cluster"]["resources"] = {"memory": "3Gi"}
-    spec["recovery"] = {"maxRestarts": 100, "backoffSeconds": 0, "progressDeadlineSeconds": 120, **recovery}
-    return made
-
-
-@pytest.fixture(scope="module")
-def ground(
-    real_cluster: RealCluster | ExternalCluster,
-    cluster_minio: MinioServer,
-    trainer_image: str,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Field]:
-    """The chart but for its operator, which is a process of these tests: they kill it and start it again."""
-    if not isinstance(real_cluster, RealCluster):
-        pytest.skip("processes of pods are killed only on a node that the tests start; unset NEXA_TEST_KUBECONFIG")
-    fill_buckets(cluster_minio)
-    make_storage_profile(real_cluster, cluster_minio, namespace="default")
-    helm = [binary("helm"), f"--kubeconfig={real_cluster.kubeconfig}", f"--namespace={OPERATOR_NAMESPACE}"]
-    run([*helm, "upgrade", "--install", "nexa", REPOSITORY / "helm" / "nexa", "--create-namespace"])
-    real_cluster.kubectl("scale", "deployment/nexa", f"--namespace={OPERATOR_NAMESPACE}", "--replicas=0")
-    folder = tmp_path_factory.mktemp("operator")
-    operator = Operator(
-        kubeconfig_of_operator(real_cluster, folder),
-        folder / "log.jsonl",
-        NEXA_TRAINER_IMAGE=trainer_image,
-        NEXA_LEASE_NAMESPACE=OPERATOR_NAMESPACE,
-        NEXA_PROGRESS_INTERVAL_SECONDS="10",
-    )
-    yield Field(real_cluster, cluster_minio, operator, Api(real_cluster))
-    real_cluster.kubectl("delete", "ntj", "--all", "--wait=true", "--timeout=60s", check=False)
-    operator.kill()
-    run([*helm, "uninstall", "nexa", "--wait"], check=False)
-    remove_storage_profile(real_cluster, namespace="default")
-
-
-def undisturbed(ground: Field, steps: int, folder: Path) -> str:
-    """The weights digest of the same file run on this machine, with nothing in its way."""
-    job = folder / "job.json"
-    job.write_text(json.dumps(document("undisturbed", steps=steps)))
-    command = [sys.executable, "-m", "nexa_train", "run", str(job), "--set", f"artifacts.uri={folder}", "-o", "json"]
-    done = subprocess.run(
-        command, env={**os.environ, **ground.minio.env()}, capture_output=True, text=True, check=False, timeout=800
-    )
-    assert done.returncode == 0, done.stderr
-    digest: str = json.loads(done.stdout)["checkpoint"]["weights_digest"]
-    return digest
 
 
 def fought(

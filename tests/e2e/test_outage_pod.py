@@ -31,8 +31,7 @@ from tests.cluster.product import (
 )
 from tests.cluster.run import run, wait_until
 from tests.cluster.tools import binary
-from tests.e2e.fire import process_of
-from tests.e2e.test_fire import document
+from tests.e2e.fire import document, process_of
 
 pytestmark = pytest.mark.e2e
 
