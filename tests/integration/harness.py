@@ -206,6 +206,31 @@ def new_namespace(cluster: Cluster) -> Iterator[Namespace]:
     cluster.kubectl("delete", "namespace", namespace, "--wait=false", "--ignore-not-found")
 
 
+QUEUE = "team"
+
+
+def open_queue(cluster: Cluster, namespace: str, **quota: str) -> None:
+    """Kueue's LocalQueue `QUEUE`, with a quota of its own, in which what is of lower priority gives way."""
+    flavor = {"name": namespace, "resources": [{"name": key, "nominalQuota": amount} for key, amount in quota.items()]}
+    spec = {
+        "namespaceSelector": {},
+        "preemption": {"withinClusterQueue": "LowerPriority"},
+        "resourceGroups": [{"coveredResources": list(quota), "flavors": [flavor]}],
+    }
+    documents: list[dict[str, Any]] = [
+        {"kind": "ResourceFlavor", "metadata": {"name": namespace}, "spec": {}},
+        {"kind": "ClusterQueue", "metadata": {"name": namespace}, "spec": spec},
+        {
+            "kind": "LocalQueue",
+            "metadata": {"name": QUEUE, "namespace": namespace},
+            "spec": {"clusterQueue": namespace},
+        },
+    ]
+    for document in documents:
+        document["apiVersion"] = "kueue.x-k8s.io/v1beta1"
+    apply_all(cluster, documents)
+
+
 RELEASE_NAMESPACE = "nexa-system"
 OPERATOR_USER = f"system:serviceaccount:{RELEASE_NAMESPACE}:nexa"
 

@@ -31,10 +31,12 @@ from tests.integration.audit import Log, granted
 from tests.integration.harness import (
     NAMED,
     OPERATOR_USER,
+    QUEUE,
     Namespace,
     Operator,
     create_job,
     new_namespace,
+    open_queue,
     prepare_operator,
 )
 from tests.integration.likeness import difference
@@ -288,30 +290,6 @@ def asked(cluster: Cluster) -> Log:
 # --- Kueue ---
 
 
-def open_queue(team: Team, *, cpu: int) -> None:
-    """LocalQueue `team`, with a quota of its own."""
-    name = team.namespace
-    quota = {"name": "cpu", "nominalQuota": cpu}
-    documents: list[dict[str, Any]] = [
-        {"kind": "ResourceFlavor", "metadata": {"name": name}, "spec": {}},
-        {
-            "kind": "ClusterQueue",
-            "metadata": {"name": name},
-            "spec": {
-                "namespaceSelector": {},
-                "preemption": {"withinClusterQueue": "LowerPriority"},
-                "resourceGroups": [
-                    {"coveredResources": ["cpu"], "flavors": [{"name": name, "resources": [quota]}]},
-                ],
-            },
-        },
-        {"kind": "LocalQueue", "metadata": {"name": "team", "namespace": name}, "spec": {"clusterQueue": name}},
-    ]
-    for document in documents:
-        document["apiVersion"] = "kueue.x-k8s.io/v1beta1"
-    team.kubectl("apply", "--filename=-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}))
-
-
 @pytest.mark.parametrize("queued", [False, True], ids=["begun at once", "queued"])
 def test_of_any_job_lives_what_its_spec_says(anywhere: Team, queued: bool, request: pytest.FixtureRequest) -> None:
     if queued:
@@ -346,7 +324,7 @@ NOT_ANY = ("runtime", "suspend", "queueName", "managedBy", "minNodes")
 @pytest.fixture
 def queue(kueue: Process, anywhere: Team) -> Team:
     """A team whose queue has room for one gang of two pods."""
-    open_queue(anywhere, cpu=2)
+    open_queue(anywhere.cluster, anywhere.namespace, cpu="2")
     return anywhere
 
 
@@ -360,7 +338,7 @@ def priorities(plane: ControlPlane) -> None:
 
 
 def queued(queue: Team, name: str, **schedule: Any) -> None:
-    queue.begin(name, schedule={"queueName": "team", **schedule}, cluster={"resources": {"cpu": "1"}})
+    queue.begin(name, schedule={"queueName": QUEUE, **schedule}, cluster={"resources": {"cpu": "1"}})
 
 
 def finish(queue: Team, name: str, pods: list[dict[str, Any]]) -> None:
