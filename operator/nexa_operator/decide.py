@@ -21,6 +21,8 @@ FORGIVE_SECONDS = 300.0
 """A pod that finds no node for so long while nodes are excluded may find one among those."""
 LAST_WORDS_SECONDS = 3.0
 """After the first loss that was seen, for ranks that are still ending: one of them may know why, and say that later."""
+HANGS_SECONDS = 30.0
+"""After a pod should have been gone, for its kubelet to say that it is."""
 LOOK_SECONDS = 2.0
 """Until the controller of a gang that is to stop has asked its pods to."""
 BACKING_OFF = "BackingOff"
@@ -231,6 +233,8 @@ def _run(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> D
     if seen.record.excluded_nodes and elastic.unplaced_seconds(gang, now) >= FORGIVE_SECONDS:
         why = "on excluded nodes too: there is room on no other"
         return Resume(attempt=gang.attempt + 1, num_nodes=current, why=why, forgives=True)
+    if _hanging_seconds(gang, current, now) == 0.0:
+        return Resume(attempt=gang.attempt + 1, num_nodes=current, why="beside pods that should be gone")
     missing = spec.cluster.num_nodes - current
     if _is_outdated(spec, current):
         return Suspend(gang=gang.name, withdraw=spec.schedule.queue_name is not None, resizes=True)
@@ -239,6 +243,14 @@ def _run(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> D
     if elastic.larger(seen, spec, now) is not None:
         return Suspend(gang=gang.name, resizes=True)
     return Probe(num_pods=missing, forgives=_asks_in_vain(seen, now))
+
+
+def _hanging_seconds(gang: Gang, size: int, now: datetime.datetime) -> float | None:
+    """Until pods of before a preemption hang, in whose place the gang's would be made; None: it lacks none for that."""
+    gone_by = [rank.gone_by for rank in gang.forerunners if rank.gone_by is not None and not rank.ended]
+    if gang.suspended or len(gang.ranks) >= size or not gone_by:
+        return None
+    return _seconds_until(max(gone_by) + datetime.timedelta(seconds=HANGS_SECONDS), now)
 
 
 def _asks_in_vain(seen: Observed, now: datetime.datetime) -> bool:
@@ -273,7 +285,9 @@ def _after_loss(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetim
         return Fail(reason=loss.cause, message=loss.message or f"{loss.cause} is not retried", loss=loss)
     if seen.lost_seconds < LAST_WORDS_SECONDS and any(rank.phase == "Running" for rank in gang.ranks):
         return Linger(seconds=LAST_WORDS_SECONDS - seen.lost_seconds)
-    committing = max((_seconds_until(rank.gone_by, now) for rank in gang.ranks if rank.commits), default=0.0)
+    # training-operator takes those of before a preemption for lost ones, if it is let go before they have ended.
+    leaving = (*(rank for rank in gang.ranks if rank.commits), *(rank for rank in gang.forerunners if not rank.ended))
+    committing = max((_seconds_until(rank.gone_by, now) for rank in leaving), default=0.0)
     if committing > 0 and not loss.charged:
         return Linger(seconds=committing)  # the next attempt would begin with what is there now, and repeat the rest
     refilled = _refilled(seen)
@@ -324,6 +338,7 @@ def next_look_seconds(seen: Observed, decision: Decision, *, spec: JobSpec, now:
     elif isinstance(decision, Watch) and seen.gang is not None:
         # Once over, only the scheduler can tell anything new.
         due.append(elastic.patience_seconds(seen, seen.gang, spec, now) or None)
+        due.append(_hanging_seconds(seen.gang, elastic.size(seen, spec), now))
         if seen.record.excluded_nodes and elastic.unplaced_seconds(seen.gang, now):
             due.append(FORGIVE_SECONDS)
     elif isinstance(decision, Probe) and seen.room:

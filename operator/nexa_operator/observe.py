@@ -126,6 +126,8 @@ class Gang:
     """Why it failed, in one word."""
     failure_message: str = ""
     ranks: tuple[Rank, ...] = ()
+    forerunners: tuple[Rank, ...] = ()
+    """Of before its queue suspended it and let it go again: while they are there it may lack pods in their place."""
     owners: tuple[str, ...] = ()
     """UIDs of what should make its pods."""
     created_at: datetime.datetime | None = None
@@ -237,7 +239,7 @@ class Observed:
 
         Of equal steps the one told of last: after a damaged checkpoint its step is committed once more.
         """
-        ranks = self.gang.ranks if self.gang else self.strays
+        ranks = (*self.gang.forerunners, *self.gang.ranks) if self.gang else self.strays
         told = [rank.termination.checkpoint for rank in ranks if rank.termination]
         return newest(self.record.checkpoint, self.progress.checkpoint if self.progress else None, *told)
 
@@ -365,6 +367,7 @@ def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) 
     owners = runtime.owners(child, parts)
     theirs = [pod for pod in pods if owner_uid(pod) in owners and _index(runtime, pod) is not None]
     own = [pod for pod in theirs if not _is_of_before(pod, resumed)]
+    before = [pod for pod in theirs if _is_of_before(pod, resumed)]
     state = runtime.state(child, parts, own)
     replaces = state.num_replaced > 0 and _ran_since(body, resumed)
     ranks = [_rank(runtime, pod, replaces=replaces) for pod in own]
@@ -380,6 +383,7 @@ def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) 
         failure=state.failure,
         failure_message=state.failure_message,
         ranks=tuple(sorted(ranks, key=_rank_order)),
+        forerunners=tuple(_rank(runtime, pod, replaces=False) for pod in before),
         owners=tuple(sorted(owners)) or (child["metadata"]["uid"],),
         created_at=created_at(child),
     )

@@ -394,6 +394,24 @@ def test_a_preempted_gang_is_charged_nothing_and_goes_on_as_the_same_one(queue, 
     assert asked_to_change_gangs(queue) == []
 
 
+def test_a_gang_that_is_let_go_again_waits_for_its_ranks_that_still_commit(queue, priorities):
+    queued(queue, "quick", priority="low")
+    queue.bind(queue.wait_ranks("quick"), "far-away")  # with a kubelet that lets them take their time
+    before = queue.run("quick")
+    queued(queue, "short", priority="high")
+    queue.run("short")
+    queue.kubectl("delete", "ntj/short")
+    let_go = lambda: not RUNTIMES[queue.runtime].state(queue.gang("quick-a0"), [], []).suspended  # noqa: E731
+    queue.wait(let_go, "it is let go", "quick")
+    # training-operator takes pods that are ending for failed ones: another attempt, which waits for them too.
+    attempt = int(queue.runtime == "pytorchjob")
+    assert queue.ranks("quick", attempt=attempt) == []
+    queue.kubectl("delete", "--force", "--grace-period=0", *(f"pod/{pod['metadata']['name']}" for pod in before))
+    queue.run("quick", attempt=attempt)
+    status = queue.status("quick")
+    assert (status["attempt"], status["restarts"], status["chargedRestarts"]) == (attempt, attempt, 0)
+
+
 def test_a_rank_lost_in_a_queue_s_gang_is_followed_by_an_attempt_that_is_queued_too(queue):
     queued(queue, "broken")
     queue.play(queue.run("broken")[:1], "Failed", code=1)

@@ -45,7 +45,8 @@ def job_spec(plan: RunPlan, *, host: str | None) -> Object:
         "completions": plan.cluster.num_nodes,
         "parallelism": plan.cluster.num_nodes,
         "backoffLimit": 0,
-        "podReplacementPolicy": "TerminatingOrFailed",
+        # Kueue may let a gang go again while its ranks still commit: others in their place would not find that yet.
+        "podReplacementPolicy": "TerminatingOrFailed" if plan.queue is None else "Failed",
         "template": pod.template(plan, host=host),
     }
 

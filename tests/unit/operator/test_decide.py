@@ -538,6 +538,34 @@ def test_a_resumed_job_waits_for_ranks_that_still_commit() -> None:
     assert isinstance(decision(seen(gang(ended, suspended=True))), Resume)
 
 
+def test_a_preempted_gang_waits_for_pods_of_before_and_not_for_one_that_hangs() -> None:
+    queue = {"queue_name": "team"}
+    saving = rank(0, deleting=True, gone_by=NOW + datetime.timedelta(seconds=90))
+    waits = seen(gang(rank(1), forerunners=(saving,)))
+    assert decision(waits, schedule=queue) == Watch()
+    assert next_look_seconds(waits, Watch(), spec=spec_of(queue), now=NOW) == 120.0
+    hangs = rank(0, deleting=True, gone_by=ago(30))
+    why = "beside pods that should be gone"
+    expected = Resume(attempt=1, num_nodes=2, why=why)
+    assert decision(seen(gang(rank(1), forerunners=(saving, hangs))), schedule=queue) == Watch()
+    assert decision(seen(gang(rank(1), forerunners=(hangs,))), schedule=queue) == expected
+    assert decision(seen(gang(rank(0), rank(1), forerunners=(hangs,))), schedule=queue) == Watch(), "it lacks none"
+    assert decision(seen(gang(forerunners=(hangs,), suspended=True)), schedule=queue) == Watch(), "not let go yet"
+    ended = rank(0, phase="Failed", deleting=True, gone_by=ago(30))
+    assert decision(seen(gang(rank(1), forerunners=(ended,))), schedule=queue) == Watch()
+
+
+def test_ranks_of_before_a_preemption_that_their_controller_takes_for_lost_ones_are_waited_for() -> None:
+    queue = {"queue_name": "team"}
+    saving = rank(0, deleting=True, gone_by=NOW + datetime.timedelta(seconds=90))
+    called_failed = gang(failure="JobFailed", forerunners=(saving,))
+    assert decision(seen(called_failed), schedule=queue) == Linger(seconds=90.0)
+    ended = replace(called_failed, forerunners=(rank(0, phase="Failed", deleting=True, gone_by=saving.gone_by),))
+    got = decision(seen(ended), schedule=queue)
+    assert isinstance(got, Restart)
+    assert (got.charged, got.loss.charged) == (0, False)
+
+
 ELASTIC = {"num_nodes": 4, "min_nodes": 1}
 
 

@@ -145,6 +145,12 @@ def test_the_newest_checkpoint_known_counts_wherever_it_was_said():
     assert newest(None, checkpoint(5), checkpoint(7), None) == checkpoint(7)
 
 
+def test_what_a_preempted_gang_committed_is_known_once_it_was_let_go_again() -> None:
+    forerunner = failed(termination=words(checkpoint=checkpoint(70)))
+    observed = Observed(gang=gang(forerunners=(forerunner,)), record=Record(checkpoint=checkpoint(50)))
+    assert observed.checkpoint == checkpoint(70)
+
+
 def test_of_one_step_the_checkpoint_told_of_last_counts_for_the_one_before_may_be_damaged() -> None:
     again = checkpoint(50).model_copy(update={"digest": "e" * 64})
     status = {"checkpoint": {"step": 50, "uri": "u", "digest": "d"}}

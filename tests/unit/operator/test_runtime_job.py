@@ -48,6 +48,10 @@ def test_the_gang_lives_and_dies_as_one():
     assert not {"podFailurePolicy", "backoffLimitPerIndex", "activeDeadlineSeconds"} & set(spec)
 
 
+def test_a_queue_s_gang_gets_no_pod_in_place_of_one_that_still_commits():
+    assert made(schedule={"queueName": "team"})["spec"]["podReplacementPolicy"] == "Failed"
+
+
 def test_a_job_on_axolotl_runs_the_image_that_has_it():
     heavy = Defaults(image="trainer:1", heavy_image="heavy:1")
     for defaults, groups, image in (

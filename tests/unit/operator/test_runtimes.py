@@ -12,6 +12,7 @@ from nexa_operator.kinds import JOBSETS, PYTORCHJOBS, WORKLOADS
 from nexa_operator.observe import Gang, Observed, observe, observe_unavailable
 from nexa_operator.plan import Defaults, RunPlan, make_plan
 from nexa_operator.queueing import LABEL_PRIORITY, LABEL_QUEUE, waits_for
+from nexa_operator.reading import as_time
 from nexa_operator.runtimes import RUNTIMES, beside, runtime_of
 from nexa_train.config.spec import ScheduleSpec
 from tests.unit.operator.builders import GANG_UID, NOW, UID, body, condition, ended, failed, gang, job, owned_by, seen
@@ -306,8 +307,11 @@ def test_pods_of_before_a_preemption_are_not_the_gang_s_once_it_is_let_go_again(
     children[0]["status"] = {"conditions": [resumed]}
     old = pod(name, 0, metadata={"deletionTimestamp": "2026-11-23T12:06:00Z"})
     new = pod(name, 0, phase="Pending", made_at="2026-11-23T12:05:00Z")
-    (rank,) = observed(name, children, [old, new], conditions=RAN).ranks
+    gang = observed(name, children, [old, new], conditions=RAN)
+    (rank,) = gang.ranks
     assert (rank.phase, rank.lost) == ("Pending", False)
+    (forerunner,) = gang.forerunners
+    assert forerunner.gone_by == as_time("2026-11-23T12:06:00Z")
 
 
 # --- what is decided for all of them ---
