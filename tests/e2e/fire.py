@@ -25,7 +25,7 @@ from nexa_train.config.protocol import PROGRESS_PORT, Progress
 from tests.cluster.api import Api
 from tests.cluster.minio import MinioServer
 from tests.cluster.node import RealCluster
-from tests.cluster.product import EXAMPLE, MODEL_BUCKET, condition
+from tests.cluster.product import EXAMPLE, condition, manifests
 from tests.cluster.run import wait_until
 from tests.integration.harness import Operator
 
@@ -61,15 +61,6 @@ class Field:
     operator: Operator
     api: Api
     http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=2, trust_env=False))
-
-    def read(self, key: str) -> bytes:
-        """An object of the bucket with the checkpoints."""
-        answer = self.minio.client.get_object(MODEL_BUCKET, key)
-        try:
-            return answer.read()
-        finally:
-            answer.close()
-            answer.release_conn()
 
     def job(self, document: dict[str, Any]) -> Run:
         """A job, applied."""
@@ -157,9 +148,7 @@ class Run:
 
     def manifests(self) -> list[dict[str, Any]]:
         """Committed ones, oldest first."""
-        client, prefix = self.field.minio.client, f"checkpoints/{self.status['runId']}/"
-        keys = [each.object_name for each in client.list_objects(MODEL_BUCKET, prefix, recursive=True)]
-        return [json.loads(self.field.read(key)) for key in sorted(keys) if key and key.endswith("/manifest.json")]
+        return manifests(self.field.minio, self.status["runId"])
 
     def describe(self) -> str:
         """For messages."""
