@@ -130,7 +130,8 @@ class Gang:
     """Of before its queue suspended it and let it go again: while they are there it may lack pods in their place."""
     owners: tuple[str, ...] = ()
     """UIDs of what should make its pods."""
-    created_at: datetime.datetime | None = None
+    begun_at: datetime.datetime | None = None
+    """When it was made or, later, let go by its queue."""
 
     @property
     def ref(self) -> Ref:
@@ -385,7 +386,7 @@ def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) 
         ranks=tuple(sorted(ranks, key=_rank_order)),
         forerunners=tuple(_rank(runtime, pod, replaces=False) for pod in before),
         owners=tuple(sorted(owners)) or (child["metadata"]["uid"],),
-        created_at=created_at(child),
+        begun_at=as_time(resumed) or created_at(child),
     )
 
 
@@ -428,11 +429,12 @@ def _node_conditions(node: Body | None) -> frozenset[str]:
 def pods_due_seconds(seen: Observed, now: datetime.datetime) -> float | None:
     """Until pods that the gang lacks should have been made; 0: they are late; None: it lacks none."""
     gang = seen.gang
-    if gang is None or gang.suspended or gang.deleting or gang.complete or gang.failure or gang.created_at is None:
+    if gang is None or gang.suspended or gang.deleting or gang.complete or gang.failure or gang.begun_at is None:
         return None
-    if len(gang.ranks) >= (seen.record.num_nodes or 0):
+    awaits_others = any(not rank.ended for rank in gang.forerunners)
+    if awaits_others or len(gang.ranks) >= (seen.record.num_nodes or 0):
         return None
-    return max(0.0, _LATE_SECONDS - (now - gang.created_at).total_seconds())
+    return max(0.0, _LATE_SECONDS - (now - gang.begun_at).total_seconds())
 
 
 def ignored_seconds(gang: Gang | None, now: datetime.datetime) -> float | None:

@@ -288,7 +288,16 @@ def test_a_gang_lacks_pods_once_they_are_late_and_unless_it_stands_or_ends() -> 
     for stands in ({"suspended": True}, {"deleting": True}, {"complete": True}, {"failure": "Why"}):
         assert pods_due_seconds(crowded(**stands), late) is None
     assert pods_due_seconds(crowded(ranks=(Rank(index=0), Rank(index=1))), late) is None
+    assert pods_due_seconds(crowded(forerunners=(Rank(index=0, deleting=True),)), late) is None, "they come after it"
     assert pods_due_seconds(observe(body(), children=[], pods=[]), late) is None
+
+
+def test_pods_of_a_gang_that_its_queue_let_go_are_late_from_then_on() -> None:
+    made = gang_job(conditions=[condition("Suspended", lastTransitionTime="2026-11-23T12:01:00Z")])
+    made["status"]["conditions"][0]["status"] = "False"
+    made["metadata"]["creationTimestamp"] = "2026-11-23T12:00:00Z"
+    let_go = replace(observe(body(), children=[made], pods=[]), record=Record(num_nodes=2))
+    assert pods_due_seconds(let_go, NOW + datetime.timedelta(seconds=64)) == 6.0
 
 
 def test_a_pod_that_no_scheduler_tries_is_ignored_after_a_while_and_one_that_was_tried_is_not() -> None:
