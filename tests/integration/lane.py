@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, PODS, SERVICES, TRAINING_JOBS
 from tests.cluster.api import Api
 from tests.cluster.api_proxy import ApiProxy, Story
 from tests.cluster.cluster import Cluster
@@ -20,11 +21,7 @@ STEP_SECONDS = 90
 """Longer than the operator waits for one answer, and for the next resync."""
 KEEPER = "lane"
 """Of the nodes that lanes have of their own."""
-_APIS = {
-    "nexatrainingjobs": "/apis/train.nexa.dev/v1alpha1",
-    "jobs": "/apis/batch/v1",
-    "jobsets": "/apis/jobset.x-k8s.io/v1alpha2",
-}
+_KINDS = {kind.plural: kind for kind in (TRAINING_JOBS, JOBS, JOBSETS, PODS, SERVICES, EVENTS)}
 
 
 class Lane:
@@ -60,8 +57,7 @@ class Lane:
             return self.operator.process.poll() is None
 
     def path(self, kind: str, name: str = "") -> str:
-        where = f"{_APIS.get(kind, '/api/v1')}/namespaces/{self.namespace}/{kind}"
-        return f"{where}/{name}" if name else where
+        return _KINDS[kind].path(self.namespace, name)
 
     def submit(self, name: str, **spec: Any) -> None:
         self.api.create(self.path("nexatrainingjobs"), manifest(name, **spec))

@@ -142,8 +142,7 @@ def _elastic(lane: Lane, name: str) -> dict[str, Any]:
 
 
 def _finds_no_node(pod: dict[str, Any]) -> bool:
-    told = pod["status"].get("conditions", ())
-    return any(each["type"] == "PodScheduled" and each["status"] == "False" for each in told)
+    return conditions(pod["status"]).get("PodScheduled") == "False"
 
 
 ELASTIC = Life(
