@@ -9,10 +9,14 @@ import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from tests.cluster.errors import Unavailable
 from tests.cluster.run import run
 from tests.cluster.tools import binary
+
+PodsThere: TypeAlias = Literal["end", "run", "wait"]
+"""What becomes of pods on a fake node: Jobs' complete; they run until they are deleted; nobody looks after them."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,7 @@ class Cluster:
         return run([binary("kubectl"), f"--kubeconfig={self.kubeconfig}", *args], input=input, check=check)
 
     def fake_nodes(
-        self,
-        num_nodes: int,
-        *,
-        tainted: bool = True,
-        keeper: str = "fake",
-        pods_end: bool = True,
-        pods_run: bool = True,
+        self, num_nodes: int, *, tainted: bool = True, keeper: str = "fake", pods: PodsThere = "end"
     ) -> list[str]:
         raise Unavailable("fake nodes are made only in a cluster that the tests start; unset NEXA_TEST_KUBECONFIG")
 

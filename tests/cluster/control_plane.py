@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.cluster.cluster import Cluster, write_kubeconfig
+from tests.cluster.cluster import Cluster, PodsThere, write_kubeconfig
 from tests.cluster.errors import Unavailable
 from tests.cluster.ledger import Ledger, ProcessId
 from tests.cluster.network import Network, answers, free_ports, make_network
@@ -30,8 +30,12 @@ _FIRST_SERVICE = "10.96.0.1"
 _LOOPBACK = "127.0.0.1"
 _COMPLETE = "pod-complete"
 """The stage of kwok's that ends pods."""
-_OF_PODS = (_COMPLETE, "pod-delete", "pod-ready")
-"""All of its stages that do anything to pods."""
+_LEFT_OUT: dict[PodsThere, tuple[str, ...]] = {
+    "end": (),
+    "run": (_COMPLETE,),
+    "wait": (_COMPLETE, "pod-delete", "pod-ready"),
+}
+"""Of kwok's stages, all of which that do anything to pods are in the last."""
 
 # The default limits (20 and 50 requests a second) would hide everything else in a load test.
 _CLIENT_LIMITS = ("--kube-api-qps=5000", "--kube-api-burst=10000")
@@ -66,22 +70,14 @@ class ControlPlane(Cluster):
         return self.network.host_ip
 
     def fake_nodes(
-        self,
-        num_nodes: int,
-        *,
-        tainted: bool = True,
-        keeper: str = "fake",
-        pods_end: bool = True,
-        pods_run: bool = True,
+        self, num_nodes: int, *, tainted: bool = True, keeper: str = "fake", pods: PodsThere = "end"
     ) -> list[str]:
         """Have `KEEPER-0` to `KEEPER-N`, Ready, with eight GPUs each, kept by a kwok of their own.
 
-        Pods of Jobs complete on them by themselves; without `pods_end` they run until they are deleted. Without
-        `pods_run` nobody looks after pods there: the test is their kubelet.
+        Pods that `wait` there have the test for their kubelet.
         Tainted with `kwok.x-k8s.io/node=KEEPER:NoSchedule`, so that only pods land there that ask for it.
         """
-        left_out = _OF_PODS if not pods_run else () if pods_end else (_COMPLETE,)
-        self._start_kwok_once(keeper, left_out)
+        self._start_kwok_once(keeper, _LEFT_OUT[pods])
         names = [f"{keeper}-{index}" for index in range(num_nodes)]
         items = [_fake_node(name, keeper, tainted=tainted) for name in names]
         nodes = {"apiVersion": "v1", "kind": "List", "items": items}

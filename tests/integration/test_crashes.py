@@ -134,7 +134,7 @@ def lanes(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iter
     start_jobset(plane)
     folder = tmp_path_factory.mktemp("lanes")
     kubeconfig = prepare_operator(plane, folder)
-    nodes = plane.fake_nodes(4 * LANES, keeper=KEEPER, pods_run=False)
+    nodes = plane.fake_nodes(4 * LANES, keeper=KEEPER, pods="wait")
     with ExitStack() as stack:
 
         def lane(name: str, **environment: str) -> Lane:

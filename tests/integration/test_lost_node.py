@@ -34,8 +34,8 @@ def check(plane: ControlPlane, folder: Path, keeper: str, end_silence: Callable[
     """The node of `keeper` falls silent; `end_silence` then brings it back or takes it away for good."""
 
     def room(num_sound: int) -> None:
-        nodes = plane.fake_nodes(1, keeper=keeper, pods_end=False)
-        nodes += plane.fake_nodes(num_sound, keeper=f"{keeper}-sound", pods_end=False)
+        nodes = plane.fake_nodes(1, keeper=keeper, pods="run")
+        nodes += plane.fake_nodes(num_sound, keeper=f"{keeper}-sound", pods="run")
         plane.kubectl("label", "--overwrite", "nodes", *nodes, f"team={keeper}")
 
     room(1)

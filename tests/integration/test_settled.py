@@ -45,7 +45,7 @@ def writes_since(log: Path, offset: int) -> Iterator[str]:
 def check(cluster: Cluster, folder: Path, *, num_jobs: int, seconds: float, **environment: str) -> None:
     if cluster.audit_log is None:
         pytest.skip("the cluster shows no audit log")
-    nodes = cluster.fake_nodes(1 + num_jobs // 1000, keeper="settled", pods_end=False)
+    nodes = cluster.fake_nodes(1 + num_jobs // 1000, keeper="settled", pods="run")
     cluster.kubectl("label", "--overwrite", "nodes", *nodes, "team=settled")
     kubeconfig = prepare_operator(cluster, folder)
     with new_lane(cluster, kubeconfig, folder / "lane", NEXA_LEASE_NAMESPACE=RELEASE_NAMESPACE, **environment) as lane:
