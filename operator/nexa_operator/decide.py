@@ -247,7 +247,7 @@ def _run(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> D
 
 def _hanging_seconds(gang: Gang, size: int, now: datetime.datetime) -> float | None:
     """Until pods of before a preemption hang, in whose place the gang's would be made; None: it lacks none for that."""
-    gone_by = [rank.gone_by for rank in gang.forerunners if rank.gone_by is not None and not rank.ended]
+    gone_by = [rank.gone_by for rank in gang.leaving if rank.gone_by is not None]
     if gang.suspended or len(gang.ranks) >= size or not gone_by:
         return None
     return _seconds_until(max(gone_by) + datetime.timedelta(seconds=HANGS_SECONDS), now)
@@ -286,7 +286,7 @@ def _after_loss(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetim
     if seen.lost_seconds < LAST_WORDS_SECONDS and any(rank.phase == "Running" for rank in gang.ranks):
         return Linger(seconds=LAST_WORDS_SECONDS - seen.lost_seconds)
     # training-operator takes those of before a preemption for lost ones, if it is let go before they have ended.
-    leaving = (*(rank for rank in gang.ranks if rank.commits), *(rank for rank in gang.forerunners if not rank.ended))
+    leaving = (*(rank for rank in gang.ranks if rank.commits), *gang.leaving)
     committing = max((_seconds_until(rank.gone_by, now) for rank in leaving), default=0.0)
     if committing > 0 and not loss.charged:
         return Linger(seconds=committing)  # the next attempt would begin with what is there now, and repeat the rest

@@ -138,6 +138,11 @@ class Gang:
         return Ref(self.name, self.uid)
 
     @property
+    def leaving(self) -> tuple[Rank, ...]:
+        """Forerunners that have not ended."""
+        return tuple(rank for rank in self.forerunners if not rank.ended)
+
+    @property
     def lost_ranks(self) -> tuple[Rank, ...]:
         return tuple(rank for rank in self.ranks if rank.lost)
 
@@ -431,8 +436,7 @@ def pods_due_seconds(seen: Observed, now: datetime.datetime) -> float | None:
     gang = seen.gang
     if gang is None or gang.suspended or gang.deleting or gang.complete or gang.failure or gang.begun_at is None:
         return None
-    awaits_others = any(not rank.ended for rank in gang.forerunners)
-    if awaits_others or len(gang.ranks) >= (seen.record.num_nodes or 0):
+    if gang.leaving or len(gang.ranks) >= (seen.record.num_nodes or 0):
         return None
     return max(0.0, _LATE_SECONDS - (now - gang.begun_at).total_seconds())
 
