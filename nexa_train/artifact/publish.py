@@ -111,6 +111,13 @@ def claim_run(
     return {**first["frozen"], **first["identity"]}
 
 
+def claimed(store: Store, run_id: str) -> dict[str, Any]:
+    """The identity that `run_id` stands for; empty: none yet."""
+    key = f"{run_folder(run_id)}/{RUN_NAME}"
+    content = _read_or_nothing(store, key)
+    return _run_document(content, key=key)["identity"] if content else {}
+
+
 class Publisher:
     """Commits the checkpoints of one attempt at one run.
 

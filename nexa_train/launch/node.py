@@ -20,7 +20,7 @@ from types import FrameType
 from typing import IO, Any
 
 from nexa_train.artifact.manifest import step_folder
-from nexa_train.artifact.publish import Committed, claim_run, committed_folders, manifest_uri, newest_valid
+from nexa_train.artifact.publish import Committed, claim_run, claimed, committed_folders, manifest_uri, newest_valid
 from nexa_train.backend_config import axolotl, backend_config
 from nexa_train.config.job import Job
 from nexa_train.config.protocol import EXIT_STALLED, NOT_MET, OUT_OF_MEMORY, CheckpointRef, Progress, Termination
@@ -51,6 +51,8 @@ POLL_SECONDS = 0.2
 SIGNAL_AGAIN_SECONDS = 0.5
 _TORCHRUN_S_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Others set them too, and mean nodes: a rank without torchrun would wait for a world that never comes."""
+_BASE_MODEL = "base_model"
+"""Where the identity of a run has what it trains from."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
     check_devices(job, node)
     store = open_store(job.spec.artifacts.uri)
     store.probe()
-    located = locate(job.spec.model)
+    located = locate(job.spec.model, begun_with=str(claimed(store, job.run_id).get(_BASE_MODEL, "")))
     tokenizer = load_tokenizer(located.folder)
     check_model(located, job.spec, tokenizer)
     prepared = prepare(job.spec, tokenizer)
@@ -347,7 +349,7 @@ def _identity(job: Job, prepared: Prepared, located: Located, tokenizer: ChatTok
         "config": job.identity,
         "dataset_digest": prepared.digest,
         "tokenizer_digest": tokenizer.digest,
-        "base_model": located.origin,
+        _BASE_MODEL: located.origin,
     }
 
 

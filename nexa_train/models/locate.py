@@ -56,12 +56,17 @@ class Located:
         return None if self.scratch else self.hub_id or str(self.folder)
 
 
-def locate(model: ModelSpec) -> Located:
+def locate(model: ModelSpec, *, begun_with: str = "") -> Located:
     """Find or fetch a model.
+
+    Args:
+        begun_with: the origin with which the run began, for its later attempts: a branch or tag of the hub may stand
+            for another commit by now.
 
     Raises:
         ConfigError: the path is there, but is not a model; or the model is known to take shorter sequences.
         NotFoundError: nowhere to be had; says where it was looked for and how to give a folder.
+        NexaError: the hub cannot be reached, or failed; it may give the model to another attempt.
     """
     check_length(model)
     if model.revision and ("/" not in model.name or Path(model.name).expanduser().exists()):
@@ -86,7 +91,7 @@ def locate(model: ModelSpec) -> Located:
             f"model.name: {model.name} is neither a folder on this machine nor a known model "
             f"(such as {', '.join(close)}) nor a hub id"
         )
-    return _from_hub(hub_id, model)
+    return _from_hub(hub_id, _commit_of(hub_id, begun_with) or model.revision)
 
 
 def architecture(model: ModelSpec, located: Located | None = None) -> Architecture | None:
@@ -283,19 +288,43 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _from_hub(hub_id: str, model: ModelSpec) -> Located:
+def _origin_on_hub(hub_id: str, commit: str) -> str:
+    return f"hub {hub_id}@{commit}"
+
+
+def _commit_of(hub_id: str, origin: str) -> str | None:
+    prefix = _origin_on_hub(hub_id, "")
+    return origin.removeprefix(prefix) if origin.startswith(prefix) else None
+
+
+def _from_hub(hub_id: str, revision: str | None) -> Located:
     # The hub's client reads these when it is first imported, and its progress bars would garble ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - costly to import, and rarely needed
 
     patterns = ["*.json", "*.safetensors", "*.jinja"]
     try:
-        folder = snapshot_download(hub_id, revision=model.revision, allow_patterns=patterns, etag_timeout=5)
-    except Exception as exc:  # the client raises a dozen unrelated types when offline
-        raise NotFoundError(
-            f"model.name: weights of {hub_id} are not on this machine and the hub gave none "
-            f"({type(exc).__name__}); give a local folder with --set model.name=FOLDER"
-        ) from exc
-    revision = Path(folder).name
-    found = _checked_folder(Path(folder), origin=f"hub {hub_id}@{revision}")
-    return replace(found, hub_id=hub_id, revision=revision)
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=patterns, etag_timeout=5)
+    except Exception as exc:  # the client raises a dozen unrelated types
+        raise _without_hub(hub_id, exc) from exc
+    commit = Path(folder).name
+    found = _checked_folder(Path(folder), origin=_origin_on_hub(hub_id, commit))
+    return replace(found, hub_id=hub_id, revision=commit)
+
+
+def _without_hub(hub_id: str, exc: Exception) -> NexaError:
+    """What it means that the hub gave no model: it never will, or not now."""
+    from huggingface_hub import constants, errors  # noqa: PLC0415 - imported by now
+
+    not_there = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
+    missing = f"model.name: weights of {hub_id} are not on this machine"
+    reason, advice = (
+        f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}",
+        "give a local folder with --set model.name=FOLDER",
+    )
+    status = exc.response.status_code if isinstance(exc, errors.HfHubHTTPError) else None
+    if isinstance(exc, errors.GatedRepoError) or status in (401, 403):
+        return NotFoundError(f"{missing} and the hub does not give them to us ({reason}); set HF_TOKEN, or {advice}")
+    if isinstance(exc, not_there) or constants.HF_HUB_OFFLINE:
+        return NotFoundError(f"{missing} and the hub gave none ({reason}); {advice}")
+    return NexaError(f"{missing} and the hub cannot give them now ({reason}); run again later, or {advice}")

@@ -21,6 +21,7 @@ from nexa_train.artifact.publish import (
     Publisher,
     check_files,
     claim_run,
+    claimed,
     committed_folders,
     fetch,
     newest_valid,
@@ -341,6 +342,8 @@ def test_the_first_claim_is_what_every_later_one_reads(store: Store) -> None:
     later = claim_run(store, RUN, IDENTITY, frozen={"microbatch": 8})
 
     assert first == later == {**IDENTITY, "microbatch": 4}
+    assert claimed(store, RUN) == IDENTITY
+    assert claimed(store, "another") == {}
 
 
 def test_of_twenty_claims_in_a_race_one_sets_the_microbatch(store: Store) -> None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -255,6 +260,117 @@ def test_weights_that_only_the_hub_has_are_asked_for_as_a_folder_when_offline(tm
     assert done.returncode == 3
     assert "weights of tiiuae/Falcon3-1B-Instruct are not on this machine" in line
     assert line.endswith("give a local folder with --set model.name=FOLDER")
+
+
+OLD, NEW = "1" * 40, "2" * 40
+CONTENT = b"{}"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub's client asks of it, for models of two commits whose files are all the same.
+
+    The first part of a model's id says how it answers.
+    """
+
+    def do_GET(self) -> None:
+        owner, _, rest = self.path.removeprefix("/api/models").lstrip("/").partition("/")
+        if owner == "down":
+            self._answer(503, b"")
+        elif owner == "gated":
+            self._answer(403, b"", **{"X-Error-Code": "GatedRepo"})
+        elif owner == "nobody":
+            self._answer(401, b"", **{"X-Error-Code": "RepoNotFound"})
+        elif "/revision/" in rest and not rest.endswith("/main"):
+            self._answer(404, b"", **{"X-Error-Code": "RevisionNotFound"})
+        elif "/tree/" in rest:
+            files = [{"type": "file", "path": name, "size": len(CONTENT), "oid": name} for name in FILES]
+            self._answer(200, json.dumps(files).encode())
+        elif "/resolve/" in rest:
+            commit = rest.split("/")[2]
+            self._answer(200, CONTENT, **{"ETag": f'"{rest[-9:]}"', "X-Repo-Commit": commit})
+        else:
+            self._answer(200, json.dumps({"id": "somebody/some-model", "sha": NEW, "siblings": []}).encode())
+
+    do_HEAD = do_GET
+
+    def _answer(self, code: int, content: bytes, **headers: str) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Its requests are nobody's output."""
+
+
+FILES = ("config.json", "tokenizer.json", "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        serving.join()
+
+
+FROM_A_HUB = """
+import sys
+from nexa_train.config.spec import ModelSpec
+from nexa_train.errors import NexaError
+from nexa_train.models.locate import locate
+name, revision, begun_with = sys.argv[1:]
+try:
+    print(locate(ModelSpec(name=name, revision=revision or None), begun_with=begun_with).origin)
+except NexaError as exc:
+    print(exc.exit_code, exc.retryable, exc)
+"""
+
+
+def said_of(endpoint: str, home: Path, name: str, *, revision: str = "", begun_with: str = "") -> str:
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-c", FROM_A_HUB, name, revision, begun_with]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "said"),
+    [
+        ("nobody/some-model", "", "3 False .*RepositoryNotFound.*; set HF_TOKEN, or give a local folder"),
+        ("gated/some-model", "", "3 False .*does not give them to us .*GatedRepoError.*; set HF_TOKEN, or"),
+        ("somebody/some-model", "v1", "3 False .*the hub gave none .*RevisionNotFound.*; give a local folder"),
+        ("down/some-model", "", "1 True .*cannot give them now .*503.*; run again later, or give a local folder"),
+    ],
+)
+def test_a_hub_that_fails_is_told_from_one_that_will_not_give_a_model(
+    hub: str, tmp_path: Path, name: str, revision: str, said: str
+) -> None:
+    assert re.match(said, said_of(hub, tmp_path, name, revision=revision))
+
+
+def test_a_hub_that_cannot_be_reached_may_be_there_again_later(tmp_path: Path) -> None:
+    with socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{nobody_listens.getsockname()[1]}"
+        said = said_of(endpoint, tmp_path, "somebody/some-model")
+    assert re.match("1 True .*cannot give them now .*; run again later", said)
+
+
+def test_a_run_goes_on_with_the_commit_it_began_with(hub: str, tmp_path: Path) -> None:
+    def origin(begun_with: str, revision: str = "") -> str:
+        return said_of(hub, tmp_path, "somebody/some-model", revision=revision, begun_with=begun_with)
+
+    begun = f"hub somebody/some-model@{OLD}"
+    assert origin("") == origin("hub another/model@" + OLD) == origin("scratch") == f"hub somebody/some-model@{NEW}"
+    assert origin(begun) == origin(begun, revision="v1") == begun
 
 
 def test_tiny_needs_nothing_but_what_is_shipped() -> None:
