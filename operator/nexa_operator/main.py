@@ -89,12 +89,12 @@ async def run(settings: Settings) -> None:
     metrics.queue_depth.set_function(lambda: len(queue))
     async with (
         connected() as api,
-        httpx.AsyncClient(trust_env=False) as http,
+        httpx.AsyncHTTPTransport() as http,
         serving(metrics, port=settings.metrics_port) as port,
     ):
         log.info("started", metrics_port=port, namespace=settings.watch_namespace or "all")
         cluster = KubernetesCluster(api, on_call=metrics.called)
-        reader = ProgressReader(on_news=queue.add, client=http, interval_seconds=settings.progress_interval_seconds)
+        reader = ProgressReader(on_news=queue.add, transport=http, interval_seconds=settings.progress_interval_seconds)
         defaults = Defaults(
             image=settings.trainer_image, heavy_image=settings.trainer_heavy_image, storage=settings.default_storage
         )

@@ -10,15 +10,17 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import httpx
-from pydantic import ValidationError
+import structlog
 
 from nexa_train.config.protocol import PROGRESS_PORT, Progress
 
 K = TypeVar("K")
+log = structlog.get_logger(__name__)
 
 MISSES_UNTIL_UNKNOWN = 3
 """A pod that starts does not answer at once."""
@@ -60,7 +62,8 @@ class ProgressReader(Generic[K]):
     """The latest word of each gang, by the key of its job."""
 
     on_news: Callable[[K], None]
-    client: httpx.AsyncClient
+    transport: httpx.AsyncBaseTransport
+    """Bare: a client would follow what tenants' pods redirect to, and keep their cookies for good."""
     interval_seconds: float = 10.0
     """Between two questions to a gang, so a job's status is written at most as often on its account."""
     clock: Callable[[], float] = time.monotonic
@@ -131,15 +134,20 @@ class ProgressReader(Generic[K]):
         try:
             async with asyncio.timeout(_TIMEOUT_SECONDS):
                 seen = Progress.model_validate_json(await self._read(f"http://{host}:{PROGRESS_PORT}/progress"))
-        except (TimeoutError, httpx.HTTPError, ValidationError):
+        except Exception as exc:
+            # Whatever a tenant's pod makes of its answer: nobody else's progress may depend on it.
+            log.debug("no progress", ip=target.ip, error=repr(exc), exc_info=True)
             return None
         return seen if (seen.run_id, seen.attempt) == (target.run_id, target.attempt) else None
 
     async def _read(self, url: str) -> bytes:
         """The body as it came: nothing is unpacked, for a few bytes may become any number. Cut where it is too long."""
         read = bytearray()
-        async with self.client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer:
-            answer.raise_for_status()
+        request = httpx.Request("GET", url, headers={"Accept-Encoding": "identity"})
+        answer = await self.transport.handle_async_request(request)
+        async with aclosing(answer):
+            if answer.status_code != httpx.codes.OK:
+                raise httpx.HTTPStatusError(str(answer.status_code), request=request, response=answer)
             async for part in answer.aiter_raw():
                 read += part
                 if len(read) > _MOST_BYTES:

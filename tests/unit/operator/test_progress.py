@@ -29,7 +29,10 @@ class Pod:
     """Answers with `answer`; None: breaks the connection off; an iterator: part by part, as slowly as it likes."""
 
     answer: Any = None
+    status: int = 200
     headers: dict[str, str] = {}
+    cookie: str | None = None
+    """The last that it was sent."""
     port: int = 0
 
 
@@ -42,7 +45,8 @@ def pod() -> Iterator[Pod]:
             if pod.answer is None:
                 self.close_connection = True
                 return
-            self.send_response(200)
+            pod.cookie = self.headers["Cookie"]
+            self.send_response(pod.status)
             for name, value in pod.headers.items():
                 self.send_header(name, value)
             self.end_headers()
@@ -69,14 +73,14 @@ def pod() -> Iterator[Pod]:
 async def reading(pod: Pod, news: list[str]) -> AsyncIterator[ProgressReader[str]]:
     """A reader whose requests to the pod's port go to the server of this test."""
 
-    class Redirect(httpx.AsyncHTTPTransport):
+    class ToPod(httpx.AsyncHTTPTransport):
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
             assert (request.url.port, request.url.path) == (PROGRESS_PORT, "/progress")
             request.url = request.url.copy_with(port=pod.port)
             return await super().handle_async_request(request)
 
-    async with httpx.AsyncClient(transport=Redirect()) as client:
-        yield ProgressReader(on_news=news.append, client=client)
+    async with ToPod() as transport:
+        yield ProgressReader(on_news=news.append, transport=transport)
 
 
 async def test_news_wakes_the_reconciler_and_the_same_again_does_not(pod):
@@ -88,6 +92,27 @@ async def test_news_wakes_the_reconciler_and_the_same_again_does_not(pod):
         await reader.read("job")
         assert reader.latest("job").step == 5
         assert news == ["job"]
+
+
+@pytest.mark.parametrize("location", ["mailto:x", "http://[", "http://127.0.0.1:1/", "\xff", None])
+async def test_where_a_pod_redirects_to_is_not_looked_at(pod, location):
+    news: list[str] = []
+    pod.answer, pod.status = {"run_id": "r", "attempt": 1, "step": 5}, 302
+    pod.headers = {"Location": location} if location else {}
+    async with reading(pod, news) as reader:
+        reader.watch("job", TARGET)
+        await reader.read("job")
+        assert reader.latest("job") is None
+
+
+async def test_nothing_of_an_answer_is_kept_but_progress(pod):
+    pod.answer, pod.headers = {"run_id": "r", "attempt": 1, "step": 5}, {"Set-Cookie": "a=b; Max-Age=1000"}
+    async with reading(pod, []) as reader:
+        reader.watch("job", TARGET)
+        await reader.read("job")
+        await reader.read("job")
+        assert reader.latest("job").step == 5
+        assert pod.cookie is None
 
 
 @pytest.mark.parametrize(
@@ -220,52 +245,49 @@ def at(ip: str) -> Target:
 async def test_pods_out_of_reach_hold_up_none_that_answer(monkeypatch):
     monkeypatch.setattr("nexa_operator.progress._TIMEOUT_SECONDS", 0.5)
     street, heard = Street(*(f"10.0.1.{number}" for number in range(200))), asyncio.Event()
-    async with httpx.AsyncClient(transport=street) as client:
-        reader = ProgressReader(on_news=lambda _: heard.set(), client=client, interval_seconds=0.02)
-        reader.watch("healthy", at("10.0.0.1"))
-        reading = asyncio.create_task(reader.read_forever())
-        async with asyncio.timeout(20):
-            await heard.wait()
-            for number in range(200):
-                reader.watch(f"away-{number}", at(f"10.0.1.{number}"))
-            before = street.asked["10.0.0.1"]
-            await street.many.wait()  # 32 at once, so for longer than a second
-        assert street.asked["10.0.0.1"] >= before + 10
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
+    reader = ProgressReader(on_news=lambda _: heard.set(), transport=street, interval_seconds=0.02)
+    reader.watch("healthy", at("10.0.0.1"))
+    reading = asyncio.create_task(reader.read_forever())
+    async with asyncio.timeout(20):
+        await heard.wait()
+        for number in range(200):
+            reader.watch(f"away-{number}", at(f"10.0.1.{number}"))
+        before = street.asked["10.0.0.1"]
+        await street.many.wait()  # 32 at once, so for longer than a second
+    assert street.asked["10.0.0.1"] >= before + 10
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
 
 
 async def test_a_pod_that_does_not_answer_is_asked_ever_less_often_and_one_that_does_as_often_as_before(monkeypatch):
     monkeypatch.setattr("nexa_operator.progress._TIMEOUT_SECONDS", 0.01)
     street, clock = Street("10.0.0.2"), Clock()
-    async with httpx.AsyncClient(transport=street) as client:
-        reader = ProgressReader(on_news=lambda _: None, client=client, clock=clock)
-        for key, ip in (("here", "10.0.0.1"), ("away", "10.0.0.2")):
-            reader.watch(key, at(ip))
-        asked: dict[str, list[int]] = {"here": [], "away": []}
-        for second in range(300):
-            clock.seconds = second
-            for key in list(reader.take_due()):
-                asked[key].append(second)
-                await reader.read(key)
-        assert asked["here"] == list(range(0, 300, 10))
-        assert asked["away"] == [0, 10, 20, 40, 80, 140, 200, 260]
-        street.away.clear()
-        clock.seconds = 320
-        assert list(reader.take_due()) == ["here", "away"]
-        await reader.read("away")
-        clock.seconds = 330
-        assert "away" in list(reader.take_due())
+    reader = ProgressReader(on_news=lambda _: None, transport=street, clock=clock)
+    for key, ip in (("here", "10.0.0.1"), ("away", "10.0.0.2")):
+        reader.watch(key, at(ip))
+    asked: dict[str, list[int]] = {"here": [], "away": []}
+    for second in range(300):
+        clock.seconds = second
+        for key in list(reader.take_due()):
+            asked[key].append(second)
+            await reader.read(key)
+    assert asked["here"] == list(range(0, 300, 10))
+    assert asked["away"] == [0, 10, 20, 40, 80, 140, 200, 260]
+    street.away.clear()
+    clock.seconds = 320
+    assert list(reader.take_due()) == ["here", "away"]
+    await reader.read("away")
+    clock.seconds = 330
+    assert "away" in list(reader.take_due())
 
 
 async def test_a_gang_is_asked_once_at_a_time():
-    async with httpx.AsyncClient(transport=Street()) as client:
-        reader = ProgressReader(on_news=lambda _: None, client=client)
-        reader.watch("job", TARGET)
-        assert list(reader.take_due()) == ["job"]
-        assert list(reader.take_due()) == []
-        reader.watch("job", Target(ip="10.0.0.9", run_id="r", attempt=2))
-        assert list(reader.take_due()) == ["job"], "another pod"
+    reader = ProgressReader(on_news=lambda _: None, transport=Street())
+    reader.watch("job", TARGET)
+    assert list(reader.take_due()) == ["job"]
+    assert list(reader.take_due()) == []
+    reader.watch("job", Target(ip="10.0.0.9", run_id="r", attempt=2))
+    assert list(reader.take_due()) == ["job"], "another pod"
 
 
 class Clock:

@@ -177,7 +177,7 @@ class Operator:
         self.world, self.queue, self.metrics = world, Appointments(), Metrics()
         if world.get(TRAINING_JOBS, "demo") is None:
             world.put(TRAINING_JOBS, body(**groups))
-        progress = ProgressReader(on_news=self.queue.add, client=httpx.AsyncClient(verify=False))
+        progress = ProgressReader(on_news=self.queue.add, transport=httpx.AsyncHTTPTransport(verify=False))
         self.reconciler = Reconciler(
             cluster=world, queue=self.queue, progress=progress, metrics=self.metrics,
             defaults=Defaults(image="trainer:1"), clock=lambda: world.now, reads_nodes=reads_nodes,
