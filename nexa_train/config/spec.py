@@ -268,8 +268,9 @@ class Toleration(Strict):
 OWN_ENV_PREFIX, OWN_ENV, USERS_ENV = "NEXA_", "JOB_COMPLETION_INDEX", "NEXA_CACHE"
 """What the operator tells a pod is said by variables with that prefix, and by the indexed Job's; one is the user's."""
 
-OWN_PATHS = r"^/(bin|boot|dev|etc|lib[^/]*|opt/nexa|proc|run|sbin|sys|tmp|usr|var/run)(/|$)"
-"""Where the image, the node or the operator has put something: /tmp is the pod's home, and first on Python's path."""
+OWN_PATHS = r"^/(bin|boot|dev|etc|lib[^/]*|opt/nexa|proc|run|sbin|sys|tmp|usr|var/run)(/|$)|^/(opt|var)/?$"
+"""Where the image, the node or the operator has put something: /tmp is the pod's home, and first on Python's path.
+What is above the trainer's folder is as good as that."""
 
 OWN_KEYS = (
     "train.nexa.dev/",

@@ -166,6 +166,8 @@ REFUSED: dict[str, Object] = {
     "the pod's temporary folder": mount("/tmp"),
     "code before ours on Python's path": mount("/tmp/nexa_train"),
     "the trainer's code": mount("/opt/nexa/lib/python3.11/site-packages/nexa_train"),
+    "what is above the trainer's code": mount("/opt"),
+    "what is above a token": mount("/var"),
     "shared memory": mount("/dev/shm"),
     "last words": mount("/dev/termination-log"),
     "processes": mount("/proc/self"),

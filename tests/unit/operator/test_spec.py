@@ -27,6 +27,15 @@ def test_a_wrong_description_is_refused_with_the_key(groups, said):
         parse(body(**groups))
 
 
+@pytest.mark.parametrize(
+    "mount", ["/opt", "/opt/", "/opt/nexa", "/opt/nexa/bin", "/var", "/var/run/secrets", "/usr/bin"]
+)
+def test_nothing_is_mounted_over_the_trainer_or_the_system(mount):
+    volume = {"name": "rows", "mountPath": mount, "claim": "rows"}
+    with pytest.raises(ConfigError, match=r"mount_path|mountPath"):
+        parse(body(cluster={"volumes": [volume]}))
+
+
 def test_checkpoints_that_would_be_gone_with_their_pod_are_refused():
     with pytest.raises(ConfigError, match=r"artifacts.uri artifacts is a folder inside the pod.*use s3://"):
         parse(body(artifacts={"uri": "artifacts"}))
