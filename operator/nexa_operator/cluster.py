@@ -190,14 +190,14 @@ def as_yaml(body: Object) -> str:
 
 
 def _refusal(status: int, answer: Object) -> type[ApiError]:
-    """What kind of no it is. Policies and webhooks may answer 422, too: the former name no field, and before what the
-    latter say the API server puts its own words."""
-    if status == 409:
+    """What kind of no it is. Policies and webhooks may answer 422, and webhooks 409, too: the former name no field, and
+    before what the latter say the API server puts its own words."""
+    denied = str(answer.get("message")).startswith("admission webhook ")
+    if status == 409 and not denied:
         return ConflictError
     details = answer.get("details")
     causes = details.get("causes") if isinstance(details, dict) else None
     names_field = any(cause.get("field") for cause in causes or ())
-    denied = str(answer.get("message")).startswith("admission webhook ")
     return InvalidError if status == 422 and names_field and not denied else ApiError
 
 

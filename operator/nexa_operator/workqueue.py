@@ -63,7 +63,11 @@ class WorkQueue(Generic[K]):
         self._stop(self._timers, key)
 
     def add_again(self, key: K) -> float:
-        """Look at it again after a failure, each time twice as late; returns the delay in seconds."""
+        """Look at it again after a failure, each time twice as late; returns the delay in seconds.
+
+        An appointment that the failed look made goes: with it the next one would come as soon as if nothing failed.
+        """
+        self._stop(self._timers, key)
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
         delay = min(FIRST_DELAY_SECONDS * 2.0 ** min(failures, 16), LONGEST_DELAY_SECONDS)

@@ -58,6 +58,7 @@ POLICY = [{"message": "ValidatingAdmissionPolicy 'freeze' denied request: not th
         (422, POLICY, "denied", ApiError),
         (422, None, "denied", ApiError),
         (409, FIELD, "changed", ConflictError),
+        (409, None, 'admission webhook "freeze.example" denied the request: not this week', ApiError),
         (403, FIELD, "forbidden", ApiError),
     ],
 )

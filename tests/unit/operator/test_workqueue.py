@@ -106,3 +106,12 @@ async def test_failures_wait_longer_each_time_up_to_a_limit_and_success_forgets_
     assert delays[-1] == LONGEST_DELAY_SECONDS
     queue.forget_failures("a")
     assert queue.add_again("a") == 0.5
+
+
+async def test_a_failure_is_not_looked_at_again_as_soon_as_if_nothing_had_failed():
+    queue: WorkQueue[str] = WorkQueue()
+    for _ in range(3):
+        queue.add_after("a", 0.01)
+        queue.add_again("a")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(queue.take(), 0.5)
