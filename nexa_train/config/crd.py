@@ -461,6 +461,8 @@ def status_schema() -> Schema:
             "numNodes": said(whole, "Pods of that gang; fewer than spec.cluster.numNodes where there is no room."),
             "lossesWithoutCheckpoint": said(whole, "Attempts lost in a row; from the second on the next one waits."),
             "nextAttemptTime": said(time, "The next attempt begins then."),
+            "image": said(text, "The trainer's, of that gang; once there is a checkpoint, of all that follow."),
+            "storage": said(text, "Its storage profile; once there is a checkpoint, of all that follow."),
             "excludedNodes": said({"type": "array", "items": text, "maxItems": 32}, "Where no further attempt runs."),
             "goodput": {
                 "type": "object",
@@ -482,7 +484,7 @@ def status_schema() -> Schema:
             "tokensPerSecond": number,
             "etaSeconds": number,
             "eta": text,
-            "checkpoint": said({"type": "object", "properties": checkpoint}, "The last one committed."),
+            "checkpoint": said({"type": "object", "properties": checkpoint}, "The last one committed and not damaged."),
             "lastFailure": said({"type": "object", "properties": failure}, "Why the last attempt was lost."),
             "conditions": _conditions_schema(),
         },

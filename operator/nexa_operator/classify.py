@@ -172,6 +172,8 @@ def _cause_without_words(rank: Rank, code: int | None) -> str:
         return FATAL_EXIT_CODES[code]
     if lost := _went_with(rank, code):
         return lost
+    if rank.deleting and code is None and rank.phase == "Pending":
+        return _DELETED  # what it still waited for is not why it goes
     if rank.reason and rank.reason != "Error":
         return rank.reason
     return _DELETED if rank.replaced or (rank.deleting and code is None) else "Killed"

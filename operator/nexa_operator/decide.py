@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from nexa_operator import elastic, goodput
@@ -25,6 +25,9 @@ HANGS_SECONDS = 30.0
 """After a pod should have been gone, for its kubelet to say that it is."""
 LOOK_SECONDS = 2.0
 """Until the controller of a gang that is to stop has asked its pods to."""
+MOST_ADAPTED = 17
+"""Losses in a row after which no attempt is believed to differ from the one before: of 65,536 sequences at once one is
+left."""
 BACKING_OFF = "BackingOff"
 """Why a job waits for a time to come."""
 
@@ -83,6 +86,7 @@ class Probe:
     """It runs with fewer pods than were asked for: see whether there is room for the others."""
 
     num_pods: int
+    """For which room is kept free as it is found; 0: for none, for a while."""
     forgives: bool = False
     """Nodes that were excluded may be taken again: there is no room on others."""
 
@@ -170,7 +174,7 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
         running = gang is not None and not gang.deleting and (queued or not gang.suspended)
         if gang is not None and running:
             return Suspend(gang=gang.name, withdraw=queued)
-        return Hold(seconds=_stopping_seconds(gang.ranks if gang is not None else seen.strays, now))
+        return Hold(seconds=_stopping_seconds((*gang.ranks, *gang.leaving) if gang is not None else seen.strays, now))
     if seen.unavailable:
         return Wait(reason="RuntimeUnavailable", message=seen.unavailable)
     if gang is None:
@@ -202,7 +206,7 @@ def _create(seen: Observed, spec: JobSpec, now: datetime.datetime) -> Create | W
 
 def _resume(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> Resume | Wait:
     """Ranks that still commit their last checkpoint are waited for, as long as the kubelet gives them."""
-    stopping = _stopping_seconds(gang.ranks, now)
+    stopping = _stopping_seconds((*gang.ranks, *gang.leaving), now)
     if stopping > 0:
         return _stopping(stopping)
     num_nodes = (elastic.larger(seen, spec, now) if seen.rooms else None) or spec.cluster.num_nodes
@@ -242,6 +246,8 @@ def _run(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> D
         return Watch()
     if elastic.larger(seen, spec, now) is not None:
         return Suspend(gang=gang.name, resizes=True)
+    if elastic.pause_seconds(seen, spec, now) > 0:
+        return Probe(num_pods=0)
     return Probe(num_pods=missing, forgives=_asks_in_vain(seen, now))
 
 
@@ -280,7 +286,9 @@ def rest(seen: Observed, *, ttl_seconds: int | None, now: datetime.datetime) -> 
 
 def _after_loss(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> Restart | Fail | Linger:
     recovery, record = spec.recovery, seen.record
-    loss = classify(gang, rules=recovery.rules, ran=record.ran)
+    # Whoever suspended it and let it go took their meeting place from its pods: it holds the address of before.
+    ran = record.ran and not (gang.was_suspended and spec.schedule.queue_name is None)
+    loss = classify(gang, rules=recovery.rules, ran=ran)
     if loss.action == "fail":
         return Fail(reason=loss.cause, message=loss.message or f"{loss.cause} is not retried", loss=loss)
     if seen.lost_seconds < LAST_WORDS_SECONDS and any(rank.phase == "Running" for rank in gang.ranks):
@@ -291,11 +299,13 @@ def _after_loss(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetim
     if committing > 0 and not loss.charged:
         return Linger(seconds=committing)  # the next attempt would begin with what is there now, and repeat the rest
     refilled = _refilled(seen)
+    losses = (0 if refilled else record.losses) + 1
+    if loss.adapts and losses > MOST_ADAPTED:
+        loss = replace(loss, adapts=False, charged=True)
     charged = (0 if refilled else record.charged) + loss.charged
     if charged > recovery.max_restarts:
         message = f"{loss.cause} after {recovery.max_restarts} restarts without a new checkpoint"
         return Fail(reason="RestartsExhausted", message=f"{message}: {loss.message}".rstrip(": "), loss=loss)
-    losses = (0 if refilled else record.losses) + (not loss.adapts)
     return Restart(
         attempt=gang.attempt + 1,
         num_nodes=elastic.size(seen, spec),
@@ -341,6 +351,9 @@ def next_look_seconds(seen: Observed, decision: Decision, *, spec: JobSpec, now:
         due.append(_hanging_seconds(seen.gang, elastic.size(seen, spec), now))
         if seen.record.excluded_nodes and elastic.unplaced_seconds(seen.gang, now):
             due.append(FORGIVE_SECONDS)
-    elif isinstance(decision, Probe) and seen.room:
-        due.append(float(spec.cluster.shrink_after_seconds))
+    elif isinstance(decision, Probe):
+        if not decision.num_pods:
+            due.append(elastic.pause_seconds(seen, spec, now))
+        elif seen.room:
+            due.append(float(spec.cluster.shrink_after_seconds))
     return min((seconds for seconds in due if seconds is not None), default=None)

@@ -13,6 +13,9 @@ import datetime
 from nexa_operator.observe import Gang, Observed
 from nexa_train.config.spec import JobSpec
 
+PAUSE_SECONDS = 600.0
+"""Between two times that room is kept free of which the job may be able to make nothing."""
+
 
 def smaller(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> int | None:
     """Pods to go on with instead of those that have no room; None: as it is."""
@@ -25,16 +28,31 @@ def smaller(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -
 def larger(seen: Observed, spec: JobSpec, now: datetime.datetime) -> int | None:
     """Pods to go on with now that there is room for more; None: not yet.
 
-    Room for all is taken at once. Room for some is taken when no more was found for a while: it would be held for
-    nothing.
+    Room for all is taken at once. Room for some is taken when no more was found for a while, if the job can use it.
     """
     current, full = size(seen, spec), spec.cluster.num_nodes
     if current + seen.room >= full:
         return full
-    waited = 0.0 if seen.room_since is None else (now - seen.room_since).total_seconds()
-    if waited < spec.cluster.shrink_after_seconds:
+    if not _is_all_there_is(seen, spec, now):
         return None
     return next((nodes for nodes in range(current + seen.room, current, -1) if divides(spec, nodes)), None)
+
+
+def pause_seconds(seen: Observed, spec: JobSpec, now: datetime.datetime) -> float:
+    """How long to ask for no room: there is some, of which the job can make nothing, and others could use it. 0: ask.
+
+    To be asked where `larger` finds nothing.
+    """
+    if seen.room and _is_all_there_is(seen, spec, now):
+        return PAUSE_SECONDS
+    since = seen.room_useless_at
+    return 0.0 if since is None else max(0.0, PAUSE_SECONDS - (now - since).total_seconds())
+
+
+def _is_all_there_is(seen: Observed, spec: JobSpec, now: datetime.datetime) -> bool:
+    """Whether no more room was found for a while."""
+    waited = 0.0 if seen.room_since is None else (now - seen.room_since).total_seconds()
+    return waited >= spec.cluster.shrink_after_seconds
 
 
 def size(seen: Observed, spec: JobSpec) -> int:

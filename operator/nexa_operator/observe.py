@@ -132,6 +132,8 @@ class Gang:
     """UIDs of what should make its pods."""
     begun_at: datetime.datetime | None = None
     """When it was made or, later, let go by its queue."""
+    was_suspended: bool = False
+    """Whether it was, and goes on since."""
 
     @property
     def ref(self) -> Ref:
@@ -230,6 +232,8 @@ class Observed:
     """When the last of these found it."""
     room_left_at: datetime.datetime | None = None
     """When this operator last gave up what kept room free; None: it never did."""
+    room_useless_at: datetime.datetime | None = None
+    """When this operator last gave up room of which the job could make nothing; None: it never did."""
     strays: tuple[Rank, ...] = ()
     """Pods of the attempt on record that outlive its gang: somebody deleted that, and they end by and by."""
     room_wanted_since: datetime.datetime | None = None
@@ -243,11 +247,15 @@ class Observed:
     def checkpoint(self) -> CheckpointRef | None:
         """The newest one known, from status, progress or the last words of any rank.
 
-        Of equal steps the one told of last: after a damaged checkpoint its step is committed once more.
+        Rank 0 commits, and what it says of this attempt counts against the record: it may have found the newest one
+        damaged. The others may not have heard of its last one yet. Of equal steps the one told of last counts: after a
+        damaged checkpoint its step is committed once more.
         """
         ranks = (*self.gang.forerunners, *self.gang.ranks) if self.gang else self.strays
-        told = [rank.termination.checkpoint for rank in ranks if rank.termination]
-        return newest(self.record.checkpoint, self.progress.checkpoint if self.progress else None, *told)
+        told = [(rank.index, rank.termination.checkpoint) for rank in ranks if rank.termination]
+        first = [checkpoint for index, checkpoint in told if index == 0]
+        committed = newest(self.progress.checkpoint if self.progress else None, *first) or self.record.checkpoint
+        return newest(committed, *(checkpoint for _, checkpoint in told))
 
 
 def newest(*checkpoints: CheckpointRef | None) -> CheckpointRef | None:
@@ -392,13 +400,15 @@ def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) 
         forerunners=tuple(_rank(runtime, pod, replaces=False) for pod in before),
         owners=tuple(sorted(owners)) or (child["metadata"]["uid"],),
         begun_at=as_time(resumed) or created_at(child),
+        was_suspended=bool(resumed),
     )
 
 
 def with_vanished(gang: Gang, remembered: Iterable[Rank]) -> Gang:
-    """The gang with lost ranks that were seen before and whose pods are gone since: they may tell the most."""
+    """The gang with lost ranks that were seen before and whose pods are gone since: they may tell the most. What is
+    gone commits nothing any more."""
     there = {rank.uid for rank in gang.ranks}
-    vanished = tuple(rank for rank in remembered if rank.uid not in there)
+    vanished = tuple(replace(rank, gone_by=None) for rank in remembered if rank.uid not in there)
     return replace(gang, ranks=tuple(sorted((*gang.ranks, *vanished), key=_rank_order))) if vanished else gang
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from nexa_operator import naming
 from nexa_operator.errors import RuntimeUnavailableError
@@ -27,6 +29,15 @@ class Defaults:
     image: str
     heavy_image: str = ""
     storage: str = ""
+
+
+def as_begun(defaults: Defaults, status: Mapping[str, Any]) -> Defaults:
+    """What the administrator chose, but for a run that has committed something what it did that with: later choices are
+    for later runs."""
+    if not status.get("checkpoint") or not status.get("image"):
+        return defaults
+    image = status["image"]
+    return Defaults(image=image, heavy_image=image, storage=status.get("storage", ""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +111,7 @@ def make_plan(
             (ENV_IMAGE, image),
             *(() if out_of_memory_attempt is None else ((ENV_OUT_OF_MEMORY, str(out_of_memory_attempt)),)),
         ),
-        storage=_storage(job, defaults),
+        storage=storage_of(job, defaults),
         priority_class=job.spec.schedule.priority,
         scheduler=job.spec.schedule.scheduler_name,
         excluded_nodes=excluded_nodes,
@@ -149,7 +160,8 @@ def _as_json(job: Job) -> str:
     return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
 
-def _storage(job: Job, defaults: Defaults) -> str | None:
+def storage_of(job: Job, defaults: Defaults) -> str | None:
+    """The storage profile: the job's own, or the administrator's where the job needs one; None: it needs none."""
     named = job.spec.artifacts.storage or job.spec.data.storage
     if named or not defaults.storage:
         return named

@@ -56,7 +56,7 @@ from nexa_operator.observe import (
     with_nodes,
     with_vanished,
 )
-from nexa_operator.plan import Defaults, RunPlan, image_of, make_plan
+from nexa_operator.plan import Defaults, RunPlan, as_begun, image_of, make_plan, storage_of
 from nexa_operator.progress import ProgressReader, Target
 from nexa_operator.reading import Body, Ref, condition_of, created_at, is_deleting, label_of
 from nexa_operator.runtimes import beside, runtime_of
@@ -143,6 +143,8 @@ class Reconciler:
     _refusals: dict[Key, _Refusal] = field(default_factory=dict)
     _rooms_left: dict[Key, datetime.datetime] = field(default_factory=dict)
     """When this operator last removed pods that kept room free."""
+    _rooms_useless: dict[Key, datetime.datetime] = field(default_factory=dict)
+    """When it last did so because the job could make nothing of that room."""
     _attended: dict[Key, datetime.datetime] = field(default_factory=dict)
     """When this operator last counted itself at a job that parts."""
     _versions: dict[Key, str] = field(default_factory=dict)
@@ -232,7 +234,8 @@ class Reconciler:
 
     async def _reconcile(self, key: Key, body: Body) -> None:
         seen = await self._observe(key, body)
-        job, decision = judge(body, seen, defaults=self.defaults, now=self.clock(), invalid=self._invalid.get(key, ""))
+        defaults = as_begun(self.defaults, body.get("status") or {})
+        job, decision = judge(body, seen, defaults=defaults, now=self.clock(), invalid=self._invalid.get(key, ""))
         if isinstance(decision, Rest | Expire):
             self._forget(key)
             context = self._context(key, body, job, seen)
@@ -253,6 +256,8 @@ class Reconciler:
         self._follow(key, job, seen, decision)
         self._look_again(key, body, job, seen, decision)
         context = self._context(key, body, job, seen)
+        if job is not None and isinstance(decision, Starting):
+            context = replace(context, image=image_of(job, defaults), storage=storage_of(job, defaults) or "")
         status = next_status(body.get("status") or {}, seen=seen, decision=decision, context=context)
         await self._write_status(key, body, status)
         self.metrics.told(body.get("status") or {}, status, context.now)
@@ -289,8 +294,9 @@ class Reconciler:
         has_pods = bool(children or body.get("status"))
         pods = await self._children.of(PODS, key.namespace, key.uid) if has_pods else []
         seen = observe(body, children=children, pods=pods, progress=self.progress.latest(key))
-        if key in self._rooms_left:
-            seen = replace(seen, room_left_at=self._rooms_left[key])
+        left_at, useless_at = self._rooms_left.get(key), self._rooms_useless.get(key)
+        if left_at or useless_at:
+            seen = replace(seen, room_left_at=left_at, room_useless_at=useless_at)
         queue = ((body.get("spec") or {}).get("schedule") or {}).get("queueName")
         if queue and seen.gang and seen.gang.suspended:
             return replace(seen, admission=await self._admission(key.namespace, queue, seen.gang))
@@ -401,6 +407,8 @@ class Reconciler:
                 await self._create(key, body, self._plan(key, body, job))
             for room in _rooms_to_remove(key, seen, decision, now=self.clock()):
                 self._rooms_left[key] = self.clock()
+                if isinstance(decision, Probe) and not decision.num_pods:
+                    self._rooms_useless[key] = self.clock()
                 await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
         except ConflictError:
             # What this look saw is gone; the next one sees what has its name.
@@ -436,14 +444,14 @@ class Reconciler:
             job,
             owner_uid=key.uid,
             attempt=record.attempt,
-            defaults=self.defaults,
+            defaults=as_begun(self.defaults, body["status"]),
             num_nodes=record.num_nodes,
             excluded_nodes=record.excluded_nodes,
             out_of_memory_attempt=record.out_of_memory_attempt,
         )
 
     async def _ask_for_room(self, key: Key, body: Body, job: Job, seen: Observed, decision: Probe) -> None:
-        if seen.rooms:
+        if seen.rooms or not decision.num_pods:
             return
         try:
             await self.cluster.create(JOBS, beside.room(self._plan(key, body, job), num_pods=decision.num_pods))
@@ -541,6 +549,7 @@ class Reconciler:
         self._losses.pop(key, None)
         self._refusals.pop(key, None)
         self._rooms_left.pop(key, None)
+        self._rooms_useless.pop(key, None)
 
 
 def key_of(body: Body) -> Key:
@@ -650,7 +659,8 @@ def _rooms_to_remove(key: Key, seen: Observed, decision: Decision, *, now: datet
         return []  # no longer than until its pods are late: a quota may have no place for both
     resizes = isinstance(decision, Suspend) and decision.resizes
     forgives = isinstance(decision, Probe | Resume) and decision.forgives  # those asked for room elsewhere
-    keeps = resizes or isinstance(decision, Probe | Wait | Resume)
+    useless = isinstance(decision, Probe) and not decision.num_pods
+    keeps = resizes or (isinstance(decision, Probe | Wait | Resume) and not useless)
     kept = naming.room_name(key.name, seen.record.attempt) if keeps and not forgives else ""
     return [room for room in seen.rooms if room.name != kept]
 

@@ -68,6 +68,9 @@ class Context:
     """Pods of the gang on record."""
     now: datetime.datetime
     progress_deadline_seconds: int = 0
+    image: str = ""
+    """Of the attempt that is to begin; empty: none is."""
+    storage: str = ""
     trouble: str = ""
     """What the API server said when the last decision was carried out; empty: it agreed."""
     progress_known: bool = True
@@ -103,6 +106,7 @@ def next_status(previous: Body, *, seen: Observed, decision: Decision, context: 
         "runId": context.run_id or previous.get("runId"),
         **_counts(previous, seen, decision),
         **_recovery(previous, seen, decision, context),
+        **_means(previous, decision, context),
         **_times(previous, decision, context),
         **_facts(previous, seen, decision),
         "checkpoint": _checkpoint(seen.checkpoint),
@@ -158,6 +162,13 @@ def _recovery(previous: Body, seen: Observed, decision: Decision, context: Conte
             others = [node for node in seen.record.excluded_nodes if node != decision.loss.node]
             status["excludedNodes"] = [*others, decision.loss.node][-MOST_EXCLUDED:]
     return status
+
+
+def _means(previous: Body, decision: Decision, context: Context) -> dict[str, str | None]:
+    """With what the attempt on record is carried out."""
+    if isinstance(decision, Starting):
+        return {"image": context.image or None, "storage": context.storage or None}
+    return {key: previous.get(key) for key in ("image", "storage")}
 
 
 def _account(account: goodput.Account, seen: Observed, decision: Decision, context: Context) -> goodput.Account:
@@ -268,7 +279,7 @@ def _checkpoint(seen: CheckpointRef | None) -> dict[str, Any] | None:
 def _last_failure(previous: Body, seen: Observed, decision: Decision, context: Context) -> Any:
     loss = decision.loss if isinstance(decision, Restart | Fail) else None
     if loss is None:
-        return previous.get("lastFailure")
+        return _within_reach(previous.get("lastFailure"), seen)
     failure = {
         "attempt": seen.record.attempt,
         "cause": loss.cause,
@@ -279,6 +290,13 @@ def _last_failure(previous: Body, seen: Observed, decision: Decision, context: C
         "time": timestamp(context.now),
     }
     return {key: value for key, value in failure.items() if value is not None}
+
+
+def _within_reach(failure: dict[str, Any] | None, seen: Observed) -> dict[str, Any] | None:
+    """The checkpoint that there was then may have been found damaged since: what is new begins with an earlier one."""
+    if failure is None or seen.checkpoint is None or failure.get("checkpointStep", -1) <= seen.checkpoint.step:
+        return failure
+    return {**failure, "checkpointStep": seen.checkpoint.step}
 
 
 def _verdict(previous: Body, seen: Observed, decision: Decision, context: Context) -> _Verdict:
@@ -422,10 +440,15 @@ def _described(loss: Loss) -> str:
 def happenings(old: Body, new: Body, decision: Decision) -> Iterator[Happening]:
     """What changed from one status to the next, in the order in which it happened."""
     attempt = new.get("attempt", 0)
-    if _step(new) != _step(old):
+    before, step = _step(old), _step(new)
+    if step != before:
         checkpoint = new["checkpoint"]
-        said = f"step {checkpoint['step']}: {checkpoint.get('digest', '')} {checkpoint.get('uri', '')}".rstrip()
-        yield Happening(type="Normal", reason="CheckpointCommitted", message=said)
+        said = f"step {step}: {checkpoint.get('digest', '')} {checkpoint.get('uri', '')}".rstrip()
+        if before is not None and step is not None and step < before:
+            said = f"the one of step {before} is damaged; attempt {attempt} goes on from {said}"
+            yield Happening(type="Warning", reason="CheckpointGivenUp", message=said)
+        else:
+            yield Happening(type="Normal", reason="CheckpointCommitted", message=said)
     if isinstance(decision, Watch) and decision.problem:
         yield Happening(type="Warning", reason="NotUnderstood", message=f"its gang goes on: {decision.problem}")
     if isinstance(decision, Resume):

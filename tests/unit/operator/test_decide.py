@@ -100,6 +100,10 @@ def test_a_suspended_job_s_ranks_may_still_commit_and_are_looked_at_until_they_a
         assert next_look_seconds(observed, held, spec=spec_of(SUSPENDED), now=NOW) == 90.0
     hangs = rank(0, deleting=True, gone_by=ago(1))
     assert decision(seen(gang(hangs, suspended=True)), schedule=SUSPENDED) == Hold()
+    preempted = seen(gang(forerunners=(saving,), deleting=True))
+    assert decision(preempted, schedule=SUSPENDED | {"queue_name": "q"}) == Hold(seconds=90.0)
+    resumed = decision(preempted, schedule={"queue_name": "q"})
+    assert (resumed.reason, resumed.seconds) == ("Stopping", 90.0)
     stops = decision(seen(gang(rank(0))), schedule=SUSPENDED)
     assert next_look_seconds(seen(gang(rank(0))), stops, spec=spec_of(SUSPENDED), now=NOW) == 2.0
 
@@ -340,12 +344,29 @@ def test_a_crash_is_charged_even_when_the_survivors_are_already_being_removed():
     assert (loss.cause, loss.charged) == ("Killed", True)
 
 
+@pytest.mark.parametrize("reason", ["ContainerCreating", "PodInitializing", "ImagePullBackOff"])
+def test_what_a_pod_still_waited_for_when_it_was_removed_does_not_hide_why(reason: str) -> None:
+    loss = classify(gang(failed(0), rank(1, deleting=True), rank(2, phase="Pending", deleting=True, reason=reason)))
+    assert (loss.cause, loss.charged) == ("Killed", True)
+    alone = classify(gang(rank(0, phase="Pending", deleting=True, reason=reason)))
+    assert (alone.cause, alone.charged) == ("PodDeleted", False)
+
+
 @pytest.mark.parametrize(("ran", "charged"), [(False, 0), (True, 1)], ids=["without room for all", "with room"])
 def test_ranks_that_waited_for_pods_without_room_use_up_no_restart(ran: bool, charged: int) -> None:
     lost = gang(failed(0, termination=words(cause="RendezvousFailed")))
     got = decision(seen(lost, record=Record(ran=ran)))
     assert isinstance(got, Restart)
     assert (got.loss.cause, got.charged) == ("RendezvousFailed", charged)
+
+
+def test_a_gang_that_somebody_suspended_and_let_go_cannot_meet_again_and_is_charged_nothing_for_it() -> None:
+    lost = gang(failed(0, termination=words(cause="RendezvousFailed")), was_suspended=True)
+    again, queued = (
+        decision(seen(lost, record=Record(ran=True)), schedule=given) for given in ({}, {"queue_name": "q"})
+    )
+    assert again.charged == 0
+    assert queued.charged == 1, "it meets by names, which stay"
 
 
 def test_attempts_that_make_the_microbatch_smaller_use_up_no_restarts_and_explain_the_others() -> None:
@@ -386,7 +407,16 @@ def test_disruptions_in_a_row_wait_too() -> None:
 def test_an_attempt_that_takes_a_smaller_microbatch_need_not_wait() -> None:
     lost = gang(failed(termination=words(cause="OutOfMemory", retryable=True)))
     got = decision(seen(lost, record=Record(losses=4)))
-    assert (got.losses, got.wait_seconds) == (4, 0.0)
+    assert (got.losses, got.charged, got.wait_seconds) == (5, 0, 0.0)
+
+
+def test_a_container_that_says_so_more_often_than_a_microbatch_can_be_halved_is_not_believed() -> None:
+    lost = gang(failed(termination=words(cause="OutOfMemory", retryable=True)))
+    got = decision(seen(lost, record=Record(losses=16)))
+    assert (got.charged, got.wait_seconds) == (0, 0.0)
+    got = decision(seen(lost, record=Record(losses=17)))
+    assert (got.charged, got.loss.charged, got.wait_seconds) == (1, True, 300.0)
+    assert decision(seen(lost, record=Record(losses=17)), max_restarts=0).reason == "RestartsExhausted"
 
 
 def test_the_next_attempt_is_not_made_before_its_time() -> None:
@@ -620,11 +650,19 @@ def test_a_smaller_gang_asks_for_room_and_grows_when_there_is_some() -> None:
 
 def test_room_for_some_is_not_held_for_nothing() -> None:
     some = {"room": 1, "room_since": ago(60)}
-    assert grows(**some) == Probe(num_pods=2), "8 rows over 3 pods do not go"
+    assert grows(**some) == Probe(num_pods=0), "8 rows over 3 pods do not go"
     got = decision(seen(gang(*placed(2)), record=Record(num_nodes=2), **some), cluster=ELASTIC, batch=12)
     assert got == Suspend(gang="demo-a0", resizes=True)
     stopped = seen(gang(failed(), suspended=True), record=Record(num_nodes=2), rooms=("demo-a0-room",), **some)
     assert decision(stopped, cluster=ELASTIC, batch=12) == Resume(attempt=1, num_nodes=3, why="with 3 pods")
+
+
+def test_room_of_which_a_job_can_make_nothing_is_asked_for_again_after_a_while() -> None:
+    observed = seen(gang(*placed(2)), record=Record(num_nodes=2), room_useless_at=ago(599))
+    assert decision(observed, cluster=ELASTIC) == Probe(num_pods=0)
+    assert next_look_seconds(observed, Probe(num_pods=0), spec=spec_of(cluster=ELASTIC), now=NOW) == 1.0
+    assert grows(room_useless_at=ago(600)) == Probe(num_pods=2)
+    assert grows(room_useless_at=ago(9), room=2, room_since=ago(0)) == Suspend(gang="demo-a0", resizes=True)
 
 
 def test_only_a_job_that_may_be_smaller_asks_for_room() -> None:

@@ -140,9 +140,20 @@ def test_last_words_are_read_with_their_checkpoint():
 
 def test_the_newest_checkpoint_known_counts_wherever_it_was_said():
     status = {"checkpoint": {"step": 60, "uri": "u", "digest": "d"}}
-    observed = observe(body(status=status), children=[], pods=[], progress=progress(checkpoint=checkpoint(50)))
-    assert observed.checkpoint.step == 60
+    lags = failed(1, termination=words(checkpoint=checkpoint(50)))
+    silent = observe(body(status=status), children=[], pods=[])
+    assert silent.checkpoint.step == replace(silent, gang=gang(lags)).checkpoint.step == 60
+    ahead = replace(silent, gang=gang(failed(1, termination=words(checkpoint=checkpoint(70)))))
+    assert ahead.checkpoint.step == 70
     assert newest(None, checkpoint(5), checkpoint(7), None) == checkpoint(7)
+
+
+def test_an_attempt_that_found_the_newest_checkpoint_damaged_says_which_one_counts() -> None:
+    record = Record(checkpoint=checkpoint(100))
+    said, ended = progress(checkpoint=checkpoint(50)), failed(termination=words(checkpoint=checkpoint(60)))
+    assert Observed(record=record, progress=said).checkpoint == checkpoint(50)
+    assert Observed(record=record, progress=said, gang=gang(ended)).checkpoint == checkpoint(60)
+    assert Observed(record=record, progress=progress(), gang=gang(failed(1))).checkpoint == checkpoint(100)
 
 
 def test_what_a_preempted_gang_committed_is_known_once_it_was_let_go_again() -> None:

@@ -12,6 +12,7 @@ from prometheus_client import generate_latest
 from nexa_operator import naming
 from nexa_operator.errors import ApiError, ConflictError, InvalidError
 from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, NODES, PODS, TRAINING_JOBS, Kind
+from nexa_operator.plan import Defaults
 from nexa_operator.reconcile import Key
 from tests.unit.operator.builders import UID, body, condition, ended, words
 from tests.unit.operator.world import Operator, World
@@ -311,6 +312,32 @@ async def test_room_is_kept_until_the_larger_gang_stands_in_line_for_it() -> Non
     assert world.names(JOBS) == ["demo-a1"]
 
 
+async def test_room_of_which_the_job_can_make_nothing_is_given_up_for_a_while() -> None:
+    """Two pods of four run, beside them one that has found room: 8 rows over 3 pods do not go."""
+    elastic = {"numNodes": 4, "minNodes": 2, "shrinkAfterSeconds": 60}
+    operator = await begun(cluster=elastic, training={"globalBatchSize": 8})
+    world = operator.world
+    operator.job["status"] |= {"numNodes": 2}
+    world.objects["jobs", "demo-a0"]["metadata"]["labels"][naming.LABEL_NODES] = "2"
+    world.add_pods("demo-a0")
+    await operator.look()
+    found = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-11-23T12:00:00Z"}
+    world.add_pods("demo-a0-room", count=1, conditions=[found])
+    world.pass_seconds(59)
+    assert 60.05 in await operator.look()
+    assert world.names(JOBS) == ["demo-a0", "demo-a0-room"]
+    world.pass_seconds(1)
+    assert 600.05 in await operator.look()
+    assert world.names(JOBS) == ["demo-a0"], "others can use that node"
+    world.remove(PODS, "demo-a0-room-0-x")
+    world.pass_seconds(599)
+    assert 1.05 in await operator.look()
+    assert world.names(JOBS) == ["demo-a0"]
+    world.pass_seconds(1)
+    await operator.look()
+    assert world.names(JOBS) == ["demo-a0", "demo-a0-room"]
+
+
 async def test_an_operator_that_was_away_while_it_kept_room_gives_the_larger_gang_time_to_take_it() -> None:
     operator = await smaller_with_room()
     await operator.look()
@@ -454,6 +481,52 @@ async def test_why_a_rank_was_lost_is_not_forgotten_when_its_pod_goes_before_the
     await operator.look()
     status = operator.job["status"]
     assert (status["attempt"], status["chargedRestarts"], status["lastFailure"]["cause"]) == (1, 0, "Disrupted")
+
+
+async def test_a_drained_rank_that_is_gone_is_waited_for_no_longer() -> None:
+    """Whatever time it was given: its pod was deleted by force."""
+    operator = await running(recovery={"gracePeriodSeconds": 3600})
+    second = operator.world.objects[PODS.plural, operator.world.names(PODS)[1]]
+    second["metadata"]["deletionTimestamp"] = "2026-11-23T13:00:00Z"
+    second["status"]["conditions"] = [condition("DisruptionTarget", reason="EvictionByEvictionAPI")]
+    operator.world.pass_seconds(3)
+    await operator.look()
+    assert operator.job["status"]["attempt"] == 0, "it commits"
+    operator.world.remove(PODS, second["metadata"]["name"])
+    operator.world.pass_seconds(3)
+    await operator.look()
+    status = operator.job["status"]
+    assert (status["attempt"], status["lastFailure"]["cause"], status["chargedRestarts"]) == (1, "Disrupted", 0)
+
+
+async def test_the_image_and_the_storage_that_a_run_has_committed_something_with_are_kept() -> None:
+    operator = await begun()
+    world, reconciler = operator.world, operator.reconciler
+
+    def carries_out() -> tuple[str, object]:
+        (gang,) = [world.objects["jobs", name] for name in world.names(JOBS)]
+        (container,) = gang["spec"]["template"]["spec"]["containers"]
+        return container["image"], container.get("envFrom")
+
+    async def lose_a_rank() -> None:
+        world.remove(PODS)
+        world.add_pods(world.names(JOBS)[0], phase="Failed", containerStatuses=ended(1))
+        await operator.look()
+        world.remove(PODS)
+        operator.job["status"].pop("nextAttemptTime", None)
+        await operator.look()
+
+    assert carries_out() == ("trainer:1", None)
+    reconciler.defaults = Defaults(image="trainer:2", storage="team")
+    await lose_a_rank()
+    image, storage = carries_out()
+    assert (image, operator.job["status"]["image"]) == ("trainer:2", "trainer:2"), "nothing is committed yet"
+    assert operator.job["status"]["storage"] == "team"
+    operator.job["status"]["checkpoint"] = {"step": 50, "uri": "u", "digest": "d"}
+    reconciler.defaults = Defaults(image="trainer:3", storage="another")
+    await lose_a_rank()
+    assert carries_out() == ("trainer:2", storage)
+    assert operator.job["status"]["attempt"] == 2
 
 
 class Denying(World):

@@ -200,6 +200,31 @@ def test_a_restart_puts_the_loss_on_record_before_the_gang_is_removed():
     }  # fmt: skip
 
 
+def test_a_checkpoint_that_was_found_damaged_is_told_and_what_is_new_since_refills_the_budget() -> None:
+    lost = seen(gang(failed(termination=words(checkpoint=checkpoint(100)))))
+    failed_at = write({}, lost, Restart(attempt=1, num_nodes=2, losses=1, loss=LOSS, charged=1))
+    assert failed_at["lastFailure"]["checkpointStep"] == failed_at["checkpoint"]["step"] == 100
+    goes_on = seen(RUNNING, record=Record(attempt=1), progress=progress(step=50, checkpoint=checkpoint(50)))
+    status = write(failed_at, goes_on, Watch())
+    assert status["lastFailure"]["checkpointStep"] == status["checkpoint"]["step"] == 50
+    (given_up, _) = happenings(failed_at, status, Watch())
+    assert (given_up.type, given_up.reason) == ("Warning", "CheckpointGivenUp")
+    assert given_up.message.startswith("the one of step 100 is damaged; attempt 1 goes on from step 50: d")
+    later = write(status, seen(RUNNING, progress=progress(step=60, checkpoint=checkpoint(60))), Watch())
+    assert (later["lastFailure"]["checkpointStep"], later["checkpoint"]["step"]) == (50, 60)
+    assert told(status, later, Watch()) == [("Normal", "CheckpointCommitted")]
+
+
+def test_with_what_an_attempt_is_carried_out_is_on_record_until_the_next_begins() -> None:
+    begun = write({}, seen(), CREATE, image="trainer:1", storage="team")
+    assert (begun["image"], begun["storage"]) == ("trainer:1", "team")
+    runs = write(begun, seen(RUNNING), Watch())
+    assert (runs["image"], runs["storage"]) == ("trainer:1", "team")
+    next_one = write(runs, seen(), Resume(attempt=1, num_nodes=2), image="trainer:2")
+    assert next_one["image"] == "trainer:2"
+    assert "storage" not in next_one
+
+
 def test_a_resumption_is_no_restart():
     status = write({"attempt": 0, "restarts": 1}, seen(), Resume(attempt=1, num_nodes=2))
     assert (status["attempt"], status["restarts"]) == (1, 1)
