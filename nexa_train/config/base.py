@@ -37,6 +37,12 @@ Labels = Annotated[dict[Annotated[str, StringConstraints(max_length=317)], Label
 LabelMap = Annotated[dict[Annotated[str, StringConstraints(max_length=317)], Text], Field(max_length=64)]
 
 
+EXTENDED_RESOURCE = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+
+ExtendedResource = Annotated[str, StringConstraints(max_length=253, pattern=EXTENDED_RESOURCE)]
+"""What a device plugin calls its devices, such as `rdma/hca`."""
+
+
 class Strict(BaseModel):
     """snake_case for recipes and the command line, camelCase for Kubernetes; any other key is an error."""
 

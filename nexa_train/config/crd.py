@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
+from nexa_train.config.base import EXTENDED_RESOURCE
 from nexa_train.config.job import GROUP, KIND, PLURAL, VERSION
 from nexa_train.config.spec import OWN_ENV, OWN_ENV_PREFIX, OWN_KEYS, OWN_PATHS, USERS_ENV, USERS_KEYS, JobSpec
 from nexa_train.errors import ConfigError
@@ -34,7 +36,10 @@ _PRODUCT = (
     f"{_RANKS} * (type({_MICRO}) == int ? int({_MICRO}) : 1)"
     f" * (type({_ACCUMULATION}) == int ? int({_ACCUMULATION}) : 1)"
 )
-_FIXED = "is immutable: delete the job and create another; only schedule.suspend may change"
+_FIXED = (
+    "is immutable: delete the job and create another; only schedule.suspend may change, and cluster.numNodes while that"
+    " is true"
+)
 
 
 def _rule(rule: str, message: str, field: str = "") -> Schema:
@@ -90,7 +95,20 @@ CROSS_FIELD: dict[str, list[Schema]] = {
             "offload",
         )
     ],
+    "ResourcesSpec": [
+        _rule(
+            "!has(self.extended) || self.extended.all(name, "
+            f"name.matches('{EXTENDED_RESOURCE}') && !name.matches('^[^/]*kubernetes[.]io/'))",
+            "a name is not what a device plugin calls a device, such as rdma/hca",
+            "extended",
+        )
+    ],
     "ClusterSpec": [
+        _rule(
+            "!has(self.resources.extended) || !(self.gpuResource in self.resources.extended)",
+            "gpuResource comes from gpusPerNode: leave it out",
+            "resources.extended",
+        ),
         _rule(
             "!has(self.minNodes) || self.minNodes <= self.numNodes",
             "minNodes is more than numNodes",
@@ -172,7 +190,8 @@ def build() -> Schema:
                 "plural": PLURAL,
                 "singular": KIND.lower(),
                 "shortNames": ["ntj"],
-                "categories": ["all"],
+                # Not `all`: `kubectl delete all --all` is not meant for what may take a model along.
+                "categories": ["nexa"],
             },
             "versions": [
                 {
@@ -261,10 +280,14 @@ class _Converter:
 
     def __init__(self, definitions: dict[str, Schema]) -> None:
         self._definitions = definitions
+        keys = {key for model in definitions.values() for key in model.get("properties", ())}
+        self._spellings = {_snake(key): key for key in keys if _snake(key) != key}
 
     def convert(self, node: Schema) -> Schema:
         """One node and all below it."""
         node = self._resolved(node)
+        if "description" in node:
+            node = {**node, "description": self._spelt(node["description"])}
         if "discriminator" in node:
             return self._with_default(node, self._flattened(node))
         if "anyOf" in node:
@@ -283,6 +306,10 @@ class _Converter:
             return node
         target = self._definitions[node["$ref"].rsplit("/", 1)[1]]
         return {**target, **{key: value for key, value in node.items() if key != "$ref"}}
+
+    def _spelt(self, text: str) -> str:
+        """Keys as they are written here, in camelCase."""
+        return re.sub(r"\w+", lambda word: self._spellings.get(word[0], word[0]), text)
 
     @staticmethod
     def _with_default(node: Schema, out: Schema) -> Schema:
@@ -336,7 +363,10 @@ class _Converter:
             "type": "object",
             "description": f"Tagged by type. {documents}.",
             "required": ["type"],
-            "properties": {"type": {"type": "string", "enum": list(branches)}, **self._all_keys(branches)},
+            "properties": {
+                "type": {"type": "string", "description": "Which of these.", "enum": list(branches)},
+                **self._all_keys(branches),
+            },
             "x-kubernetes-validations": list(_branch_rules(branches)),
         }
 
@@ -352,6 +382,10 @@ class _Converter:
         for key, schema in keys.items():
             schema["description"] = f"Only with {', '.join(owners[key])}. {schema.get('description', '')}".strip()
         return keys
+
+
+def _snake(key: str) -> str:
+    return re.sub(r"(?<!^)[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
 
 
 def _own_keys(branch: Schema) -> dict[str, Schema]:
@@ -420,93 +454,129 @@ def _add_rules(node: Schema, *rules: Schema) -> None:
     node["x-kubernetes-validations"] = [*node.get("x-kubernetes-validations", []), *rules]
 
 
-GOODPUT_STATES = ("queue", "startup", "productive", "restart", "lost", "stall", "suspended")
+GOODPUT = {
+    "queue": "Waiting for a queue's leave, or for nodes.",
+    "startup": "From having nodes to the first step of the first attempt.",
+    "productive": "Training what is kept.",
+    "restart": "From a loss, or a stop, to the next attempt's first step.",
+    "lost": "Training what was never committed, and was trained again.",
+    "stall": "Standing still until that was noticed.",
+    "suspended": "By schedule.suspend.",
+}
+"""The states of the operator's goodput.py, for whoever reads a status."""
+
+
+_TEXT, _WHOLE, _NUMBER = {"type": "string"}, {"type": "integer", "format": "int64"}, {"type": "number"}
+_TIME = {"type": "string", "format": "date-time"}
+
+
+def _said(schema: Schema, description: str) -> Schema:
+    return {**schema, "description": description}
 
 
 def status_schema() -> Schema:
     """What the operator writes; everything optional, for a job starts with nothing."""
-    text, whole, number = {"type": "string"}, {"type": "integer", "format": "int64"}, {"type": "number"}
-    time = {"type": "string", "format": "date-time"}
-
-    def said(schema: Schema, description: str) -> Schema:
-        return {**schema, "description": description}
-
-    checkpoint = {
-        "step": whole,
-        "uri": text,
-        "digest": said(text, "SHA-256 of the manifest."),
-        "weightsDigest": text,
-    }
-    failure = {
-        "attempt": whole,
-        "cause": text,
-        "exitCode": whole,
-        "message": text,
-        "charged": said({"type": "boolean"}, "Whether it used up a restart; a disruption does not."),
-        "checkpointStep": said(whole, "The last committed step then; a newer one refills the budget."),
-        "time": time,
-    }
     return {
         "type": "object",
         "description": "Written by the operator alone.",
         # One writer writes all of it: who owns which field need not be kept, which was a third of the object.
         "x-kubernetes-map-type": "atomic",
         "properties": {
-            "observedGeneration": whole,
-            "phase": said(text, "A summary of the conditions, to look at; decide by the conditions."),
-            "runId": text,
-            "attempt": said(whole, "The gang that runs or ran last, from 0."),
-            "restarts": said(whole, "Attempts that were lost and followed by another."),
-            "chargedRestarts": said(whole, "Of these, those since the last new checkpoint that count."),
-            "numNodes": said(whole, "Pods of that gang; fewer than spec.cluster.numNodes where there is no room."),
-            "lossesWithoutCheckpoint": said(whole, "Attempts lost in a row; from the second on the next one waits."),
-            "nextAttemptTime": said(time, "The next attempt begins then."),
-            "image": said(text, "The trainer's, of that gang; once there is a checkpoint, of all that follow."),
-            "storage": said(text, "Its storage profile; once there is a checkpoint, of all that follow."),
-            "excludedNodes": said({"type": "array", "items": text, "maxItems": 32}, "Where no further attempt runs."),
-            "goodput": {
-                "type": "object",
-                "description": "Seconds by state until the last write; ratio: productive of all but suspended.",
-                "properties": {
-                    "state": text,
-                    "since": time,
-                    "ratio": number,
-                    **{f"{state}Seconds": number for state in GOODPUT_STATES},
-                },
-            },
-            "startTime": time,
-            "completionTime": time,
-            "step": whole,
-            "totalSteps": whole,
-            "progress": said(text, "step/totalSteps"),
-            "loss": said(number, "Of the last step known, to six digits."),
-            "validationLoss": said(number, "The last one known, to six digits."),
-            "tokensPerSecond": number,
-            "etaSeconds": number,
-            "eta": text,
-            "checkpoint": said({"type": "object", "properties": checkpoint}, "The last one committed and not damaged."),
-            "lastFailure": said({"type": "object", "properties": failure}, "Why the last attempt was lost."),
+            "observedGeneration": _said(_WHOLE, "Of the spec that was looked at last."),
+            "phase": _said(_TEXT, "A summary of the conditions, to look at; decide by the conditions."),
+            "runId": _said(_TEXT, "Folder of the run's checkpoints below artifacts.uri."),
+            **_attempt_schema(),
+            **_progress_schema(),
+            "goodput": _goodput_schema(),
+            "startTime": _said(_TIME, "When the first attempt was begun."),
+            "completionTime": _said(_TIME, "When the job succeeded or failed."),
+            "checkpoint": _checkpoint_schema(),
+            "lastFailure": _failure_schema(),
             "conditions": _conditions_schema(),
         },
     }
 
 
+def _attempt_schema() -> dict[str, Schema]:
+    return {
+        "attempt": _said(_WHOLE, "The gang that runs or ran last, from 0."),
+        "restarts": _said(_WHOLE, "Attempts that were lost and followed by another."),
+        "chargedRestarts": _said(_WHOLE, "Of these, those since the last new checkpoint that count."),
+        "numNodes": _said(_WHOLE, "Pods of that gang; fewer than spec.cluster.numNodes where there is no room."),
+        "lossesWithoutCheckpoint": _said(_WHOLE, "Attempts lost in a row; from the second on the next one waits."),
+        "nextAttemptTime": _said(_TIME, "The next attempt begins then."),
+        "image": _said(_TEXT, "The trainer's, of that gang; once there is a checkpoint, of all that follow."),
+        "storage": _said(_TEXT, "Its storage profile; once there is a checkpoint, of all that follow."),
+        "excludedNodes": _said({"type": "array", "items": _TEXT, "maxItems": 32}, "Where no further attempt runs."),
+    }
+
+
+def _progress_schema() -> dict[str, Schema]:
+    return {
+        "step": _said(_WHOLE, "The last step known."),
+        "totalSteps": _said(_WHOLE, "Steps of the whole run."),
+        "progress": _said(_TEXT, "step/totalSteps"),
+        "loss": _said(_NUMBER, "Of the last step known, to six digits."),
+        "validationLoss": _said(_NUMBER, "The last one known, to six digits."),
+        "tokensPerSecond": _said(_NUMBER, "Of all ranks, over the last steps."),
+        "etaSeconds": _said(_NUMBER, "Until the last step, at the speed of the last ones."),
+        "eta": _said(_TEXT, "The same, to look at, such as 2h05m."),
+    }
+
+
+def _goodput_schema() -> Schema:
+    seconds = {f"{state}Seconds": _said(_NUMBER, said) for state, said in GOODPUT.items()}
+    return {
+        "type": "object",
+        "description": "Seconds by state until the last write; ratio: productive of all but suspended.",
+        "properties": {
+            "state": _said(_TEXT, "What time is spent on now."),
+            "since": _said(_TIME, "Since when; not yet in the seconds below."),
+            "ratio": _said(_NUMBER, "productiveSeconds by all seconds but suspendedSeconds."),
+            **seconds,
+        },
+    }
+
+
+def _checkpoint_schema() -> Schema:
+    checkpoint = {
+        "step": _said(_WHOLE, "Steps trained by then."),
+        "uri": _said(_TEXT, "Of its manifest."),
+        "digest": _said(_TEXT, "SHA-256 of the manifest."),
+        "weightsDigest": _said(_TEXT, "SHA-256 over the weights: equal for equal bits."),
+    }
+    return _said({"type": "object", "properties": checkpoint}, "The last one committed and not damaged.")
+
+
+def _failure_schema() -> Schema:
+    failure = {
+        "attempt": _said(_WHOLE, "The attempt that was lost."),
+        "cause": _said(_TEXT, "In one word, as recovery.rules may name it."),
+        "exitCode": _said(_WHOLE, "Of the rank that explains it."),
+        "message": _said(_TEXT, "Its last words."),
+        "charged": _said({"type": "boolean"}, "Whether it used up a restart; a disruption does not."),
+        "checkpointStep": _said(_WHOLE, "The last committed step then; a newer one refills the budget."),
+        "time": _said(_TIME, "When it was judged."),
+    }
+    return _said({"type": "object", "properties": failure}, "Why the last attempt was lost.")
+
+
 def _conditions_schema() -> Schema:
     """As `metav1.Condition`."""
     condition = {
-        "type": {"type": "string", "maxLength": 316},
-        "status": {"type": "string", "enum": ["True", "False", "Unknown"]},
-        "observedGeneration": {"type": "integer", "format": "int64", "minimum": 0},
-        "lastTransitionTime": {"type": "string", "format": "date-time"},
-        "reason": {
-            "type": "string",
-            "maxLength": 1024,
-            "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$",
-        },
-        "message": {"type": "string", "maxLength": 32768},
+        "type": _said({"type": "string", "maxLength": 316}, "What is or is not so, in one word."),
+        "status": _said({"type": "string", "enum": ["True", "False", "Unknown"]}, "Whether it is."),
+        "observedGeneration": _said({**_WHOLE, "minimum": 0}, "Of the spec that this was judged by."),
+        "lastTransitionTime": _said(_TIME, "When its status last changed."),
+        "reason": _said(
+            {"type": "string", "maxLength": 1024, "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+            "Why, in one word.",
+        ),
+        "message": _said({"type": "string", "maxLength": 32768}, "Why, for people."),
     }
     return {
         "type": "array",
+        "description": "Decide by these; which there are is in docs/operator.md.",
         "maxItems": 32,
         "x-kubernetes-list-type": "map",
         "x-kubernetes-list-map-keys": ["type"],
@@ -521,7 +591,7 @@ def _conditions_schema() -> Schema:
 def _printer_columns() -> list[Schema]:
     columns = (
         ("Phase", "string", ".status.phase"),
-        ("Step", "integer", ".status.step"),
+        ("Nodes", "integer", ".status.numNodes"),
         ("Progress", "string", ".status.progress"),
         ("Loss", "number", ".status.loss"),
         ("ETA", "string", ".status.eta"),

@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from nexa_train.config.base import (
+    EXTENDED_RESOURCE,
+    ExtendedResource,
     Image,
     Int,
     LabelMap,
@@ -254,6 +256,17 @@ class ResourcesSpec(Strict):
 
     cpu: Quantity | None = Field(None, description="CPU of a pod, as request and limit.")
     memory: Quantity | None = Field(None, description="Memory of a pod, as request and limit.")
+    extended: Annotated[
+        dict[Annotated[str, StringConstraints(max_length=253)], Annotated[Int, Field(ge=1, le=4096)]],
+        Field(max_length=16),
+    ] = Field(default_factory=dict, description="Other devices of a pod by their plugin's name, such as rdma/hca.")
+
+    @model_validator(mode="after")
+    def _are_extended(self) -> ResourcesSpec:
+        for name in self.extended:
+            if not re.match(EXTENDED_RESOURCE, name) or name.partition("/")[0].endswith("kubernetes.io"):
+                raise ValueError(f"extended: {name} is not what a device plugin calls a device, such as rdma/hca")
+        return self
 
 
 class Toleration(Strict):
@@ -291,8 +304,10 @@ USERS_KEYS = ("kueue.x-k8s.io/priority-class", "kueue.x-k8s.io/podset-")
 class EnvVar(Strict):
     """A variable of the trainer's environment; never a secret: those come by a storage profile."""
 
-    name: Annotated[str, StringConstraints(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-    value: Text = ""
+    name: Annotated[str, StringConstraints(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = Field(
+        description="Of the variable; those that begin with NEXA_ are the operator's, but for NEXA_CACHE."
+    )
+    value: Text = Field("", description="As it stands: a $ is a dollar, and refers to nothing.")
 
     @model_validator(mode="after")
     def _name_is_free(self) -> EnvVar:
@@ -304,13 +319,15 @@ class EnvVar(Strict):
 class Volume(Strict):
     """A volume by claim or by config map, mounted where said."""
 
-    name: Annotated[str, StringConstraints(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+    name: Annotated[str, StringConstraints(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = Field(
+        description="Of the volume in the pod, another for each."
+    )
     mount_path: Annotated[str, StringConstraints(max_length=1024, pattern=r"^(/\.?[A-Za-z0-9_-][A-Za-z0-9._-]*)+$")] = (
         Field(description="A path of its own: no folder of the system, of the trainer or below /tmp.")
     )
     claim: ObjectName | None = Field(None, description="A PersistentVolumeClaim of the job's namespace.")
     config_map: ObjectName | None = Field(None, description="A ConfigMap of the job's namespace.")
-    read_only: bool = True
+    read_only: bool = Field(True, description="False: checkpoints, or a cache, may be written there.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Volume:
@@ -332,20 +349,25 @@ class ClusterSpec(Strict):
 
     num_nodes: Int = Field(1, ge=1, le=4096, description="Nodes; on Kubernetes, pods.")
     gpus_per_node: Int = Field(0, ge=0, le=64, description="Ranks a node; 0: CPU, one rank a node.")
+    gpu_resource: ExtendedResource = Field(
+        "nvidia.com/gpu", description="What the nodes call these, such as nvidia.com/mig-3g.40gb."
+    )
     min_nodes: Int | None = Field(
-        None, ge=1, le=4096, description="Go on with so many while there is room for no more."
+        None, ge=1, le=4096, description="Fewest nodes to go on with while more cannot be scheduled; none: num_nodes."
     )
     shrink_after_seconds: Int = Field(
-        60, ge=1, le=86_400, description="With min_nodes: a pod that found no node for so long is gone on without."
+        60, ge=1, le=86_400, description="With min_nodes: how long pods wait for nodes before it goes on without."
     )
     threads_per_rank: Int | None = Field(
         None, ge=1, le=1024, description="CPU threads of a rank; another number may round differently."
     )
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec, description="Of each pod.")
     node_selector: Labels = Field(default_factory=dict, description="Labels that a node must have.")
-    tolerations: list[Toleration] = Field(default_factory=list, max_length=16)
-    env: list[EnvVar] = Field(default_factory=list, max_length=64)
-    volumes: list[Volume] = Field(default_factory=list, max_length=16)
+    tolerations: list[Toleration] = Field(
+        default_factory=list, max_length=16, description="Taints that the pods put up with."
+    )
+    env: list[EnvVar] = Field(default_factory=list, max_length=64, description="Variables of the trainer; no secrets.")
+    volumes: list[Volume] = Field(default_factory=list, max_length=16, description="Claims and ConfigMaps to mount.")
     labels: Labels = Field(default_factory=dict, description="Put on the pods.")
     annotations: LabelMap = Field(default_factory=dict, description="Put on the pods.")
 
@@ -353,6 +375,12 @@ class ClusterSpec(Strict):
     def _room_to_shrink(self) -> ClusterSpec:
         if self.min_nodes is not None and self.min_nodes > self.num_nodes:
             raise ValueError(f"min_nodes {self.min_nodes} is more than num_nodes {self.num_nodes}")
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_are_asked_for_once(self) -> ClusterSpec:
+        if self.gpu_resource in self.resources.extended:
+            raise ValueError(f"resources.extended: {self.gpu_resource} comes from gpus_per_node; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -394,15 +422,17 @@ class ArtifactsSpec(Strict):
 
     uri: Text = Field("artifacts", min_length=1, description="Folder or s3://bucket/prefix.")
     storage: ObjectName | None = Field(None, description="Name of an administrator's storage profile.")
-    keep_last: Int | None = Field(None, ge=1, le=10_000, description="Keep so many checkpoints; none: all.")
+    keep_last: Int | None = Field(None, ge=1, le=10_000, description="Newest checkpoints to keep; none: all.")
 
 
 class RecoveryRule(Strict):
     """What to do when a rank ends so: all that is stated fits. The first such rule wins over the built-in ones."""
 
-    exit_codes: list[Annotated[Int, Field(ge=1, le=255)]] = Field(default_factory=list, max_length=64)
+    exit_codes: list[Annotated[Int, Field(ge=1, le=255)]] = Field(
+        default_factory=list, max_length=64, description="Any of these is the rank's exit code."
+    )
     causes: list[Annotated[Text, Field(min_length=1)]] = Field(
-        default_factory=list, max_length=64, description="As status.lastFailure.cause says it."
+        default_factory=list, max_length=64, description="Any of these is its cause, as in status.lastFailure.cause."
     )
     log_contains: list[Annotated[Text, Field(min_length=1)]] = Field(
         default_factory=list,
@@ -442,7 +472,7 @@ class RecoverySpec(Strict):
         600,
         ge=1,
         le=604_800,
-        description="Ranks, or a node before it has any, that got nothing done for so long have stalled.",
+        description="How long ranks, or a node before it has any, may get nothing done before they count as stalled.",
     )
     grace_period_seconds: Int = Field(
         120,
@@ -450,7 +480,9 @@ class RecoverySpec(Strict):
         le=3600,
         description="For a last checkpoint, where ranks are asked to stop: by a drain, a preemption or a suspension.",
     )
-    rules: list[RecoveryRule] = Field(default_factory=list, max_length=32)
+    rules: list[RecoveryRule] = Field(
+        default_factory=list, max_length=32, description="What to do about certain ends; the first that fits wins."
+    )
 
 
 class ScheduleSpec(Strict):
@@ -466,13 +498,22 @@ class ScheduleSpec(Strict):
     active_deadline_seconds: Int | None = Field(
         None, ge=1, le=31_536_000, description="For all attempts together; time in the queue or suspended is not in it."
     )
-    ttl_seconds_after_finished: Int | None = Field(None, ge=0, le=31_536_000)
-    managed_by: Name | None = Field(None, description="Another controller's name: this one keeps off.")
-    deletion_policy: Literal["Retain", "Delete"] = Field("Retain", description="Delete: artifacts go with the job.")
+    ttl_seconds_after_finished: Int | None = Field(
+        None,
+        ge=0,
+        le=31_536_000,
+        description="How long after its end the job is deleted; with deletion_policy Delete its artifacts go, too.",
+    )
+    managed_by: Name | None = Field(
+        None, description="Name of another controller that carries the job out: this operator then ignores it."
+    )
+    deletion_policy: Literal["Retain", "Delete"] = Field(
+        "Retain", description="Delete: all checkpoints of the run go with the job, whoever or whatever deletes that."
+    )
 
 
 class JobSpec(Strict):
-    """One training job. The run's identity is everything but cluster to trackers below."""
+    """One training job. The run's identity is all but artifacts, cluster, image, recovery, schedule and trackers."""
 
     model: ModelSpec = Field(default_factory=ModelSpec)
     data: DataSpec
@@ -488,7 +529,9 @@ class JobSpec(Strict):
     recovery: RecoverySpec = Field(default_factory=RecoverySpec)
     schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
     image: Image | None = Field(None, description="Trainer image; none: the cluster's default.")
-    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(default_factory=list, max_length=3)
+    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        default_factory=list, max_length=3, description="None is built into this version: leave it empty."
+    )
 
     @model_validator(mode="after")
     def _batch_arithmetic(self) -> JobSpec:

@@ -118,9 +118,11 @@ def _rest(spec: JobSpec) -> list[str]:
 _ON_KUBERNETES_ALONE = (
     "artifacts.storage",
     "cluster.annotations",
+    "cluster.gpu_resource",
     "cluster.labels",
     "cluster.min_nodes",
     "cluster.node_selector",
+    "cluster.resources.extended",
     "cluster.shrink_after_seconds",
     "cluster.tolerations",
     "cluster.volumes",
@@ -157,5 +159,7 @@ def without_meaning(spec: JobSpec, place: str) -> list[str]:
 
 
 def _stated(stated: dict[str, Any], dotted: str) -> bool:
-    group, _, key = dotted.partition(".")
-    return bool(stated.get(group) if not key else stated.get(group, {}).get(key))
+    inside: Any = stated
+    for key in dotted.split("."):
+        inside = inside.get(key, {})
+    return bool(inside)

@@ -2,7 +2,7 @@
 
 NexaError
 ├── ConfigError                  SettingsError: an environment variable of the operator is missing or wrong
-├── RuntimeUnavailableError      the job asks for something that this operator cannot carry out
+├── RuntimeUnavailableError      the job waits for something that this operator has not been given
 ├── WatchError                   kopf gave up on its watches
 └── RefusedError
     └── ApiError                 the API server answered, and the answer was no
@@ -21,7 +21,7 @@ class SettingsError(ConfigError):
 
 
 class RuntimeUnavailableError(NexaError):
-    """The job is right, and this operator cannot carry it out."""
+    """The job is right, and this operator cannot carry it out as it was installed."""
 
     retryable = False
 

@@ -608,8 +608,9 @@ def judge(
             return None, Succeed()
         if seen.gang is not None and seen.gang.goes_on:
             return None, Watch(problem=str(exc))
-        reason = "ConfigRejected" if isinstance(exc, ConfigError) else "RuntimeUnavailable"
-        return None, Fail(reason=reason, message=str(exc))
+        if isinstance(exc, RuntimeUnavailableError):
+            return None, Wait(reason="RuntimeUnavailable", message=str(exc))  # for whoever runs this operator
+        return None, Fail(reason="ConfigRejected", message=str(exc))
     return job, decision
 
 

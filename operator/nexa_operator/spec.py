@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from nexa_operator.errors import RuntimeUnavailableError
 from nexa_operator.naming import FIELD_MANAGER
 from nexa_train.config import GROUP, Job
 from nexa_train.config.load import job_from_object
@@ -25,13 +24,12 @@ def parse(body: Mapping[str, Any]) -> Job:
 
     Raises:
         ConfigError: the description is wrong, for every operator.
-        RuntimeUnavailableError: it is right, and this operator cannot carry it out.
     """
     job = job_from_object(body)
     check_supported(job.spec)
     _check_storage(job)
     _check_artifacts_outlive_pods(job)
-    _check_available(job)
+    _check_queue_takes_it(job)
     return job
 
 
@@ -60,10 +58,10 @@ def _check_artifacts_outlive_pods(job: Job) -> None:
         )
 
 
-def _check_available(job: Job) -> None:
+def _check_queue_takes_it(job: Job) -> None:
     schedule = job.spec.schedule
     if schedule.queue_name is not None and job.spec.cluster.min_nodes is not None:
-        raise RuntimeUnavailableError(
+        raise ConfigError(
             f"cluster.minNodes with schedule.queueName {schedule.queue_name}: Kueue admits a gang as a whole; "
             "leave one of them out"
         )

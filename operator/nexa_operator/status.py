@@ -198,6 +198,8 @@ def _state(account: goodput.Account, seen: Observed, decision: Decision, context
         return goodput.RESTART  # somebody deleted its gang
     if isinstance(decision, Watch | Wait) and _queued(seen):
         return goodput.QUEUE
+    if isinstance(decision, Wait) and seen.gang is not None and not seen.gang.goes_on:
+        return goodput.RESTART  # something else than time is lacking
     if account.state in (goodput.RESTART, goodput.PRODUCTIVE):
         return account.state
     begun = seen.gang is not None and max(seen.gang.num_up, seen.gang.num_placed) >= context.num_nodes

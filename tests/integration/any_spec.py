@@ -150,6 +150,8 @@ def _mend(spec: Spec, num_microbatches: int) -> None:
         volume["claim"] = "rows"
         volume.pop("configMap", None)
     cluster = spec.get("cluster", {})
+    if extended := cluster.get("resources", {}).get("extended"):
+        cluster["resources"]["extended"] = {key: count for key, count in extended.items() if "/" in key}
     world = cluster.get("numNodes", 1) * max(1, cluster.get("gpusPerNode", 0))
     given = [training.get(key) for key in ("microbatchSizePerGpu", "gradAccumulationSteps")]
     training["globalBatchSize"] = world * num_microbatches

@@ -240,12 +240,15 @@ def wrong(lane: Lane, body: dict[str, Any]) -> str:
     if not is_ours(body):
         return "touched, though another's" if status or gangs else ""
     true = {kind for kind, value in conditions(status).items() if value == "True"}
-    reason = next((item["reason"] for item in status.get("conditions", []) if item["type"] == "Failed"), "")
+    reasons = {item["type"]: item["reason"] for item in status.get("conditions", []) if item["status"] == "True"}
+    reason = reasons.get("Failed", "")
     if body["spec"]["schedule"]["runtime"] != "job":
         # Whether its CRD is installed here is for others to test; without, a condition says so.
         return "" if gangs or true & {"Failed", "Queued", "Suspended"} else f"no word: {true}"
+    if job is None and not gangs and refusal in (reason, reasons.get("Queued")):
+        return ""
     if job is None:
-        return "" if "Failed" in true and reason == refusal and not gangs else f"not refused: {true} {reason}"
+        return "" if "Suspended" in true and not gangs else f"not refused: {reasons}"
     plan = plan_of(job, body)
     if "Succeeded" in true or ("Failed" in true and reason in ("RestartsExhausted", "Killed")):
         return ""

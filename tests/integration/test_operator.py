@@ -376,9 +376,9 @@ def test_what_passes_the_crd_and_not_the_models_becomes_a_condition_and_no_crash
     assert failed["reason"] == "ConfigRejected"
     assert "wandb are not built into this version" in failed["message"]
     ns.submit("no-image", backend="axolotl")
-    failed = ns.wait_true("no-image", "Failed")
-    assert failed["reason"] == "RuntimeUnavailable"
-    assert "trainerHeavyImage" in failed["message"]
+    waits = ns.wait_true("no-image", "Queued")
+    assert waits["reason"] == "RuntimeUnavailable"
+    assert "trainerHeavyImage" in waits["message"]
     assert operator.process.poll() is None
 
 

@@ -199,7 +199,8 @@ def _environment(plan: RunPlan, host: str | None) -> list[Object]:
 def _resources(plan: RunPlan) -> Object:
     amounts = {"cpu": plan.cluster.resources.cpu, "memory": plan.cluster.resources.memory}
     if plan.cluster.gpus_per_node:
-        amounts["nvidia.com/gpu"] = str(plan.cluster.gpus_per_node)
+        amounts[plan.cluster.gpu_resource] = str(plan.cluster.gpus_per_node)
+    amounts |= {name: str(count) for name, count in sorted(plan.cluster.resources.extended.items())}
     given = {name: amount for name, amount in amounts.items() if amount is not None}
     return {"requests": given, "limits": given} if given else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -170,10 +171,18 @@ def test_everything_but_suspending_and_resizing_is_fixed_once_created():
 def test_the_kind_has_a_short_name_a_category_and_a_status_of_its_own():
     built = crd.build()["spec"]
     assert built["names"]["shortNames"] == ["ntj"]
-    assert built["names"]["categories"] == ["all"]
+    assert built["names"]["categories"] == ["nexa"], "`kubectl delete all --all` is not to delete models"
     assert built["versions"][0]["subresources"] == {"status": {}}
     columns = [column["name"] for column in built["versions"][0]["additionalPrinterColumns"]]
-    assert columns == ["Phase", "Step", "Progress", "Loss", "ETA", "Restarts", "Age"]
+    assert columns == ["Phase", "Nodes", "Progress", "Loss", "ETA", "Restarts", "Age"]
+
+
+def test_every_field_is_described_in_the_spelling_of_manifests():
+    told = {path: node.get("description", "") for path, node in (*nodes(SPEC), *nodes(crd.status_schema(), "status"))}
+    told = {path: text for path, text in told.items() if not path.endswith(("[]", "{}"))}
+    assert [path for path, text in told.items() if not text] == []
+    others = {"exclude_node"}  # a value
+    assert {word for text in told.values() for word in re.findall(r"\b[a-z]+_[a-z_]+\b", text)} <= others
 
 
 def test_every_printed_column_is_in_the_schema():

@@ -108,6 +108,18 @@ WRONG_FILES = {
         DATA + "model: {d_model: 64, n_layers: 1, n_heads: 5}",
         ":2: model: d_model 64 is not divisible by 2 x n_heads 5",
     ),
+    "a device of Kubernetes' own": (
+        DATA + "cluster: {resources: {extended: {kubernetes.io/gpu: 1}}}",
+        ":2: cluster.resources: extended: kubernetes.io/gpu is not what a device plugin calls a device",
+    ),
+    "a device without a plugin": (
+        DATA + "cluster: {resources: {extended: {cpu: 1}}}",
+        ":2: cluster.resources: extended: cpu is not what a device plugin calls a device, such as rdma/hca",
+    ),
+    "GPUs asked for twice": (
+        DATA + "cluster: {gpus_per_node: 1, resources: {extended: {nvidia.com/gpu: 1}}}",
+        ":2: cluster: resources.extended: nvidia.com/gpu comes from gpus_per_node; leave it out",
+    ),
     "a batch that the ranks cannot share": (
         DATA + "cluster: {num_nodes: 2}\ntraining: {global_batch_size: 7}",
         ":3: spec: training.global_batch_size 7 is not divisible by the 2 ranks (2 nodes x 1); nearest that are: 6",

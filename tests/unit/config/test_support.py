@@ -134,3 +134,5 @@ def test_keys_that_mean_nothing_in_a_place_are_named_where_they_are_stated() -> 
     assert without_meaning(job, "here") == ["cluster.labels", "image", "schedule.suspend", "schedule.queue_name"]
     assert without_meaning(job, "slurm") == ["cluster.labels", "image", "schedule.suspend"]
     assert without_meaning(spec(), "here") == []
+    devices = spec(cluster={"resources": {"cpu": "2", "extended": {"rdma/hca": 1}}, "gpu_resource": "amd.com/gpu"})
+    assert without_meaning(devices, "slurm") == ["cluster.gpu_resource", "cluster.resources.extended"]

@@ -1,4 +1,4 @@
-"""A job that this operator cannot carry out is failed by name, but not while its pods do."""
+"""A job that no operator can carry out is failed by name, but not while its pods do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from nexa_operator.decide import Create, Decision, Expire, Fail, Rest, Succeed, Watch
+from nexa_operator.decide import Create, Decision, Expire, Fail, Rest, Succeed, Wait, Watch
 from nexa_operator.observe import Observed, Record
 from nexa_operator.plan import Defaults
 from nexa_operator.reconcile import judge
@@ -20,10 +20,10 @@ def judged(observed: Observed, defaults: Defaults) -> Decision:
     return judge(body(backend="axolotl"), observed, defaults=defaults, now=NOW)[1]
 
 
-def test_a_job_whose_image_nobody_named_is_not_begun() -> None:
+def test_a_job_whose_image_nobody_named_waits_for_it() -> None:
     decision = judged(seen(), NO_HEAVY)
-    assert isinstance(decision, Fail)
-    assert decision.reason == "RuntimeUnavailable"
+    assert isinstance(decision, Wait)
+    assert (decision.reason, decision.seconds) == ("RuntimeUnavailable", None)
     assert "spec.image" in decision.message
     assert judged(seen(), HEAVY) == Create(attempt=0, num_nodes=2)
 
@@ -38,7 +38,7 @@ def test_pods_that_run_go_on_when_the_image_of_their_backend_is_no_longer_named(
 
 
 def test_a_lost_attempt_is_not_followed_by_one_without_an_image() -> None:
-    assert isinstance(judged(seen(gang(failed())), NO_HEAVY), Fail)
+    assert isinstance(judged(seen(gang(failed())), NO_HEAVY), Wait)
 
 
 def test_a_job_that_cannot_be_understood_is_deleted_when_its_time_to_live_is_over() -> None:

@@ -171,7 +171,12 @@ def test_the_command_is_the_image_s():
     [
         ({}, {}),
         ({"gpusPerNode": 4}, {"nvidia.com/gpu": "4"}),
+        ({"gpusPerNode": 1, "gpuResource": "nvidia.com/mig-3g.40gb"}, {"nvidia.com/mig-3g.40gb": "1"}),
         ({"resources": {"cpu": "2", "memory": "4Gi"}}, {"cpu": "2", "memory": "4Gi"}),
+        (
+            {"gpusPerNode": 4, "resources": {"extended": {"rdma/hca": 4}}},
+            {"nvidia.com/gpu": "4", "rdma/hca": "4"},
+        ),
     ],
 )
 def test_what_is_asked_for_is_also_the_limit(cluster, resources):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from nexa_operator.errors import RuntimeUnavailableError
 from nexa_operator.spec import is_ours, parse
 from nexa_train.errors import ConfigError
 from tests.unit.operator.builders import body
@@ -55,7 +54,7 @@ def test_a_folder_of_a_writable_claim_is_taken_for_artifacts(mount, read_only, k
 
 
 def test_what_this_operator_cannot_do_together_is_refused_and_not_dropped_without_a_word():
-    with pytest.raises(RuntimeUnavailableError, match=r"cluster\.minNodes with schedule\.queueName q"):
+    with pytest.raises(ConfigError, match=r"cluster\.minNodes with schedule\.queueName q"):
         parse(body(schedule={"queueName": "q"}, cluster={"minNodes": 1}))
 
 
