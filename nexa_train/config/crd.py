@@ -3,6 +3,7 @@
 Comes after the models and before `crds/` and the chart, which carry the same bytes. pydantic's JSON schema is
 not a structural schema, so this module inlines references, drops `null` branches, flattens tagged unions to
 one object and says in CEL what a structural schema cannot: `python -m nexa_train.config.crd [--check]`.
+Writes the rules of `policy.py`, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
+from nexa_train.config import policy
 from nexa_train.config.base import EXTENDED_RESOURCE
 from nexa_train.config.job import GROUP, KIND, PLURAL, VERSION
 from nexa_train.config.spec import OWN_ENV, OWN_ENV_PREFIX, OWN_KEYS, OWN_PATHS, USERS_ENV, USERS_KEYS, JobSpec
@@ -28,6 +30,7 @@ Schema: TypeAlias = dict[str, Any]
 FILE_NAME = f"{GROUP}_{PLURAL}.yaml"
 REPOSITORY = Path(__file__).resolve().parents[2]
 TARGETS = (f"crds/{FILE_NAME}", f"helm/nexa/files/crds/{FILE_NAME}")
+POLICY_TARGET = "helm/nexa/files/policy/supported.yaml"
 HEADER = "# Generated from nexa_train/config by `python -m nexa_train.config.crd`. Do not edit.\n"
 
 _RANKS = "(self.cluster.numNodes * (self.cluster.gpusPerNode > 0 ? self.cluster.gpusPerNode : 1))"
@@ -105,7 +108,8 @@ CROSS_FIELD: dict[str, list[Schema]] = {
     ],
     "ClusterSpec": [
         _rule(
-            "!has(self.resources.extended) || !(self.gpuResource in self.resources.extended)",
+            # The server asks it of the group's default too, which is empty.
+            "!has(self.resources) || !has(self.resources.extended) || !(self.gpuResource in self.resources.extended)",
             "gpuResource comes from gpusPerNode: leave it out",
             "resources.extended",
         ),
@@ -210,6 +214,11 @@ def build() -> Schema:
 def render() -> str:
     """The file's bytes: stable order, so that a difference is a difference of the schema."""
     return HEADER + yaml.dump(build(), Dumper=_Plain, sort_keys=False, width=110)
+
+
+def render_policy() -> str:
+    """The bytes of the policy's part that says what this version cannot do."""
+    return HEADER + yaml.dump(policy.rules(), Dumper=_Plain, sort_keys=False, width=110)
 
 
 def _root_schema() -> Schema:
@@ -605,12 +614,13 @@ def main(argv: list[str] | None = None, *, root: Path = REPOSITORY) -> None:
     """Write the files, or with --check end with an error if they differ from the models."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail on a difference")
-    check, text = parser.parse_args(argv).check, render()
-    stale = [target for target in TARGETS if not _holds(root / target, text)]
+    check = parser.parse_args(argv).check
+    texts = {**dict.fromkeys(TARGETS, render()), POLICY_TARGET: render_policy()}
+    stale = {target: text for target, text in texts.items() if not _holds(root / target, text)}
     if check and stale:
         names = ", ".join(stale)
         raise SystemExit(f"{names} differ from the models: run `python -m nexa_train.config.crd` and commit")
-    for target in stale:
+    for target, text in stale.items():
         (root / target).parent.mkdir(parents=True, exist_ok=True)
         (root / target).write_text(text)
 

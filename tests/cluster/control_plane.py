@@ -258,7 +258,7 @@ def _start_client(plane: ControlPlane, program: str, port: int, *flags: str) -> 
 
 
 def _fake_node(name: str, keeper: str, *, tainted: bool) -> dict[str, object]:
-    resources = {"cpu": "64", "memory": "512Gi", "pods": "256", "nvidia.com/gpu": "8"}
+    resources = {"cpu": "64", "memory": "512Gi", "pods": "256", "nvidia.com/gpu": "8", "example.com/hca": "2"}
     return {
         "apiVersion": "v1",
         "kind": "Node",

@@ -184,8 +184,8 @@ def test_printed_columns_say_what_a_person_wants_to_know(ns):
         ns.play_kubelet(pod, "Succeeded", words=words(step=10, total_steps=10, loss=1.5))
     ns.wait_true("printed", "Succeeded")
     header, line = ns.kubectl("get", "ntj").splitlines()
-    assert header.split() == ["NAME", "PHASE", "STEP", "PROGRESS", "LOSS", "ETA", "RESTARTS", "AGE"]
-    assert line.split()[:5] == ["printed", "Succeeded", "10", "10/10", "1.5"]
+    assert header.split() == ["NAME", "PHASE", "NODES", "PROGRESS", "LOSS", "ETA", "RESTARTS", "AGE"]
+    assert line.split()[:5] == ["printed", "Succeeded", "2", "10/10", "1.5"]
 
 
 POD_ADDRESS = "127.83.71.2"
@@ -371,10 +371,10 @@ def test_deleting_the_job_collects_its_children(ns):
 
 
 def test_what_passes_the_crd_and_not_the_models_becomes_a_condition_and_no_crash(ns, operator):
-    ns.submit("refused", trackers=["wandb"])
+    ns.submit("refused", data={"remoteUri": "s3://rows", "columns": {"promt": "question"}})
     failed = ns.wait_true("refused", "Failed")
     assert failed["reason"] == "ConfigRejected"
-    assert "wandb are not built into this version" in failed["message"]
+    assert "data.columns: format messages has no promt" in failed["message"]
     ns.submit("no-image", backend="axolotl")
     waits = ns.wait_true("no-image", "Queued")
     assert waits["reason"] == "RuntimeUnavailable"
@@ -460,8 +460,20 @@ def test_a_rank_lost_while_the_operator_was_down_is_answered_when_it_is_back(ns,
 def test_jobs_end_by_themselves_on_fake_nodes(ns, control_plane):
     control_plane.fake_nodes(2)
     toleration = {"key": "kwok.x-k8s.io/node", "operator": "Equal", "value": "fake"}
-    ns.submit("fake", cluster={"tolerations": [toleration]})
+    devices = {"resources": {"extended": {"example.com/hca": 2}}}
+    ns.submit("fake", cluster={"tolerations": [toleration], **devices})
     ns.wait_true("fake", "Succeeded")
+
+
+def test_a_device_of_which_no_node_has_enough_is_named(ns, control_plane):
+    control_plane.fake_nodes(1)
+    toleration = {"key": "kwok.x-k8s.io/node", "operator": "Equal", "value": "fake"}
+    ns.submit("greedy", cluster={"tolerations": [toleration], "resources": {"extended": {"example.com/hca": 3}}})
+    ns.wait(
+        lambda: "Insufficient example.com/hca" in ns.condition("greedy", "Queued").get("message", ""),
+        "it says why",
+        "greedy",
+    )
 
 
 def test_sigterm_ends_the_operator_cleanly_within_seconds_and_lets_the_next_one_act_at_once(ns, operator):
