@@ -1,9 +1,10 @@
 """How many pods a job goes on with when there is not room for all. Used by `decide.py`; pure, the clock is passed in.
 
-`cluster.minNodes` allows fewer. Where pods of a gang have found no node for `shrinkAfterSeconds`, the next attempt has
-as many as found one. While it runs, pods that do nothing but ask for the same resources (`runtimes/beside.py`) show
-when there is room again; the gang then commits a checkpoint and goes on with more. The global batch and the
-order of samples stay what they were: the trainer shares them out over the ranks that there are.
+`cluster.minNodes` allows fewer. Where pods of a gang have found no node for `shrinkAfterSeconds`, or a quota has
+refused them for as long, the next attempt has as many as found one. While it runs, pods that do nothing but ask for the
+same resources (`runtimes/beside.py`) show when there is room again; the gang then commits a checkpoint and goes on with
+more. The global batch and the order of samples stay what they were: the trainer shares them out over the ranks that
+there are.
 """
 
 from __future__ import annotations
@@ -67,13 +68,17 @@ def unplaced_seconds(gang: Gang, now: datetime.datetime) -> float:
 
 
 def patience_seconds(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> float | None:
-    """Until pods without a node have waited long enough; None: none waits, or the job may not be smaller.
+    """Until pods without a node, or that may not be made, have waited long enough; None: none waits, or the job may not
+    be smaller.
 
     They stand in line for room that is kept free, and only get it once it is given up.
     """
-    if spec.cluster.min_nodes is None or not any(rank.unplaced_since for rank in gang.ranks):
+    waits = [unplaced_seconds(gang, now)] if any(rank.unplaced_since for rank in gang.ranks) else []
+    if seen.refusal and gang.begun_at is not None:
+        waits.append((now - gang.begun_at).total_seconds())
+    if spec.cluster.min_nodes is None or not waits:
         return None
-    waited = unplaced_seconds(gang, now)
+    waited = min(waits)
     if seen.rooms:
         waited = 0.0  # what keeps room free for them is in their way
     elif seen.room_left_at is not None:

@@ -459,7 +459,7 @@ def happenings(old: Body, new: Body, decision: Decision) -> Iterator[Happening]:
         said = f"attempt {attempt} after {_described(decision.loss)}"
         yield Happening(type="Warning", reason="Restarted", message=said)
     if isinstance(decision, Shrink):
-        said = f"attempt {attempt} with {decision.num_nodes} pods: the others found no node"
+        said = f"attempt {attempt} with {decision.num_nodes} pods: there was no room for the others"
         yield Happening(type="Warning", reason="Shrunk", message=said)
     if isinstance(decision, Suspend) and decision.resizes:
         said = f"attempt {attempt} stops; the next has another number of pods"

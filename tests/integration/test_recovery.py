@@ -128,6 +128,33 @@ def test_a_gang_without_room_goes_on_with_fewer_pods_and_grows_when_there_is_roo
     )
 
 
+def test_a_gang_for_which_a_quota_has_no_place_goes_on_with_fewer_pods_and_grows_when_it_has(
+    ns: Namespace, nodes: Nodes
+) -> None:
+    nodes(1)
+    quota = lambda pods: json.dumps({"spec": {"hard": {"pods": str(pods)}}})  # noqa: E731
+    ns.kubectl("create", "quota", "few", "--hard=pods=1")
+    try:
+        ns.submit("frugal", cluster={**on(nodes), "minNodes": 1, "shrinkAfterSeconds": 11})
+        said = lambda: ns.condition("frugal", "Queued").get("message", "")  # noqa: E731
+        ns.wait(lambda: "exceeded quota: few" in said(), "what the quota says", "frugal")
+        ns.wait(lambda: ns.get("job/frugal-a1"), "a smaller attempt", "frugal")
+        ns.wait(lambda: remove(ns, "frugal-a0") or not ns.pods("frugal-a0"), "the first attempt's pod is gone")
+        (pod,) = ns.wait_pods("frugal-a1", 1)
+        ns.play_kubelet(pod, "Running")
+        assert ns.wait_true("frugal", "Running")["message"] == "1 of 1 pods of attempt 1"
+        ns.wait(lambda: ns.get("job/frugal-a1-room"), "a pod that asks for room", "frugal")
+        ns.kubectl("patch", "quota/few", "--type=merge", f"--patch={quota(2)}")
+        ns.wait(lambda: ns.get("job/frugal-a1")["spec"].get("suspend"), "the smaller gang stops", "frugal")
+        full = ns.wait(lambda: remove(ns, "frugal-a1") or ns.get("job/frugal-a2"), "an attempt with all pods", "frugal")
+        assert full["spec"]["completions"] == 2
+        both = "both pods, once the room is given up and the Job's controller tries again"
+        wait_until(lambda: len(ns.pods("frugal-a2")) == 2, timeout_seconds=60, what=both)
+        assert ns.status("frugal")["restarts"] == 0
+    finally:
+        ns.kubectl("delete", "quota/few")
+
+
 def test_the_time_limit_is_for_all_attempts_together(ns: Namespace) -> None:
     ns.submit("late", schedule={"activeDeadlineSeconds": 4})
     lose(ns, "late-a0")

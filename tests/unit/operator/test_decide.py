@@ -624,6 +624,20 @@ def test_a_gang_waits_for_room_a_minute_before_it_shrinks() -> None:
     assert next_look_seconds(crowded, Watch(), spec=spec_of(cluster={"num_nodes": 4}), now=NOW) is None
 
 
+def test_a_gang_whose_pods_a_quota_refuses_goes_on_with_those_that_there_are() -> None:
+    def refused(seconds: float, *ranks: Any) -> Observed:
+        return seen(gang(*placed(2), *ranks, begun_at=ago(seconds)), refusal="exceeded quota: pods")
+
+    assert decision(refused(60), cluster=ELASTIC) == Shrink(attempt=1, num_nodes=2)
+    assert decision(refused(59), cluster=ELASTIC) == Watch()
+    assert next_look_seconds(refused(59), Watch(), spec=spec_of(cluster=ELASTIC), now=NOW) == 1.0
+    assert decision(refused(60), cluster={"num_nodes": 4}) == Watch()
+    assert decision(refused(300, pending(2, 20)), cluster=ELASTIC) == Watch(), "that one may find a node yet"
+    assert decision(refused(300, pending(2, 60)), cluster=ELASTIC) == Shrink(attempt=1, num_nodes=2)
+    silent = seen(gang(*placed(2), begun_at=ago(300)))
+    assert decision(silent, cluster=ELASTIC) == Watch(), "nobody says that they may not be made"
+
+
 def test_pods_do_not_wait_in_vain_while_room_is_kept_free_for_them() -> None:
     """Though the scheduler finds none for them meanwhile."""
     crowded = gang(*placed(3), pending(3, 90))
