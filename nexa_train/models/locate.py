@@ -248,9 +248,13 @@ def _base_of(folder: Path) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    """SHA-256 over names and bytes of configuration and weights: what a run was trained from."""
+    """SHA-256 over names and bytes of configuration and weights: what a run was trained from.
+
+    A checkpoint's folder holds its optimiser, too, of which a run that begins with the weights knows nothing.
+    """
     sha = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    weights = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("optimizer")]
+    for path in [folder / "config.json", *weights]:
         if path.is_file():
             with path.open("rb") as file:
                 sha.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())

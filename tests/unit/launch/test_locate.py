@@ -40,7 +40,9 @@ def test_a_folder_with_config_tokenizer_and_weights_is_a_model(tmp_path: Path) -
 def test_other_weights_in_the_same_folder_are_another_origin(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     before = locate(ModelSpec(name=str(folder))).origin
-    next(folder.glob("*.safetensors")).write_bytes(b"other")
+    (folder / "optimizer-00001-of-00002.safetensors").write_bytes(b"of a checkpoint")
+    assert locate(ModelSpec(name=str(folder))).origin == before
+    (folder / "model.safetensors").write_bytes(b"other")
     assert locate(ModelSpec(name=str(folder))).origin != before
 
 
