@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,40 @@ def test_the_chart_lints_without_a_complaint(helm):
         "policy.trusted={a b}",
         "networkPolicy.store.ports={0}",
         "networkPolicy.namespaces={Team}",
+        "replicas=0",
+        "extraEnv[0].value=nameless",
     ],
 )
 def test_a_wrong_value_is_refused_by_the_schema(helm, value):
     done = run(helm, "template", "nexa", str(CHART), "--set", value)
     assert done.returncode != 0
-    assert value.split("=")[0].rsplit(".", 1)[-1] in done.stderr
+    assert value.split("=")[0].split("[")[0].rsplit(".", 1)[-1] in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (("replicas=2", "lease.enabled=false"), "lease.enabled"),
+        (("podDisruptionBudget.enabled=true",), "replicas"),
+        (("extraEnv[0].name=NEXA_LOG_LEVEL", "extraEnv[0].value=debug"), "NEXA_LOG_LEVEL"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused_by_name(helm, values, said):
+    chosen = [argument for value in values for argument in ("--set", value)]
+    done = run(helm, "template", "nexa", str(CHART), *chosen)
+    assert done.returncode != 0
+    assert "execution error" in done.stderr
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("v1.29.9", False), ("v1.29.9-eks-1", False), ("v1.30.0", True), ("v1.30.0-gke.1", True), ("v1.34.4", True)],
+)
+def test_a_cluster_without_validating_admission_policy_is_refused_by_its_version(helm, version, fits):
+    done = run(helm, "template", "nexa", str(CHART), "--kube-version", version)
+    assert (done.returncode == 0) is fits
+    assert fits or "1.30" in done.stderr
 
 
 def rules(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -160,6 +189,62 @@ def test_the_pod_is_restricted_and_replaced_rather_than_doubled(helm):
         "capabilities": {"drop": ["ALL"]},
     }
     assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
+
+
+def test_of_several_operators_one_is_replaced_at_a_time_and_one_is_kept(helm):
+    documents = render(helm, "replicas=3", "podDisruptionBudget.enabled=true")
+    deployment = one(documents, "Deployment")
+    assert deployment["spec"]["replicas"] == 3
+    assert deployment["spec"]["strategy"]["type"] == "RollingUpdate"
+    assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+    budget = one(documents, "PodDisruptionBudget")["spec"]
+    assert budget["minAvailable"] == 1
+    assert budget["selector"] == deployment["spec"]["selector"]
+    assert not every(render(helm, "replicas=3"), "PodDisruptionBudget")
+
+
+def test_what_is_set_of_security_is_merged_over_the_defaults(helm):
+    values = ("podSecurityContext.runAsUser=null", "podSecurityContext.fsGroup=7", "securityContext.privileged=false")
+    pod = one(render(helm, *values), "Deployment")["spec"]["template"]["spec"]
+    assert pod["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsGroup": 65532,
+        "fsGroup": 7,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert pod["containers"][0]["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+        "privileged": False,
+    }
+
+
+def test_variables_and_spread_reach_the_pod(helm):
+    spread = "topologySpreadConstraints[0]"
+    values = ("extraEnv[0].name=TZ", "extraEnv[0].value=UTC", f"{spread}.maxSkew=1", f"{spread}.topologyKey=zone")
+    pod = one(render(helm, *values), "Deployment")["spec"]["template"]["spec"]
+    assert pod["containers"][0]["env"] == [{"name": "TZ", "value": "UTC"}]
+    assert pod["topologySpreadConstraints"] == [{"maxSkew": 1, "topologyKey": "zone"}]
+
+
+def test_an_image_may_be_pinned_by_its_digest(helm):
+    digest = f"sha256:{'0a' * 32}"
+    documents = render(helm, "image.repository=registry.example:5000/nexa", f"image.tag=1.2.3@{digest}")
+    (container,) = one(documents, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == f"registry.example:5000/nexa:1.2.3@{digest}"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_another_chart_may_have_this_one_as_a_dependency_and_switch_it_off(helm, tmp_path, wanted):
+    shutil.copytree(CHART, tmp_path / "charts" / "nexa")
+    nexa = {"name": "nexa", "version": "0.1.0", "condition": "nexa.enabled"}
+    chart = {"apiVersion": "v2", "name": "umbrella", "version": "1.0.0", "dependencies": [nexa]}
+    (tmp_path / "Chart.yaml").write_text(json.dumps(chart))
+    (tmp_path / "values.yaml").write_text(json.dumps({"global": {"any": 1}, "nexa": {"enabled": wanted}}))
+    done = run(helm, "template", "all", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert ("kind: Deployment" in done.stdout) is wanted
 
 
 def test_another_setting_rolls_the_pod(helm):
