@@ -73,6 +73,8 @@ def test_the_chart_lints_without_a_complaint(helm):
         "networkPolicy.store.ports={0}",
         "networkPolicy.namespaces={Team}",
         "replicas=0",
+        "metrics.podMonitor.interval=often",
+        "metrics.podMonitor.namespaces={Team}",
         "extraEnv[0].value=nameless",
     ],
 )
@@ -88,6 +90,7 @@ def test_a_wrong_value_is_refused_by_the_schema(helm, value):
         (("replicas=2", "lease.enabled=false"), "lease.enabled"),
         (("podDisruptionBudget.enabled=true",), "replicas"),
         (("extraEnv[0].name=NEXA_LOG_LEVEL", "extraEnv[0].value=debug"), "NEXA_LOG_LEVEL"),
+        (("metrics.serviceMonitor.enabled=true", "metrics.service.enabled=false"), "metrics.service.enabled"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused_by_name(helm, values, said):
@@ -337,6 +340,16 @@ def test_a_trainer_may_reach_names_its_store_and_its_like_and_nothing_else(helm)
     assert from_ranks == {"from": [like]}
     assert from_operator["ports"] == [{"protocol": "TCP", "port": PROGRESS_PORT}]
     assert from_operator["from"][0]["namespaceSelector"] == only_in("nexa-system")
+
+
+def test_prometheus_reaches_trainers_where_it_is_named(helm):
+    values = [f"networkPolicy.{value}" for value in ("enabled=true", "namespaces={a}")]
+    peer = {"namespaceSelector": only_in("monitoring")}
+    values.append(
+        r"networkPolicy.monitoring.from[0].namespaceSelector.matchLabels.kubernetes\.io/metadata\.name=monitoring"
+    )
+    trainers, _ = every(render(helm, *values), "NetworkPolicy")
+    assert trainers["spec"]["ingress"][2:] == [{"from": [peer], "ports": [{"protocol": "TCP", "port": PROGRESS_PORT}]}]
 
 
 def test_the_operator_may_reach_names_the_api_server_and_trainers_and_is_asked_for_metrics_alone(helm):

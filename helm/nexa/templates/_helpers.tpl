@@ -33,6 +33,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 app.kubernetes.io/component: operator
 {{- end -}}
 
+{{/* With those by which a Prometheus chooses its objects: (list . labels). */}}
+{{- define "nexa.monitorLabels" -}}
+{{- with index . 1 }}{{ toYaml . }}{{ "\n" }}{{ end }}
+{{- include "nexa.labels" (index . 0) }}
+{{- end -}}
+
 {{/* What the operator may do to jobs and their children, wherever it looks. */}}
 {{- define "nexa.rules" -}}
 - apiGroups: [train.nexa.dev]
