@@ -250,6 +250,20 @@ def test_another_chart_may_have_this_one_as_a_dependency_and_switch_it_off(helm,
     assert ("kind: Deployment" in done.stdout) is wanted
 
 
+def test_releases_for_a_namespace_each_share_no_object(helm):
+    """Of one name in two namespaces, or of two names in one."""
+
+    def names(release: str, place: str, watched: str) -> set[tuple[str, ...]]:
+        values = ["--set", f"watchNamespace={watched},crds.enabled=false,networkPolicy.enabled=true"]
+        done = run(helm, "template", release, str(CHART), "--namespace", place, *values)
+        documents = [document for document in yaml.safe_load_all(done.stdout) if document]
+        return {(each["kind"], each["metadata"].get("namespace", ""), each["metadata"]["name"]) for each in documents}
+
+    first = names("nexa", "system-a", "team-a")
+    assert not first & names("nexa", "system-b", "team-b")
+    assert not first & names("other", "system-a", "team-b")
+
+
 def test_another_setting_rolls_the_pod(helm):
     def hash_of(*values: str) -> str:
         template = one(render(helm, *values), "Deployment")["spec"]["template"]
