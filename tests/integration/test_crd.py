@@ -13,6 +13,7 @@ import yaml
 from nexa_train.config import KIND, Job, JobSpec
 from nexa_train.config.load import load_job, recipe_names
 from tests.cluster.cluster import Cluster
+from tests.cluster.run import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -26,6 +27,15 @@ EXAMPLES = sorted(
 def cluster(control_plane: Cluster) -> Cluster:
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(ROOT / "crds"))
     control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd/nexatrainingjobs.train.nexa.dev")
+    # The CRD alone is asked here, whichever module installed the chart before.
+    ours = "--selector=app.kubernetes.io/name=nexa"
+    control_plane.kubectl("delete", "validatingadmissionpolicybinding", ours)
+    create = ("create", "--dry-run=server", "--filename=-")
+    wait_until(
+        lambda: control_plane.kubectl(*create, input=json.dumps(manifest()), check=False).returncode == 0,
+        timeout_seconds=30,
+        what="no policy speaks any more",
+    )
     return control_plane
 
 
