@@ -21,6 +21,9 @@ from nexa_train.errors import ConfigError
 from nexa_train.models.attention import Kind, Rows, attend
 from nexa_train.models.decoder_config import INITIAL_DEVIATION, DecoderConfig
 from nexa_train.models.fused import rms_norm, rotate, swiglu
+from nexa_train.models.weight_files import weight_files
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Angles = tuple[Tensor, Tensor]
 """Cosine and sine of each token's rotation: float32 [tokens, 1, head_dim / 2]."""
@@ -205,20 +208,44 @@ def load_weights(decoder: Decoder, folder: Path) -> None:
     """Set all weights from a model folder's safetensors files, whatever floats they are in.
 
     Raises:
-        ConfigError: a weight is missing, or has another shape than config.json says.
+        ConfigError: a weight is missing, or has another shape than config.json says; a head that config.json ties to
+            the embedding is another; see `weight_files`, too.
     """
-    wanted = dict(decoder.named_parameters())
-    for path in sorted(folder.glob("*.safetensors")):
+    wanted, tied = dict(decoder.named_parameters()), None
+    for path, names in weight_files(folder).items():
         with safe_open(path, framework="pt") as file:
-            for name in sorted(wanted.keys() & set(file.keys())):
-                parameter, found = wanted.pop(name), file.get_tensor(name)
-                if found.shape != parameter.shape:
-                    raise ConfigError(
-                        f"model.name: {path}: {name} is {list(found.shape)}, by its config.json {list(parameter.shape)}"
-                    )
-                parameter.copy_(found)
+            there = set(file.keys()) if names is None else names & set(file.keys())
+            for name in sorted(wanted.keys() & there):
+                _set(wanted.pop(name), file.get_tensor(name), name, path)
+            if decoder.config.tied_head and _HEAD in there:
+                tied = file.get_tensor(_HEAD)
+    if tied is not None:
+        _set_tied(decoder, tied, wanted.pop(_EMBEDDING, None), folder)
     if wanted:
         raise ConfigError(missing_weights(folder, wanted))
+
+
+def _set(parameter: Tensor, found: Tensor, name: str, where: Path) -> None:
+    if found.shape != parameter.shape:
+        raise ConfigError(
+            f"model.name: {where}: {name} is {list(found.shape)}, by its config.json {list(parameter.shape)}"
+        )
+    parameter.copy_(found)
+
+
+def _set_tied(decoder: Decoder, head: Tensor, unset: Tensor | None, folder: Path) -> None:
+    """The head of a folder that says that it is the embedding: it may be all that there is of both, and may be another.
+
+    Args:
+        unset: the embedding, where the folder has none.
+    """
+    if unset is not None:
+        _set(unset, head, _HEAD, folder)
+    elif not torch.equal(decoder.lm_head.weight, head.to(decoder.lm_head.weight.dtype)):
+        raise ConfigError(
+            f"model.name: {folder}: config.json ties the head to the embedding, and {_HEAD} is another matrix; "
+            "set tie_word_embeddings to false there"
+        )
 
 
 def missing_weights(folder: Path, names: Mapping[str, Any] | list[str]) -> str:

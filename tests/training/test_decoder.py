@@ -68,6 +68,64 @@ def decoder_of(folder: Path, **options: Any) -> Any:
     return decoder
 
 
+def rewritten(folder: Path, changes: dict[str, Any], name: str = "model.safetensors") -> None:
+    """The weights of a folder in a file of that name, some of them others; None: without it."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors") | changes
+    save_file({key: value.contiguous() for key, value in tensors.items() if value is not None}, folder / name)
+
+
+def same_weights(folder: Path, expected: dict[str, Any]) -> bool:
+    import torch
+
+    return all(torch.equal(value, expected[name]) for name, value in decoder_of(folder).named_parameters())
+
+
+def test_other_files_of_a_folder_are_not_its_weights(tmp_path: Path) -> None:
+    """Variants, which the hub hands out too, and shards of an earlier save."""
+    model_of("qwen 3", tmp_path)
+    expected = dict(decoder_of(tmp_path).named_parameters())
+    for name in ("model.fp16.safetensors", "model-00001-of-00002.safetensors", "consolidated.safetensors"):
+        rewritten(tmp_path, {key: value.detach() * 0 for key, value in expected.items()}, name)
+    assert same_weights(tmp_path, expected)
+
+
+def test_weights_are_taken_from_where_the_index_says(tmp_path: Path) -> None:
+    theirs, index = model_of("qwen 3", tmp_path), tmp_path / "model.safetensors.index.json"
+    expected = dict(decoder_of(tmp_path).named_parameters())
+    (tmp_path / "model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert same_weights(tmp_path, expected)
+    shards[1].unlink()
+    with pytest.raises(ConfigError, match=rf"index\.json names {shards[1].name}, which is no file of that folder"):
+        decoder_of(tmp_path)
+    for place, said in (("../x", "names ../x, which is no file of that folder"), (3, "has no weight_map of names")):
+        index.write_text(json.dumps({"weight_map": {"lm_head.weight": place}}))
+        with pytest.raises(ConfigError, match=said):
+            decoder_of(tmp_path)
+    index.unlink()
+    with pytest.raises(ConfigError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
+        decoder_of(tmp_path)
+
+
+def test_a_tied_head_may_stand_for_the_embedding_and_another_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    model_of("llama", tmp_path)
+    weight = decoder_of(tmp_path).lm_head.weight.detach().clone()
+    rewritten(tmp_path, {head: weight})
+    assert torch.equal(decoder_of(tmp_path).lm_head.weight, weight)
+    rewritten(tmp_path, {head: weight, embedding: None})
+    assert torch.equal(decoder_of(tmp_path).model.embed_tokens.weight, weight)
+    rewritten(tmp_path, {head: weight + 1, embedding: weight})
+    with pytest.raises(ConfigError, match=r"ties the head to the embedding, and lm_head\.weight is another matrix"):
+        decoder_of(tmp_path)
+
+
 def hf_spec() -> Any:
     return JobSpec.model_validate(job(Path("rows.jsonl"), backend="hf"))
 
