@@ -17,7 +17,17 @@ A message names the thing, what was seen, what was expected and what to do, in o
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
+
+_FOR_GOOD = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+)
+
+
+def is_for_good(exc: OSError) -> bool:
+    """Whether a file cannot be had as it was asked for; False: its disk or server fails, and may work again later."""
+    return exc.errno in _FOR_GOOD
 
 
 class NexaError(Exception):

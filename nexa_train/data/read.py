@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from nexa_train.config.spec import DataSpec
 from nexa_train.data.stdlib import docstring_rows
-from nexa_train.errors import ConfigError, DataError, NotFoundError
+from nexa_train.errors import ConfigError, DataError, NexaError, NotFoundError, is_for_good
 from nexa_train.store import open_store
 
 STDLIB = "stdlib:docstrings"
@@ -44,7 +44,8 @@ class _Place:
 
     def unreadable(self, exc: OSError) -> NoReturn:
         """What is there and cannot be read is never left out without a word."""
-        raise NotFoundError(f"{self.key}: {exc.filename} cannot be read: {exc.strerror}") from exc
+        kind = NotFoundError if is_for_good(exc) else NexaError
+        raise kind(f"{self.key}: {exc.filename} cannot be read: {exc.strerror}") from exc
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,14 @@ class RawData:
         """Every row, in the order of names and lines.
 
         Raises:
-            DataError: a malformed row; or the bytes are others than those of the digest, known after the last row.
+            DataError: a malformed row.
+            NexaError: the bytes are others than those of the digest, known after the last row.
         """
         sha = hashlib.sha256()
         for name, number, at, line in _lines(self.place, sha):
             yield _parse(f"{name} row {number}", line, at)
         if sha.hexdigest() != self.digest:
-            raise DataError(f"{self.uri}: changed while it was read; run again once nothing writes there")
+            raise NexaError(f"{self.uri}: changed while it was read; run again once nothing writes there")
 
 
 def read_rows(uri: str, *, key: str = "data.remote_uri") -> RawData:
@@ -137,13 +139,16 @@ def _local(path: Path, place: _Place) -> Iterator[tuple[str, BinaryIO]]:
         return
     if not path.is_dir():
         raise place.not_found(f": no such file or folder; give one with --set {place.key}=FILE")
-    files = sorted(
-        folder / name for folder, names in _folders(path, place) for name in names if name.endswith(".jsonl")
-    )
+    files = {
+        (folder / name).relative_to(path).as_posix(): folder / name
+        for folder, names in _folders(path, place)
+        for name in names
+        if name.endswith(".jsonl")
+    }
     if not files:
         raise place.not_found(": the folder holds no *.jsonl file")
-    for file in files:
-        yield file.relative_to(path).as_posix(), _opened(file, place)
+    for name, file in sorted(files.items()):  # as a store lists them: by the whole name, not folder by folder
+        yield name, _opened(file, place)
 
 
 def _folders(path: Path, place: _Place) -> Iterator[tuple[Path, list[str]]]:

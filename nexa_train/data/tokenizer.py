@@ -17,7 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
-from nexa_train.errors import ConfigError, DataError, NexaError
+from nexa_train.errors import ConfigError, DataError, NexaError, is_for_good
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
@@ -140,9 +140,13 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
 
     Raises:
         ConfigError: a file is missing or names no end token.
+        NexaError: its disk or server fails.
     """
     try:
-        fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+        fast = FastTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except OSError as exc:
+        kind = ConfigError if is_for_good(exc) else NexaError
+        raise kind(f"model: {folder / 'tokenizer.json'} cannot be read: {exc.strerror}") from exc
     except Exception as exc:  # the Rust library raises plain Exception
         raise ConfigError(f"model: {folder / 'tokenizer.json'} cannot be read: {exc}") from exc
     path = folder / "tokenizer_config.json"

@@ -16,7 +16,7 @@ from nexa_train.config import JobSpec
 from nexa_train.data.prepare import Prepared, held_out_rows, prepare
 from nexa_train.data.read import read_rows
 from nexa_train.data.tokenizer import ChatTokenizer
-from nexa_train.errors import DataError
+from nexa_train.errors import DataError, NexaError
 from tests.unit.data.builders import TURNS, chat, jsonl, numbered, spec
 
 
@@ -139,7 +139,7 @@ def test_rows_that_change_while_they_are_read_leave_nothing(
     raw = read_rows(str(rows))
     numbered(rows, 6)
     monkeypatch.setattr("nexa_train.data.prepare.read_splits", lambda _: (raw, None))
-    with pytest.raises(DataError, match="changed while it was read"):
+    with pytest.raises(NexaError, match="changed while it was read"):
         prepare(spec(rows, data={"validation": {"rows": 1}}), tiny)
     assert list((cache / "data").iterdir()) == []
 

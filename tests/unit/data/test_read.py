@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from nexa_train.data.read import Row, read_rows
-from nexa_train.errors import ConfigError, DataError, NotFoundError
+from nexa_train.errors import ConfigError, DataError, NexaError, NotFoundError
 from tests.unit.data.builders import jsonl
 
 
@@ -148,8 +150,34 @@ def test_rows_that_changed_since_they_were_counted_are_an_error(
 ) -> None:
     raw = read_rows(str(jsonl(tmp_path / "a.jsonl", {"a": 1}, {"a": 2})))
     jsonl(tmp_path / "a.jsonl", *later)
-    with pytest.raises(DataError, match=r"a.jsonl: changed while it was read; run again"):
+    with pytest.raises(NexaError, match=r"a.jsonl: changed while it was read; run again") as caught:
         list(raw.rows())
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("number", "retryable"), [(errno.EIO, True), (errno.ESTALE, True), (errno.ETIMEDOUT, True), (errno.EACCES, False)]
+)
+def test_a_disk_that_fails_is_told_from_a_file_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, retryable: bool
+) -> None:
+    file = jsonl(tmp_path / "a.jsonl", {"a": 1})
+
+    def fail(path: Path, *_: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(NexaError, match=rf"data.remote_uri: .*a.jsonl cannot be read: {os.strerror(number)}") as caught:
+        read_rows(str(file))
+    assert caught.value.retryable is retryable
+
+
+def test_files_of_a_folder_come_in_the_order_in_which_a_store_lists_them(tmp_path: Path) -> None:
+    names = ["2024-01/p.jsonl", "2024/p.jsonl", "train.jsonl", "train/x.jsonl"]
+    for name in reversed(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        jsonl(tmp_path / name, {"name": name})
+    assert [row.values["name"] for row in read(tmp_path)] == names
 
 
 def test_a_file_of_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
-from nexa_train.errors import ConfigError
+from nexa_train.errors import ConfigError, NexaError
 from nexa_train.models.locate import TINY_TOKENIZER
 from nexa_train.registry import TINY_VOCAB_SIZE
 
@@ -41,6 +43,18 @@ def test_any_text_comes_back_from_its_ids(tiny: ChatTokenizer, text: str) -> Non
 def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model: .*tokenizer.json cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_missing_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, **_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(NexaError, match=r"tokenizer.json cannot be read: Input/output error") as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.retryable
 
 
 @pytest.mark.parametrize("eos", [None, "<nowhere>"])
