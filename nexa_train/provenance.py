@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ PACKAGES = (
 """What decides weights, or how they are written."""
 
 CPUINFO = Path("/proc/cpuinfo")
+_PACKAGE = Path(__file__).parent
 
 
 def code_facts() -> dict[str, Any]:
     """Revision and uncommitted changes of a checkout, package versions, Python, image."""
     return {
-        "revision": _git("rev-parse", "HEAD"),
+        "revision": _git("rev-parse", "HEAD").decode() or None,
         "dirty_diff_sha256": _dirty(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
@@ -65,17 +67,27 @@ def _version(package: str) -> str | None:
 
 
 def _dirty() -> str | None:
+    """SHA-256 of what the revision does not hold: the difference of its files, and files of the package that git does
+    not know; None: nothing."""
     diff = _git("diff", "HEAD")
-    return hashlib.sha256(diff.encode()).hexdigest() if diff else None
+    unknown = _git("ls-files", "-z", "--others", "--exclude-standard", "--", _PACKAGE.name)
+    if not diff and not unknown:
+        return None
+    sha = hashlib.sha256(diff)
+    for name in filter(None, unknown.split(b"\0")):
+        with suppress(OSError):  # gone since, or a link that leads nowhere
+            content = (_PACKAGE.parent / os.fsdecode(name)).read_bytes()
+            sha.update(b"\0" + name + b"\0" + hashlib.sha256(content).digest())
+    return sha.hexdigest()
 
 
-def _git(*arguments: str) -> str | None:
-    """Of the checkout that this package stands in; None where it is installed without one."""
-    root = Path(__file__).parent.parent
+def _git(*arguments: str) -> bytes:
+    """Of the checkout that this package stands in, as it is: a file may be in any encoding. Nothing where it is
+    installed without one."""
+    root = _PACKAGE.parent
     if not (root / ".git").exists():
-        return None
+        return b""
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None
+        return b""
