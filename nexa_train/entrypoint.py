@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import json
 import os
+import socket
 import sys
 import tempfile
 import threading
@@ -170,9 +171,26 @@ def serve(rundir: RunDir, job: Job, node: Node, *, port: int) -> ThreadingHTTPSe
         def log_message(self, format: str, *args: object) -> None:
             """Polls every few seconds are not worth a line each."""
 
-    server = ThreadingHTTPServer(("", port), Handler)
+    server = _listening(port, Handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), name="progress", daemon=True).start()
     return server
+
+
+class _DualStack(ThreadingHTTPServer):
+    """On IPv6 and IPv4: a pod may have either address."""
+
+    address_family = socket.AF_INET6
+
+    def server_bind(self) -> None:
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+
+def _listening(port: int, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    try:
+        return _DualStack(("", port), handler)
+    except OSError:  # a kernel without IPv6; what else is wrong is wrong with IPv4 too
+        return ThreadingHTTPServer(("", port), handler)
 
 
 class _Collector:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -124,9 +125,9 @@ def server(serving: ThreadingHTTPServer, rundir: RunDir) -> ThreadingHTTPServer:
     return serving
 
 
-def get(server: ThreadingHTTPServer, path: str) -> tuple[int, str, str]:
+def get(server: ThreadingHTTPServer, path: str, *, host: str = "127.0.0.1") -> tuple[int, str, str]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{host}:{server.server_port}{path}", timeout=10) as answer:
             return answer.status, answer.headers["Content-Type"], answer.read().decode()
     except urllib.error.HTTPError as refused:
         return refused.code, refused.headers["Content-Type"], refused.read().decode()
@@ -171,6 +172,25 @@ def test_metrics_follow_the_ranks(server: ThreadingHTTPServer, rundir: RunDir) -
 
 def test_it_is_healthy_while_it_lives(server: ThreadingHTTPServer) -> None:
     assert get(server, "/healthz") == (200, "text/plain", "ok")
+
+
+def test_a_pod_is_asked_at_whichever_address_it_has(server: ThreadingHTTPServer) -> None:
+    assert get(server, "/healthz", host="[::1]") == (200, "text/plain", "ok")
+
+
+def test_a_kernel_without_ipv6_is_served_by_ipv4(
+    folder: RunDir, rundir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr("nexa_train.entrypoint._DualStack.server_bind", fail)
+    server = serve(folder, job(), Node(attempt=2), port=0)
+    try:
+        assert get(server, "/healthz") == (200, "text/plain", "ok")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.mark.parametrize("path", ["/", "/progress/", "/../etc/passwd", "/debug"])
