@@ -37,6 +37,7 @@ def made_whole(target: Path) -> Iterator[Path]:
     draft.mkdir()
     try:
         yield draft
+        _write_out(draft)
         try:
             draft.rename(target)
         except OSError:
@@ -52,6 +53,16 @@ def discard(folder: Path) -> None:
     with suppress(FileNotFoundError):  # another process was faster
         folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _write_out(folder: Path) -> None:
+    """Onto the disk with all of it: a name that outlives a power cut must not stand for files that did not."""
+    for path in (folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _beside(target: Path) -> Path:
