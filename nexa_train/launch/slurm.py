@@ -52,10 +52,10 @@ def render_script(job: Job) -> str:
 
 def _environment(job: Job) -> dict[str, str]:
     """What every task gets: shell words, expanded on the job's first node."""
-    body = {"metadata": job.metadata.model_dump(mode="json"), "spec": job.spec.model_dump(mode="json")}
+    body = {"metadata": job.metadata.model_dump(mode="json"), "spec": job.as_manifest()["spec"]}
     port = f"$(({RDZV_PORT} - SLURM_JOB_ID % {RDZV_PORTS}))"
     return {
-        ENV_JOB: shlex.quote(json.dumps(body, sort_keys=True)),
+        ENV_JOB: shlex.quote(json.dumps(body, sort_keys=True, ensure_ascii=False)),
         ENV_NUM_NODES: '"$SLURM_NNODES"',
         ENV_ATTEMPT: '"${SLURM_RESTART_COUNT:-0}"',
         ENV_PROGRESS_PORT: "0",
@@ -73,7 +73,8 @@ def _srun(options: dict[str, object]) -> str:
     highest exit code, and that of a killed task (137) hides the one that says why.
     """
     cpus = options["cpus-per-task"]
-    flags = ["--kill-on-bad-exit=0", f"--wait={STRAGGLER_SECONDS}"]
+    # Where a site or a user sets SBATCH_EXPORT, srun would hand on as little as sbatch did.
+    flags = ["--export=ALL", "--kill-on-bad-exit=0", f"--wait={STRAGGLER_SECONDS}"]
     flags += [f"--cpus-per-task={cpus}"] if cpus else []  # srun does not take it from sbatch since 22.05.
     # The rank of a node is known on that node only; exec, so that Slurm's signal reaches the entrypoint.
     start = f"export {ENV_NODE_INDEX}=$SLURM_NODEID; exec {shlex.quote(sys.executable)} -m nexa_train.entrypoint"

@@ -95,7 +95,7 @@ def test_a_requeued_job_is_the_next_attempt(tmp_path: Path) -> None:
 
 def test_a_failing_node_is_not_drowned_by_the_others_and_a_step_has_the_cpus_of_its_job(tmp_path: Path) -> None:
     environment_of(render_script(job(cluster={"resources": {"cpu": "16"}})), tmp_path)
-    assert srun_arguments(tmp_path)[:3] == ["--kill-on-bad-exit=0", "--wait=60", "--cpus-per-task=16"]
+    assert srun_arguments(tmp_path)[:4] == ["--export=ALL", "--kill-on-bad-exit=0", "--wait=60", "--cpus-per-task=16"]
 
 
 def test_torchrun_leaves_the_ranks_the_time_that_slurm_gives(tmp_path: Path) -> None:
