@@ -42,6 +42,12 @@ def _of_this_version() -> Iterator[tuple[str, str, str]]:
             "spec.trackers: none is built into this version; leave it empty",
         ),
         (
+            "!has(object.spec.cluster.minNodes) || object.spec.cluster.minNodes == object.spec.cluster.numNodes"
+            " || type(object.spec.training.gradAccumulationSteps) != int",
+            "spec.cluster.minNodes: with gradAccumulationSteps given, fewer nodes would have to take more sequences at"
+            " once than memory may hold; set it to auto",
+        ),
+        (
             "![object.spec.data.remoteUri, object.spec.artifacts.uri, has(object.spec.data.validation.uri)"
             " ? object.spec.data.validation.uri : ''].exists(uri, uri.startsWith('gs://'))",
             "gs:// is not built into this version; use s3:// or a folder of a claim",

@@ -307,7 +307,9 @@ class EnvVar(Strict):
     name: Annotated[str, StringConstraints(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = Field(
         description="Of the variable; those that begin with NEXA_ are the operator's, but for NEXA_CACHE."
     )
-    value: Text = Field("", description="As it stands: a $ is a dollar, and refers to nothing.")
+    value: Annotated[Text, StringConstraints(pattern=r"^[^\x00]*$")] = Field(
+        "", description="As it stands: a $ is a dollar, and refers to nothing."
+    )
 
     @model_validator(mode="after")
     def _name_is_free(self) -> EnvVar:

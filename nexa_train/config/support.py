@@ -6,6 +6,7 @@ a word. Comes after loading; used by the command line, the trainer and the opera
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from nexa_train.config.spec import COLUMNS, AxolotlSpec, DeepspeedSpec, JobSpec, OptimizerSpec
@@ -30,6 +31,10 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "axolotl": ("adamw",),
 }
 """What each backend takes, tried by really training."""
+
+
+MOST_BYTES = 120_000
+"""Of a spec as JSON, without defaults."""
 
 
 def check_supported(spec: JobSpec) -> None:
@@ -106,11 +111,19 @@ def _rest(spec: JobSpec) -> list[str]:
     fields = COLUMNS[spec.data.format]
     if unknown := sorted(set(spec.data.columns) - set(fields)):
         problems.append(f"data.columns: format {spec.data.format} has no {unknown[0]}; it has {', '.join(fields)}")
-    both = (spec.training.microbatch_size_per_gpu, spec.training.grad_accumulation_steps)
-    if spec.cluster.min_nodes not in (None, spec.cluster.num_nodes) and "auto" not in both:
+    elastic = spec.cluster.min_nodes not in (None, spec.cluster.num_nodes)
+    if elastic and spec.training.grad_accumulation_steps != "auto":
         problems.append(
-            "cluster.min_nodes: microbatch_size_per_gpu and grad_accumulation_steps are both given, which fits "
-            "num_nodes alone; set one of them to auto"
+            "cluster.min_nodes: with grad_accumulation_steps given, fewer nodes would have to take more sequences at "
+            "once than memory may hold; set it to auto"
+        )
+    # Of one variable of a process Linux takes no more (MAX_ARG_STRLEN, execve(2)).
+    stated = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    size = len(json.dumps(stated, ensure_ascii=False).encode())
+    if size > MOST_BYTES:
+        problems.append(
+            f"spec: {size} bytes, and ranks are told it in a variable, which takes {MOST_BYTES}; put long texts into a "
+            "ConfigMap or a file"
         )
     return problems
 

@@ -103,6 +103,9 @@ REFUSED: dict[str, Object] = {
         cluster={"numNodes": 2},
     ),
     "adafactor on sharded weights": described(optimizer={"name": "adafactor"}, cluster={"gpusPerNode": 2}),
+    "fewer nodes with a fixed accumulation": described(
+        cluster={"numNodes": 4, "minNodes": 2}, training={"globalBatchSize": 8, "gradAccumulationSteps": 2}
+    ),
     "the default folder": {"data": {"remoteUri": "s3://rows"}},
     "a folder of the pod": described(artifacts={"uri": "/models/team"}),
     "a folder beside the claim": described(artifacts={"uri": "/models2"}, cluster={"volumes": [CLAIM]}),

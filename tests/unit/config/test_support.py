@@ -86,12 +86,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"format": "prompt_completion", "columns": {"promt": "question"}}},
         "data.columns: format prompt_completion has no promt; it has prompt, completion",
     ),
+    "more than a process can be told": (
+        {"cluster": {"env": [{"name": f"A{number}", "value": "é" * 1024} for number in range(60)]}},
+        "spec: 124",
+    ),
     "elasticity of a fixed shape": (
         {
             "cluster": {"num_nodes": 2, "min_nodes": 1},
-            "training": {"global_batch_size": 8, "microbatch_size_per_gpu": 2, "grad_accumulation_steps": 2},
+            "training": {"global_batch_size": 8, "grad_accumulation_steps": 2},
         },
-        "cluster.min_nodes: microbatch_size_per_gpu and grad_accumulation_steps are both given",
+        "cluster.min_nodes: with grad_accumulation_steps given, fewer nodes would have to take more sequences at once",
     ),
 }
 
