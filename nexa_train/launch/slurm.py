@@ -19,7 +19,7 @@ from nexa_train.config.protocol import (
     ENV_RDZV_ENDPOINT,
     RDZV_PORT,
 )
-from nexa_train.errors import RefusedError
+from nexa_train.errors import RefusedError, StoppedError
 from nexa_train.plan import parse_quantity
 
 STRAGGLER_SECONDS = 60
@@ -47,7 +47,19 @@ def render_script(job: Job) -> str:
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
     lines.append("#SBATCH --requeue")  # After the loss of a node; a step that ended by itself is not run again.
     exports = [f"export {name}={value}" for name, value in _environment(job).items()]
-    return "\n".join(["#!/bin/bash", *lines, "set -eu", *exports, f"exec {_srun(options)}", ""])
+    return "\n".join(["#!/bin/bash", *lines, "set -eu", *exports, *_BEGIN, f"{_srun(options)} || code=$?", *_END, ""])
+
+
+_BEGIN = (
+    "code=0",
+    "trap : TERM",  # The ranks' to answer; this shell waits for what they say.
+)
+_PREEMPTED = "scontrol show job --oneliner $SLURM_JOB_ID | grep -q ' PreemptTime=[0-9]'"
+_END = (
+    # Slurm requeues a preempted job when its GraceTime is over, unless it has ended by then: with a checkpoint it has.
+    f"if [ $code = {StoppedError.exit_code} ] && {_PREEMPTED}; then scontrol requeue $SLURM_JOB_ID; fi",
+    "exit $code",
+)
 
 
 def _environment(job: Job) -> dict[str, str]:

@@ -206,5 +206,8 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 MailProg=/bin/true
 NodeName=n[1-2] CPUs={num_cpus} RealMemory={megabytes} State=UNKNOWN
-PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=100
+PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """

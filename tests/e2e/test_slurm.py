@@ -155,6 +155,27 @@ def test_a_requeued_job_commits_a_checkpoint_and_goes_on_as_the_next_attempt(
     assert words[-1]["checkpoint"]["weights_digest"] == undisturbed
 
 
+def test_a_preempted_job_commits_a_checkpoint_in_its_grace_and_goes_on_when_it_is_let(
+    slurm: Slurm, make: Make, undisturbed: str, tmp_path: Path
+) -> None:
+    submitted = submit(slurm, make(tmp_path))
+    submitted.wait_for_checkpoints(1)
+    slurm.run("sbatch", "--partition=urgent", "--nodes=2", f"--output={tmp_path}/urgent.log", "--wrap=hostname")
+    waits = "waits for its turn, and does not fail"
+    wait_until(lambda: slurm.job(submitted.number).name in ("PENDING", "FAILED"), timeout_seconds=90, what=waits)
+    assert slurm.job(submitted.number).name == "PENDING", submitted.log
+    stopped_at = submitted.run.manifests[-1].step
+    assert 0 < stopped_at < 120
+    slurm.wait_idle()
+    slurm.run("scontrol", "update", f"JobId={submitted.number}", "StartTime=now")  # else in two minutes
+    state = submitted.wait_ended()
+    assert (state.name, state.restarts) == ("COMPLETED", 1), submitted.log
+    words = submitted.last_words
+    assert [(each["cause"], each["attempt"]) for each in words] == [("Stopped", 0)] * 2 + [("Succeeded", 1)] * 2
+    assert words[0]["step"] == stopped_at
+    assert words[-1]["checkpoint"]["weights_digest"] == undisturbed
+
+
 @pytest.fixture
 def minio(slurm: Slurm) -> Iterator[MinioServer]:
     """Where the nodes reach it, with what examples/job.yaml needs."""
