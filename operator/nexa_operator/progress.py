@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 
 import httpx
 import structlog
+from pydantic import ValidationError
 
 from nexa_train.config.protocol import PROGRESS_PORT, Progress
 
@@ -134,8 +135,10 @@ class ProgressReader(Generic[K]):
         try:
             async with asyncio.timeout(_TIMEOUT_SECONDS):
                 seen = Progress.model_validate_json(await self._read(f"http://{host}:{PROGRESS_PORT}/progress"))
+        except (TimeoutError, httpx.HTTPError, ValidationError):
+            return None
         except Exception as exc:
-            # Whatever a tenant's pod makes of its answer: nobody else's progress may depend on it.
+            # Whatever else a tenant's pod makes of its answer: nobody else's progress may depend on it.
             log.debug("no progress", ip=target.ip, error=repr(exc), exc_info=True)
             return None
         return seen if (seen.run_id, seen.attempt) == (target.run_id, target.attempt) else None
