@@ -19,7 +19,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _MAX_PUT_BYTES = 5 * 1024**3  # AWS' limit for one PUT; obstore sets no condition on a multipart upload
 _CHUNK_BYTES = 4 * 1024**2
+_SMALL_BYTES = 1024**2
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([\w.]+)</Code>")
 _DETAIL = re.compile(r"<Message>([^<]{1,200})</Message>")
@@ -54,19 +55,26 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class _Patience:
-    """How long to wait: for a connection, for a whole request, and over how many tries."""
+    """How long to wait: for a connection, in silence, for a whole request, and over how many tries.
+
+    Silence is counted from the first byte of a request, not from the last: until an answer begins nothing is read, so
+    a body must be sent whole within that time. None: no limit.
+    """
 
     connect_seconds: float
+    silence_seconds: float | None
     request_seconds: float
     tries: int
 
     @property
     def client_options(self) -> ClientConfig:
-        return {
+        options: ClientConfig = {
             "connect_timeout": timedelta(seconds=self.connect_seconds),
             "timeout": timedelta(seconds=self.request_seconds),
-            "read_timeout": timedelta(seconds=min(60, self.request_seconds)),
         }
+        if self.silence_seconds is not None:
+            options["read_timeout"] = timedelta(seconds=self.silence_seconds)
+        return options
 
     def ask(self, call: Callable[[], _T]) -> _T:
         """Try until there is a clear answer; the last unclear one is raised as it came."""
@@ -82,9 +90,14 @@ class _Patience:
 
 
 # Ten tries are some forty seconds: a server that restarts, not one that is gone.
-_WORKING = _Patience(connect_seconds=5, request_seconds=3600, tries=10)
+_WORKING = _Patience(connect_seconds=5, silence_seconds=60, request_seconds=3600, tries=10)
+# For a body of more than `_SMALL_BYTES`. A connection that goes dead meanwhile is noticed by the kernel: by bytes that
+# are not acknowledged, or not taken, for 30 s (TCP_USER_TIMEOUT, which the client sets on each socket; Linux only), and
+# once all are sent by keepalives, after 60 s. A server that takes all bytes and does not answer, while its host is
+# well, is left to the limit of the request; training's watchdog, which counts 600 s without progress, may come first.
+_SENDING = replace(_WORKING, silence_seconds=None)
 # A probe answers a person who waits.
-_PROBING = _Patience(connect_seconds=3, request_seconds=4, tries=2)
+_PROBING = _Patience(connect_seconds=3, silence_seconds=4, request_seconds=4, tries=2)
 
 
 class S3Store:
@@ -95,7 +108,7 @@ class S3Store:
         self.prefix = check_prefix(prefix)
         self.uri = f"s3://{bucket}/{self.prefix}".rstrip("/")
         self._endpoint = _endpoint()
-        self._working = self._client(_WORKING)
+        self._working, self._sending = self._client(_WORKING), self._client(_SENDING)
 
     def __repr__(self) -> str:
         return f"S3Store({self.uri!r})"
@@ -142,7 +155,9 @@ class S3Store:
         )
 
     def _create(self, key: str, source: bytes | Path, client: obstore.store.S3Store, patience: _Patience) -> Stored:
-        creation = _Creation(store=client, key=key, body=_body(source, key=key))
+        body = _body(source, key=key)
+        sending = self._sending if len(body) > _SMALL_BYTES else client
+        creation = _Creation(store=client, sending=sending, key=key, body=body)
         with self._translated("write", key):
             try:
                 return patience.ask(creation.attempt)
@@ -238,6 +253,7 @@ class _Creation:
     """One create over its tries: what is unknown after a lost reply is settled by reading back."""
 
     store: obstore.store.S3Store
+    sending: obstore.store.S3Store
     key: str
     body: bytes | memoryview
     reply_lost: bool = field(default=False, init=False)
@@ -250,7 +266,7 @@ class _Creation:
             GenericError: an answer that is none, or a refusal.
         """
         try:
-            result = obstore.put(self.store, self.key, self.body, mode="create", use_multipart=False)
+            result = obstore.put(self.sending, self.key, self.body, mode="create", use_multipart=False)
         except refusals.AlreadyExistsError as exc:
             return self._settle(exc)
         except refusals.GenericError:

@@ -9,9 +9,15 @@ from typing import Literal
 
 Fault = Literal["conflict", "lost reply", "busy", "not ours", "invalid", "hang"]
 
+SILENCE_SECONDS = 60
+
 
 class SmallS3(ThreadingHTTPServer):
-    """Holds objects in memory. `faults` says how the next writes go wrong, one each, before all goes well."""
+    """Holds objects in memory. `faults` says how the next writes go wrong, one each, before all goes well.
+
+    `body_seconds`: over which a body is read, in equal steps. `silent_after`: so many bytes of the next answer to a
+    `GET` come, and no more. `reads`: how many `GET`s there were.
+    """
 
     daemon_threads = True
 
@@ -20,7 +26,9 @@ class SmallS3(ThreadingHTTPServer):
         self.conditional = conditional
         self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
-        self.writes = 0
+        self.writes = self.reads = 0
+        self.body_seconds = 0.0
+        self.silent_after: int | None = None
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -33,11 +41,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: SmallS3
 
     def do_PUT(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
+        body = self._body(int(self.headers["content-length"]))
         self.server.writes += 1
         fault = self.server.faults.pop(0) if self.server.faults else None
         if fault == "hang":
-            time.sleep(60)
+            time.sleep(SILENCE_SECONDS)
         elif fault == "busy":
             self._answer(503, code="SlowDown")
         elif fault == "invalid":
@@ -54,20 +62,43 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(500, code="InternalError") if fault == "lost reply" else self._answer(200)
 
     def do_GET(self) -> None:
+        self.server.reads += 1
         content = self.server.objects.get(self.path)
-        self._answer(404, code="NoSuchKey") if content is None else self._answer(200, content)
+        if content is None:
+            self._answer(404, code="NoSuchKey")
+        elif asked := self.headers["range"]:
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+            place = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self._answer(206, content[start:], **{"content-range": place})
+        else:
+            self._answer(200, content)
+
+    def _body(self, size: int) -> bytes:
+        steps = 20 if self.server.body_seconds else 1
+        parts = []
+        for number in range(steps):
+            time.sleep(self.server.body_seconds / steps)
+            parts.append(self.rfile.read(size * (number + 1) // steps - size * number // steps))
+        return b"".join(parts)
 
     def do_DELETE(self) -> None:
         self.server.objects.pop(self.path, None)
         self._answer(204)
 
-    def _answer(self, status: int, content: bytes = b"", *, code: str = "") -> None:
+    def _answer(self, status: int, content: bytes = b"", *, code: str = "", **headers: str) -> None:
         body = f"<Error><Code>{code}</Code></Error>".encode() if code else content
         self.send_response(status)
         self.send_header("content-length", str(len(body)))
         self.send_header("etag", '"0"')
         self.send_header("last-modified", "Wed, 21 Oct 2015 07:28:00 GMT")
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
+        if self.command == "GET" and self.server.silent_after is not None:
+            sent, self.server.silent_after = self.server.silent_after, None
+            self.wfile.write(body[:sent])
+            time.sleep(SILENCE_SECONDS)
+            return
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:

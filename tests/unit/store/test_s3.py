@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import stamina
 
 from nexa_train.errors import AlreadyExistsError, RefusedError
-from nexa_train.store import Store, open_store
+from nexa_train.store import Store, open_store, s3
 from tests.unit.store.small_s3 import SmallS3
 
 OBJECT = "/bucket/team/k"
@@ -149,3 +153,70 @@ def test_more_than_one_conditional_write_can_hold_is_refused_before_a_byte_is_se
         store.create("k", source)
 
     assert server.writes == 0
+
+
+@pytest.fixture
+def impatient(server: SmallS3, store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """`store`, with every limit on silence a second."""
+    for name in ("_WORKING", "_SENDING"):
+        patience = getattr(s3, name)
+        silence = None if patience.silence_seconds is None else 1.0
+        monkeypatch.setattr(s3, name, replace(patience, silence_seconds=silence))
+    return open_store(store.uri)
+
+
+def test_a_body_that_takes_longer_to_send_than_silence_may_last_arrives(server: SmallS3, impatient: Store) -> None:
+    server.body_seconds = 2.5
+
+    assert impatient.create("k", b"weights" * 2_000_000).size == 14_000_000
+
+    assert server.writes == 1
+
+
+def test_a_server_that_falls_silent_in_its_answer_is_asked_for_the_rest(server: SmallS3, impatient: Store) -> None:
+    server.objects[OBJECT] = b"weights" * 2_000_000
+    server.silent_after = 5_000_000
+    started = time.monotonic()
+
+    with impatient.open("k") as stream:
+        assert stream.read() == b"weights" * 2_000_000
+
+    assert server.reads == 2
+    assert 1 < time.monotonic() - started < 20
+
+
+def test_a_small_write_that_is_not_answered_is_tried_again(server: SmallS3, impatient: Store) -> None:
+    server.faults = ["hang"]
+    started = time.monotonic()
+
+    impatient.create("k", b"manifest")
+
+    assert server.writes == 2
+    assert time.monotonic() - started < 20
+
+
+def test_the_kernel_watches_a_connection_that_sends(server: SmallS3, store: Store) -> None:
+    """As silence is not counted there; the client library's defaults, which a later one may change."""
+    server.faults = ["lost reply"]
+    store.create("k", b"weights" * 200_000)
+
+    limits = {
+        (
+            connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+            connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+            connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            + connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+            * connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+        )
+        for connection in _connections_to(server)
+    }
+
+    assert limits == {(30_000, 1, 60)}
+
+
+def _connections_to(server: SmallS3) -> Iterator[socket.socket]:
+    """Of this process."""
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as found:
+            if found.type == socket.SOCK_STREAM and found.getpeername() == server.server_address:
+                yield found
