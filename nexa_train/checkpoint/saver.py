@@ -43,7 +43,7 @@ from nexa_train.checkpoint.files import (
     write_shard,
 )
 from nexa_train.config.protocol import CheckpointRef
-from nexa_train.errors import NexaError, RefusedError
+from nexa_train.errors import NexaError
 from nexa_train.rundir import RunDir
 
 PATIENCE = timedelta(days=1)
@@ -203,10 +203,10 @@ class Saver:
         return verdict
 
     def _thin_out(self) -> None:
-        """What is committed stays committed where the store lets nothing be deleted."""
+        """What is committed stays committed, whatever the store says or holds that nobody expected."""
         try:
             apply_retention(self.publisher.store, self.publisher.run_id, self.keep_last)
-        except RefusedError as exc:
+        except NexaError as exc:
             print(f"nexa: warning: old checkpoints stay until the next save: {exc}", file=sys.stderr, flush=True)
 
 

@@ -102,6 +102,15 @@ def check_key(key: str) -> str:
     return key
 
 
+def is_key(key: str) -> bool:
+    """Whether `check_key` lets it pass; a listing also shows what others have put into a folder or a bucket."""
+    try:
+        check_key(key)
+    except ConfigError:
+        return False
+    return True
+
+
 def check_prefix(prefix: str) -> str:
     """`prefix` without its trailing slash; empty means the whole store.
 

@@ -201,6 +201,10 @@ class S3Store:
         """obstore's errors as ours. Without the cause: it holds the server's answer, access key and all."""
         try:
             yield
+        except refusals.InvalidPathError as exc:
+            # The client's listing ends there, and cannot go past it.
+            said = f"cannot {action} {key} in bucket {self.bucket} on {self._host}: {_summary(str(exc))}"
+            raise RefusedError(f"{said}; remove that object") from None
         except (refusals.BaseError, FileNotFoundError) as exc:
             raise self._translation(action, key, str(exc)) from None
 

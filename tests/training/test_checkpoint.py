@@ -14,7 +14,15 @@ import pytest
 
 from nexa_train.artifact.manifest import ManifestDraft
 from nexa_train.artifact.publish import Publisher, committed_folders, fetch, read_manifest
-from nexa_train.errors import AlreadyExistsError, ForeignError, NexaError, RefusedError, SupersededError
+from nexa_train.errors import (
+    AlreadyExistsError,
+    ConfigError,
+    ForeignError,
+    NexaError,
+    NotFoundError,
+    RefusedError,
+    SupersededError,
+)
 from nexa_train.rundir import RunDir
 from nexa_train.store import Store
 from nexa_train.store.base import Stored
@@ -508,3 +516,34 @@ def test_a_store_that_lets_nothing_be_deleted_is_no_reason_to_stop(
 
     assert committed_folders(store, RUN)[-1] == f"checkpoints/{RUN}/step-00000003"
     assert "old checkpoints stay until the next save" in capfd.readouterr().err
+
+
+def test_what_nobody_expected_in_a_steps_folder_is_no_reason_to_stop(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    state, store = make_state(make_model()), LocalStore(tmp_path / "store")
+    saver = make_saver(tmp_path, store, keep_last=1)
+    save(saver, state.stage(1))
+    (store.root / "checkpoints" / RUN / "step-00000001" / "manifest.json~").write_bytes(b"an editor's")
+    for step in (2, 3):
+        save(saver, state.stage(step))
+
+    assert committed_folders(store, RUN) == [f"checkpoints/{RUN}/step-00000003"]
+    assert "manifest.json~" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ConfigError("a later major version"), NotFoundError("no bucket")])
+def test_a_failed_retention_does_not_fail_what_was_committed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], error: NexaError
+) -> None:
+    class Failing(LocalStore):
+        def delete(self, key: str) -> None:
+            raise error
+
+    state, store = make_state(make_model()), Failing(tmp_path / "store")
+    saver = make_saver(tmp_path, store, keep_last=1)
+    for step in (1, 2):
+        save(saver, state.stage(step))
+
+    assert committed_folders(store, RUN) == [f"checkpoints/{RUN}/step-00000002"]
+    assert f"old checkpoints stay until the next save: {error}" in capfd.readouterr().err

@@ -176,10 +176,124 @@ class Reluctant:
 
     def __init__(self, store: Store, number: int) -> None:
         self.store, self.number = store, number
-        self.list = store.list
+        self.list, self.uri = store.list, store.uri
 
     def delete(self, key: str) -> None:
         self.number -= 1
         if self.number < 0:
             raise RefusedError(f"{key}: no more")
         self.store.delete(key)
+
+
+STRAYS = ["manifest.json~", "notes (1).txt", "data/a1-00000000/ü.bin"]
+
+
+def put_strays(root: Path, folder: str) -> list[str]:
+    """What somebody else's program leaves in a step's folder; returns the keys."""
+    for name in STRAYS:
+        path = root / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return [f"{folder}/{name}" for name in STRAYS]
+
+
+def keys_of(store: Store, folder: str) -> set[str]:
+    return {stored.key for stored in store.list(folder)}
+
+
+def test_a_stray_object_is_left_and_named_and_its_step_is_retired_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "artifacts"
+    store = open_store(root)
+    chain = publish_chain(store, tmp_path / "source", 50, 100, 150)
+    strays = {*put_strays(root, chain[0].folder), *put_strays(root, chain[2].folder)}
+
+    assert apply_retention(store, RUN, 2) == [50]
+    said = capfd.readouterr().err
+    assert [apply_retention(store, RUN, 2) for _ in range(3)] == [[], [], []]
+
+    assert all(name.rpartition("/")[2] in said for name in STRAYS)
+    assert capfd.readouterr().err == ""
+    assert keys_of(store, chain[0].folder) - strays == {f"{chain[0].folder}/manifest-2.json"}
+    assert strays <= keys_of(store, "")
+    assert check_files(store, chain[2]) == []
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_step_is_closed_once_where_nothing_may_be_deleted_and_cleared_once_it_may(
+    store: Store, tmp_path: Path, committed: bool
+) -> None:
+    if committed:
+        publish_chain(store, tmp_path / "source", 50)
+    else:
+        upload(store, tmp_path / "dead", 50)
+    publish_chain(store, tmp_path / "source", 100)
+    folder, denying = step_folder(RUN, 50), Denying(store)
+
+    for _ in range(4):
+        with pytest.raises(RefusedError, match="denied"):
+            apply_retention(denying, RUN, 1)
+
+    names = {key for key in keys_of(store, folder) if "/manifest" in key}
+    assert names == {
+        f"{folder}/{name}" for name in (["manifest.json", "manifest-2.json"] if committed else ["manifest.json"])
+    }
+    apply_retention(store, RUN, 1)
+    assert [stored.size for stored in store.list(folder)] == [0]
+
+
+def test_what_a_late_attempt_uploads_to_a_closed_step_still_closes_it_to_that_attempt(
+    store: Store, tmp_path: Path
+) -> None:
+    chain = publish_chain(store, tmp_path / "source", 50, 100)
+    apply_retention(store, RUN, 1)
+    publisher = Publisher(store, RUN, "late")
+    publisher._given_up = {50: 2}  # as one that resumed between the two
+    entries = [publisher.upload(50, path, source) for path, source in files_in(tmp_path / "late").items()]
+    apply_retention(store, RUN, 1)
+
+    with pytest.raises(SupersededError):
+        publisher.commit(50, entries, draft())
+
+    assert committed_folders(store, RUN) == [chain[1].folder]
+
+
+def test_a_run_with_strays_is_removed_but_for_those_which_are_named(tmp_path: Path) -> None:
+    root = tmp_path / "artifacts"
+    store = open_store(root)
+    chain = publish_chain(store, tmp_path / "source", 50, 100)
+    store.create(f"checkpoints/{RUN}/run.json", b"{}")
+    strays = put_strays(root, chain[0].folder)
+
+    with pytest.raises(RefusedError, match=r"manifest\.json~.*notes \(1\)\.txt.*by hand"):
+        remove_run(store, RUN)
+
+    assert keys_of(store, "") == set(strays)
+
+
+def test_while_a_run_is_removed_no_step_that_was_retired_comes_back(store: Store, tmp_path: Path) -> None:
+    publish_chain(store, tmp_path / "source", 50, 100)
+    with pytest.raises(RefusedError):
+        apply_retention(Denying(store), RUN, 1)
+    seen: list[list[str]] = []
+
+    class Looking(Reluctant):
+        def delete(self, key: str) -> None:
+            super().delete(key)
+            seen.append(committed_folders(store, RUN))
+
+    remove_run(Looking(store, 1000), RUN)
+
+    assert all(step_folder(RUN, 50) not in folders for folders in seen)
+
+
+class Denying(Reluctant):
+    """A store that lets nothing be deleted."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, 0)
+        self.create, self.open, self.uri = store.create, store.open, store.uri
+
+    def delete(self, key: str) -> None:
+        raise RefusedError(f"{key}: denied")

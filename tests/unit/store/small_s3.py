@@ -62,6 +62,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(500, code="InternalError") if fault == "lost reply" else self._answer(200)
 
     def do_GET(self) -> None:
+        if "list-type=2" in self.path:
+            self._answer(200, self._listing())
+            return
         self.server.reads += 1
         content = self.server.objects.get(self.path)
         if content is None:
@@ -72,6 +75,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(206, content[start:], **{"content-range": place})
         else:
             self._answer(200, content)
+
+    def _listing(self) -> bytes:
+        """All there is: of one bucket, and nobody asks for less."""
+        date = "<LastModified>2026-01-01T00:00:00Z</LastModified>"
+        contents = "".join(
+            f"<Contents><Key>{path.split('/', 2)[2]}</Key>{date}<ETag>0</ETag><Size>{len(content)}</Size></Contents>"
+            for path, content in self.server.objects.items()
+        )
+        return f"<ListBucketResult><IsTruncated>false</IsTruncated>{contents}</ListBucketResult>".encode()
 
     def _body(self, size: int) -> bytes:
         steps = 20 if self.server.body_seconds else 1

@@ -117,6 +117,13 @@ def test_a_request_that_was_judged_wrong_is_not_repeated(server: SmallS3, store:
     assert server.writes == 1
 
 
+def test_an_object_that_ends_every_listing_is_named(server: SmallS3, store: Store) -> None:
+    server.objects["/bucket/team/run//notes"] = b""
+
+    with pytest.raises(RefusedError, match=r'cannot list run .*"team/run//notes".*; remove that object$'):
+        store.list("run")
+
+
 def test_a_store_that_overwrites_is_refused_by_name(server: SmallS3, store: Store) -> None:
     server.conditional = False
 
