@@ -175,19 +175,20 @@ class TrainingPipeline:
         step, digest = int.from_bytes(message[:8], "big"), message[8:].hex()
         if not step or found is not None:
             return found
+        try:
+            return self._fetch(step, digest)
+        except NotFoundError as exc:
+            # Another attempt may have retired it since rank 0 listed it; the next look finds a newer one.
+            raise DamagedError(f"step {step} of {self.run_id} went while it was read: {exc}") from exc
+
+    def _fetch(self, step: int, digest: str) -> Committed:
+        """What rank 0 has decided on, read by this rank."""
         mine = read_manifest(self.store, step_folder(self.run_id, step))
         if mine.digest != digest:
             raise DamagedError(f"step {step} of {self.run_id}: manifest {mine.digest} here, {digest} on rank 0")
         if self.speaks:
-            self._fetch(mine)
+            fetch(self.store, mine, self.rundir.restoring)
         return mine
-
-    def _fetch(self, newest: Committed) -> None:
-        try:
-            fetch(self.store, newest, self.rundir.restoring)
-        except NotFoundError as exc:
-            # Another attempt may have retired it since it was listed; the next look finds a newer one.
-            raise DamagedError(f"step {newest.manifest.step} of {self.run_id} went while it was read: {exc}") from exc
 
     def _after_step(self, metrics: StepMetrics) -> bool:
         self.step, self.record.loss = metrics.step, metrics.loss

@@ -23,7 +23,7 @@ import pytest
 from nexa_train.artifact.manifest import FileEntry, Manifest
 from nexa_train.config.load import load_job
 from nexa_train.config.protocol import Termination
-from nexa_train.errors import ForeignError, NonFiniteLossError, RefusedError, StoppedError
+from nexa_train.errors import DamagedError, ForeignError, NonFiniteLossError, RefusedError, StoppedError
 from nexa_train.launch.node import Node, make_ready
 from nexa_train.launch.work import RankWork
 from nexa_train.rundir import RunDir
@@ -512,3 +512,24 @@ def test_a_checkpoint_is_downloaded_once_to_go_on_from_it(runs: Runs, half_done:
     assert Counting.opened.count("model.safetensors") == 1
     assert Counting.opened.count("optimizer.safetensors") == 1
     assert not pipeline.rundir.restoring.exists()
+
+
+@pytest.mark.parametrize("went", ["the step", "its data"])
+def test_a_checkpoint_that_goes_before_another_rank_has_read_it_is_looked_for_again(
+    runs: Runs, half_done: Run, monkeypatch: pytest.MonkeyPatch, went: str
+) -> None:
+    """Retired by another attempt once rank 0 had decided on it, which the next attempt finds out by itself."""
+    run = runs.make(**SHORT)
+    shutil.copytree(half_done.artifacts, run.artifacts)
+    pipeline = pipeline_of(run, LocalStore(run.artifacts))
+    chosen = pipeline.publisher.resume().committed
+    assert chosen is not None
+    shutil.rmtree(run.artifacts / chosen.folder / ("data" if went == "its data" else ""))
+    said = chosen.manifest.step.to_bytes(8, "big") + bytes.fromhex(chosen.digest)
+    monkeypatch.setattr(pipeline, "context", replace(pipeline.context, rank=1))
+    monkeypatch.setattr(pipeline, "_from_first", lambda _: said)
+
+    with pytest.raises(DamagedError, match="went while it was read") as caught:
+        pipeline._newest()
+
+    assert caught.value.retryable
