@@ -10,13 +10,12 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from nexa_train.artifact.manifest import CHECKPOINTS, MANIFEST_NAME
 from nexa_train.artifact.publish import Committed, check_files, committed_folders, read_manifest, still_there
 from nexa_train.artifact.steps import generation_of, step_states
 from nexa_train.errors import ConfigError, DamagedError, NotFoundError
-from nexa_train.store import open_store
+from nexa_train.store import address, open_store
 from nexa_train.store.base import Store, Stored
 
 
@@ -94,7 +93,7 @@ def split_artifact_uri(uri: str) -> tuple[str, str]:
     the manifest of a single checkpoint that was copied out of one.
 
     Raises:
-        ConfigError: nothing is named.
+        ConfigError: nothing is named, or s3:// with a `#` or `?`.
     """
     scheme, path = _split_scheme(uri)
     head, separator, rest = f"{path}/".rpartition(f"/{CHECKPOINTS}/")
@@ -107,13 +106,12 @@ def split_artifact_uri(uri: str) -> tuple[str, str]:
 
 def _split_scheme(uri: str) -> tuple[str, str]:
     """What opens the store (`s3://BUCKET`, or nothing for this machine), and the path within."""
-    if "://" not in uri or uri.startswith("file://"):
-        path = unquote(urlsplit(uri).path) if "://" in uri else uri
-        if not path:
+    named = address.parse(uri)
+    if named.is_local:
+        if not named.path:
             raise ConfigError(f"artifact {uri!r} names nothing; expected a manifest.json, a step, a run or a store")
-        return "", os.path.abspath(Path(path).expanduser()).rstrip("/")
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/")
+        return "", os.path.abspath(Path(named.path).expanduser()).rstrip("/")
+    return f"{named.scheme}://{named.host}", named.path.rstrip("/")
 
 
 def _folders(store: Store, key: str) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 from nexa_train.config.spec import DataSpec
 from nexa_train.data.stdlib import docstring_rows
 from nexa_train.errors import ConfigError, DataError, NexaError, NotFoundError, is_for_good
-from nexa_train.store import open_store
+from nexa_train.store import address, open_store
 
 STDLIB = "stdlib:docstrings"
 
@@ -120,12 +120,17 @@ def _files(place: _Place) -> Iterator[tuple[str, BinaryIO]]:
     uri = place.uri
     if uri == STDLIB:
         yield STDLIB, io.BytesIO(_stdlib())
-    elif uri.startswith("s3://"):
-        yield from _remote(place)
-    elif "://" in uri and not uri.startswith("file://"):
-        raise ConfigError(f"{place.key}: {uri} is not supported; use a folder, a .jsonl file or s3://")
+        return
+    named = address.parse(uri)
+    if named.is_local and named.path:
+        yield from _local(Path(named.path).expanduser(), place)
+    elif named.scheme == "s3" and named.host:
+        yield from _remote(place, named)
     else:
-        yield from _local(Path(uri.removeprefix("file://")).expanduser(), place)
+        raise ConfigError(
+            f"{place.key}: {uri} is not supported; use a folder, a .jsonl file or s3://BUCKET/PREFIX, or write "
+            "file:///FOLDER"
+        )
 
 
 @cache
@@ -176,10 +181,9 @@ def _opened(path: Path, place: _Place) -> BinaryIO:
         place.unreadable(exc)
 
 
-def _remote(place: _Place) -> Iterator[tuple[str, BinaryIO]]:
-    bucket, _, key = place.uri.removeprefix("s3://").partition("/")
-    folder, _, name = key.rpartition("/")
-    store = open_store(f"s3://{bucket}/{folder}" if folder else f"s3://{bucket}")
+def _remote(place: _Place, named: address.Address) -> Iterator[tuple[str, BinaryIO]]:
+    folder, _, name = named.path.removeprefix("/").rpartition("/")
+    store = open_store(f"s3://{named.host}/{folder}" if folder else f"s3://{named.host}")
     if name.endswith(".jsonl"):
         yield name, store.open(name)
         return

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from nexa_train.errors import ConfigError
+from nexa_train.store import address
 from nexa_train.store.base import Opened, Store, Stored
 
 SUPPORTED = "a folder, file:///FOLDER, s3://BUCKET/PREFIX, memory://NAME"
@@ -23,16 +23,14 @@ def open_store(uri: str | os.PathLike[str]) -> Store:
         ConfigError: the scheme is not supported or the address is incomplete.
     """
     text = os.fspath(uri)
-    if "://" not in text:
-        return _local(text)
-    parts = urlsplit(text)
-    match parts.scheme:
-        case "file" if parts.netloc in ("", "localhost"):
-            return _local(unquote(parts.path))
-        case "memory" if parts.netloc:
-            return _memory(parts.netloc + parts.path.rstrip("/"))
-        case "s3" if parts.netloc:
-            return _s3(parts.netloc, parts.path.strip("/"))
+    named = address.parse(text)
+    if named.is_local:
+        return _local(named.path)
+    match named.scheme:
+        case "memory" if named.host:
+            return _memory(named.host + named.path.rstrip("/"))
+        case "s3" if named.host:
+            return _s3(named.host, named.path.strip("/"))
     raise ConfigError(f"artifact store {text!r} is not supported; expected {SUPPORTED}")
 
 

@@ -206,6 +206,8 @@ def test_data_without_a_manifest_is_nothing(root: Path, chain: list[Committed]) 
         ("/checkpoints/r", ("/", "checkpoints/r")),
         ("/", ("/", "")),
         ("file:///a%20b/checkpoints/r", ("/a b", "checkpoints/r")),
+        ("file://localhost/a#1/checkpoints/r?", ("/a#1", "checkpoints/r?")),
+        ("file://elsewhere/a", ("file://elsewhere/a", "")),
         ("memory://m/checkpoints/r", ("memory://m", "checkpoints/r")),
     ],
 )
@@ -218,6 +220,17 @@ def test_a_relative_path_is_split_from_where_the_process_is(tmp_path: Path, monk
 
     assert split_artifact_uri("artifacts/checkpoints/r") == (f"{tmp_path}/artifacts", "checkpoints/r")
     assert split_artifact_uri("checkpoints/r") == (str(tmp_path), "checkpoints/r")
+
+
+@pytest.mark.parametrize("uri", ["s3://models/team#1/checkpoints/r", "s3://models/checkpoints/r?versionId=1"])
+def test_what_s3_cannot_name_is_refused_and_not_dropped(uri: str) -> None:
+    with pytest.raises(ConfigError, match="takes no fragment and no query"):
+        split_artifact_uri(uri)
+
+
+def test_a_file_of_another_machine_is_not_looked_for_here() -> None:
+    with pytest.raises(ConfigError, match="'file://elsewhere/tmp' is not supported"):
+        verify("file://elsewhere/tmp")
 
 
 def test_an_empty_uri_names_nothing() -> None:

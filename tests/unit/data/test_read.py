@@ -11,6 +11,7 @@ import pytest
 
 from nexa_train.data.read import Row, read_rows
 from nexa_train.errors import ConfigError, DataError, NexaError, NotFoundError
+from nexa_train.store import open_store
 from tests.unit.data.builders import jsonl
 
 
@@ -124,6 +125,31 @@ def test_a_folder_is_read_in_order_of_names_through_all_its_folders(tmp_path: Pa
 def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"a": 1})
     assert read_rows(f"file://{path}").digest == read_rows(str(path)).digest
+
+
+@pytest.mark.parametrize("host", ["", "localhost"])
+def test_a_file_uri_is_read_as_that_of_artifacts_is(tmp_path: Path, host: str) -> None:
+    folder = tmp_path / "a b#1?100%"
+    rows = jsonl(folder / "a.jsonl", {"a": 1})
+    uri = f"file://{host}{folder.as_uri().removeprefix('file://')}"
+
+    assert open_store(uri).uri == str(folder)
+    assert read_rows(uri).digest == read_rows(str(folder)).digest
+    assert read_rows(f"{uri}/a.jsonl").digest == read_rows(str(rows)).digest
+
+
+@pytest.mark.parametrize("uri", ["file://elsewhere/data", "file://", "s3://", "s3:///key"])
+def test_a_uri_that_lacks_its_place_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^data.remote_uri: {uri} is not supported; use a folder.* file:///FOLDER"):
+        read_rows(uri)
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://data/gsm8k#v2", "s3://data/gsm8k#v2/train.jsonl", "s3://data/a.jsonl?versionId=1"]
+)
+def test_what_s3_cannot_name_is_refused_and_not_dropped(uri: str) -> None:
+    with pytest.raises(ConfigError, match="takes no fragment and no query"):
+        read_rows(uri)
 
 
 def test_a_copy_elsewhere_has_the_same_digest(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,25 @@ def test_a_relative_path_is_kept_although_the_process_moves(tmp_path: Path, monk
     monkeypatch.chdir("/")
 
     assert store.uri == str(tmp_path / "artifacts")
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/gsm8k#v2", "s3://bucket/a?versionId=1/b", "s3://buck#et"])
+def test_what_s3_cannot_name_is_refused_and_not_dropped(uri: str) -> None:
+    odd = "#" if "#" in uri else "?"
+    with pytest.raises(ConfigError, match=rf"^s3://.* has '\{odd}'.*leave out '\{odd}"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("name", ["run#1", "run?1", "100%25 sure", "a;b"])
+def test_a_file_uri_names_the_folder_that_it_says(tmp_path: Path, name: str) -> None:
+    assert open_store(f"file://{tmp_path}/{name}").uri == f"{tmp_path}/{name.replace('%25', '%')}"
+    assert open_store(f"file://localhost{tmp_path}/{name}").uri == f"{tmp_path}/{name.replace('%25', '%')}"
+
+
+def test_a_name_that_is_no_text_comes_back_from_its_uri(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9 #1?")
+
+    assert open_store(folder.as_uri()).uri == str(folder)
 
 
 def test_one_memory_name_is_one_store() -> None:
