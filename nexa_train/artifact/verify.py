@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nexa_train.artifact.manifest import CHECKPOINTS, MANIFEST_NAME
+from nexa_train.artifact.manifest import CHECKPOINTS, MANIFEST_NAME, parse_step_folder
 from nexa_train.artifact.publish import Committed, check_files, committed_folders, read_manifest, still_there
 from nexa_train.artifact.steps import generation_of, step_states
 from nexa_train.errors import ConfigError, DamagedError, NotFoundError
@@ -61,9 +61,7 @@ def verify(uri: str) -> Report:
         RefusedError: the store could not be read.
         ConfigError: the URI is of no supported kind.
     """
-    store_uri, key = split_artifact_uri(uri)
-    store = open_store(store_uri)
-    folders = _folders(store, key)
+    store, folders = _found(uri)
     if not folders:
         raise NotFoundError(f"no {MANIFEST_NAME} at or below {uri}")
     committed, problems = _read_all(store, folders)
@@ -99,6 +97,10 @@ def split_artifact_uri(uri: str) -> tuple[str, str]:
     head, separator, rest = f"{path}/".rpartition(f"/{CHECKPOINTS}/")
     if separator:
         return f"{scheme}{head}" or "/", f"{CHECKPOINTS}/{rest}".rstrip("/")
+    return _store_or_copy(scheme, path)
+
+
+def _store_or_copy(scheme: str, path: str) -> tuple[str, str]:
     if path.endswith(f"/{MANIFEST_NAME}"):
         return f"{scheme}{path.removesuffix(f'/{MANIFEST_NAME}')}" or "/", MANIFEST_NAME
     return f"{scheme}{path}" or "/", ""
@@ -112,6 +114,23 @@ def _split_scheme(uri: str) -> tuple[str, str]:
             raise ConfigError(f"artifact {uri!r} names nothing; expected a manifest.json, a step, a run or a store")
         return "", os.path.abspath(Path(named.path).expanduser()).rstrip("/")
     return f"{named.scheme}://{named.host}", named.path.rstrip("/")
+
+
+def _found(uri: str) -> tuple[Store, list[str]]:
+    """The store, and the folders of checkpoints in it at or below `uri`.
+
+    A store, or a checkpoint that was copied out of one, may itself lie in or below a folder called `checkpoints`. So
+    where nothing is found by the last of that name, all of the URI names the place. Not where a step is named: what it
+    lacks is not to be found as something else, such as a manifest that was given up.
+    """
+    store_uri, key = split_artifact_uri(uri)
+    store = open_store(store_uri)
+    folders = _folders(store, key)
+    if folders or not key.startswith(CHECKPOINTS) or parse_step_folder("/".join(key.split("/")[:3])):
+        return store, folders
+    store_uri, key = _store_or_copy(*_split_scheme(uri))
+    store = open_store(store_uri)
+    return store, _folders(store, key)
 
 
 def _folders(store: Store, key: str) -> list[str]:

@@ -215,6 +215,35 @@ def test_a_uri_is_split_where_checkpoints_begin(uri: str, expected: tuple[str, s
     assert split_artifact_uri(uri) == expected
 
 
+@pytest.mark.parametrize(
+    "place", ["checkpoints", "checkpoints/art", "checkpoints/team/art", "checkpoints/a/checkpoints"]
+)
+def test_a_store_below_a_folder_called_checkpoints_is_verified(tmp_path: Path, place: str) -> None:
+    root = tmp_path / place
+    [committed] = publish_chain(open_store(root), tmp_path / "source", 50)
+
+    for below in ("", "checkpoints", committed.folder, committed.key):
+        [seen] = verify(f"{root}/{below}").manifests
+        assert (seen.uri, seen.digest) == (f"{root}/{committed.key}", committed.digest)
+
+
+def test_a_copy_in_a_folder_called_checkpoints_is_verified(root: Path, chain: list[Committed], tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoints" / "best"
+    shutil.copytree(root / chain[1].folder, copy)
+
+    for uri in (copy, copy / "manifest.json"):
+        assert [seen.digest for seen in verify(str(uri)).manifests] == [chain[1].digest]
+
+
+def test_a_step_that_was_retired_is_not_taken_for_a_copy(root: Path, chain: list[Committed]) -> None:
+    apply_retention(open_store(root), RUN, 1)
+    (root / chain[0].key).write_bytes(chain[0].manifest.to_bytes())
+
+    for uri in (root / chain[0].folder, root / chain[0].key):
+        with pytest.raises(NotFoundError):
+            verify(str(uri))
+
+
 def test_a_relative_path_is_split_from_where_the_process_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
