@@ -82,7 +82,8 @@ def _on_clusters() -> Iterator[tuple[str, str, str]]:
     uri = f"({given}.startsWith('file://') ? {given}.substring(7) : {given})"
     for demand, said in (
         (
-            f"{uri}.contains('://') || (has(object.spec.cluster.volumes)"
+            f"{uri}.contains('://') || (!{uri}.matches('/[.][.](/|$)')"
+            f" && !({given}.startsWith('file://') && {given}.contains('%')) && has(object.spec.cluster.volumes)"
             f" && object.spec.cluster.volumes.exists(one, has(one.claim) && !one.readOnly"
             f" && ({uri} == one.mountPath || {uri}.startsWith(one.mountPath + '/'))))",
             "spec.artifacts.uri: a folder inside the pod would be gone with it; use s3://, or a folder of a claim in "

@@ -51,7 +51,9 @@ def _check_storage(job: Job) -> None:
 def _check_artifacts_outlive_pods(job: Job) -> None:
     uri = job.spec.artifacts.uri.removeprefix("file://")
     mounts = [volume.mount_path for volume in job.spec.cluster.volumes if volume.claim and not volume.read_only]
-    if "://" not in uri and not any(PurePosixPath(uri).is_relative_to(mount) for mount in mounts):
+    # What is spelled in another way may be anywhere: `..`, or of file:// an escape such as %2e.
+    plain = ".." not in PurePosixPath(uri).parts and not (uri != job.spec.artifacts.uri and "%" in uri)
+    if "://" not in uri and not (plain and any(PurePosixPath(uri).is_relative_to(mount) for mount in mounts)):
         raise ConfigError(
             f"artifacts.uri {uri} is a folder inside the pod and would be gone with it; "
             "use s3://, or a folder of a claim in cluster.volumes with readOnly false"

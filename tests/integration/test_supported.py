@@ -109,6 +109,10 @@ REFUSED: dict[str, Object] = {
     "the default folder": {"data": {"remoteUri": "s3://rows"}},
     "a folder of the pod": described(artifacts={"uri": "/models/team"}),
     "a folder beside the claim": described(artifacts={"uri": "/models2"}, cluster={"volumes": [CLAIM]}),
+    "a folder above the claim": described(artifacts={"uri": "/models/../x"}, cluster={"volumes": [CLAIM]}),
+    "a folder above the claim, escaped": described(
+        artifacts={"uri": "file:///models/%2e%2e/x"}, cluster={"volumes": [CLAIM]}
+    ),
     "a folder of a claim to read": described(
         artifacts={"uri": "/models/team"}, cluster={"volumes": [CLAIM | {"readOnly": True}]}
     ),
@@ -129,7 +133,7 @@ def test_what_can_never_run_is_refused_when_it_is_made(server: Server, spec: Obj
     assert server.refusal(ours)
 
 
-@pytest.mark.parametrize("uri", ["/models", "/models/team", "file:///models/team", "s3://models/team"])
+@pytest.mark.parametrize("uri", ["/models", "/models/team", "file:///models/team", "/models/100%", "s3://models/team"])
 def test_artifacts_that_outlive_their_pods_are_taken(server: Server, uri: str) -> None:
     spec = described(artifacts={"uri": uri}, cluster={"volumes": [CLAIM]})
     assert verdict(spec) == server.refusal(spec) == ""
