@@ -38,7 +38,7 @@ from nexa_train.launch.memory import (
     remember_too_large,
     smallest_too_large,
 )
-from nexa_train.launch.watchdog import Watchdog
+from nexa_train.launch.watchdog import Clock, Watchdog
 from nexa_train.launch.work import RankWork, dataset_facts
 from nexa_train.models.locate import Located, architecture, check_model, locate
 from nexa_train.plan import TrainPlan, make_plan, parse_quantity
@@ -414,7 +414,8 @@ def _watch(
     rundir: RunDir,
     on_progress: Callable[[Progress], None] | None,
 ) -> Termination:
-    dog = Watchdog(work.job.spec.recovery.progress_deadline_seconds, now=time.monotonic())
+    clock = Clock()
+    dog = Watchdog(work.job.spec.recovery.progress_deadline_seconds, now=clock.now)
     busy_seconds = partial(watchdog.busy_seconds, ranks.pid)
     warned = 0
 
@@ -429,10 +430,10 @@ def _watch(
         return progress
 
     while (code := ranks.poll()) is None:
-        progress = look()
-        if dog.is_stalled(progress, beats=rundir.beats(), busy_seconds=busy_seconds, now=time.monotonic()):
+        progress, now = look(), clock.look()
+        if dog.is_stalled(progress, beats=rundir.beats(), busy_seconds=busy_seconds, now=now):
             return _end_stalled(ranks, work, node, rundir, progress)
-        if node.count > 1 and rundir.stop_asked() and dog.waits_in_vain(progress, now=time.monotonic()):
+        if node.count > 1 and rundir.stop_asked() and dog.waits_in_vain(progress, now=now):
             said = "asked to stop, its ranks did not come to the end of their step: another node's are gone"
             return _ended(work, progress, StoppedError.exit_code, "Stopped", said)
         time.sleep(POLL_SECONDS)

@@ -40,14 +40,34 @@ STOP_STEPS = 3
 """And how many times the longest step, or batch of the validation split, so far."""
 UPLOAD_SECONDS = 30.0
 """How long the store may take for the stacks: it may be the reason for the stall."""
+LOOK_SECONDS = 1.0
+"""The most that one look counts for; from one to the next it is a fifth of that, unless the launcher was stopped."""
 _POLL_SECONDS = 0.1
 
 
+class Clock:
+    """Counts the seconds in which somebody looked: it stands still while the launcher does.
+
+    Launcher and ranks are stopped together, by Slurm's SUSPEND, `docker pause` or a machine that sleeps, and the
+    launcher may look again before any rank had time for a step.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.now = 0.0
+        self._clock, self._looked = clock, clock()
+
+    def look(self) -> float:
+        """The seconds until now, this look included."""
+        before, self._looked = self._looked, self._clock()
+        self.now += min(self._looked - before, LOOK_SECONDS)
+        return self.now
+
+
 class Watchdog:
-    """Judges from one look to the next. Holds no clock: a machine that slept has not stalled.
+    """Judges from one look to the next. Holds no clock: ranks that were stopped with their launcher have not stalled.
 
     Args:
-        now: in seconds, of a clock that stands still with the machine; `is_stalled` takes the same.
+        now: in seconds, of a `Clock`; `is_stalled` takes the same.
     """
 
     def __init__(self, deadline_seconds: float, *, now: float) -> None:

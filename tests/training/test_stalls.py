@@ -72,6 +72,30 @@ def test_a_rank_that_hangs_as_it_starts_or_saves_is_found(runs: Runs, cache: Pat
     assert run.finish()["step"] == 4
 
 
+def wait_for_looks(launcher: psutil.Process) -> None:
+    """Until it has looked after its ranks: between two looks it sleeps."""
+    before = launcher.num_ctx_switches().voluntary
+    wait_until(lambda: launcher.num_ctx_switches().voluntary > before + 2, timeout_seconds=60, what="its looks")
+
+
+def test_ranks_that_were_stopped_with_their_launcher_have_not_stalled(runs: Runs) -> None:
+    run = runs.make(**LONG, **SHORT)
+    process = run.start()
+    wait_until(lambda: list(run.artifacts.glob("checkpoints/*/step-*")), timeout_seconds=120, what="a commit")
+    launcher, (one,) = psutil.Process(process.pid), ranks_of(process)
+    one.suspend()
+    wait_for_looks(launcher)
+    launcher.suspend()
+    stopped = time.monotonic()
+    wait_until(lambda: time.monotonic() > stopped + 6, timeout_seconds=60, what="the deadline has passed")
+    launcher.resume()
+    wait_for_looks(launcher)
+    one.resume()
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, Termination.model_validate_json(out).cause) == (75, "Stopped"), err
+
+
 @pytest.mark.parametrize("entry", ["nexa run", "pod"])
 def test_a_node_that_hangs_before_its_ranks_run_says_where_and_is_ended(runs: Runs, tmp_path: Path, entry: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers

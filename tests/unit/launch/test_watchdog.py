@@ -12,7 +12,7 @@ from nexa_train.artifact.retention import apply_retention
 from nexa_train.artifact.verify import verify
 from nexa_train.config.protocol import Progress
 from nexa_train.launch import watchdog
-from nexa_train.launch.watchdog import MEETING_SECONDS, STOP_SECONDS, Watchdog, keep
+from nexa_train.launch.watchdog import LOOK_SECONDS, MEETING_SECONDS, STOP_SECONDS, Clock, Watchdog, keep
 from nexa_train.rundir import RunDir
 from nexa_train.store import open_store
 from tests.unit.artifact.builders import RUN, publish_chain
@@ -92,6 +92,21 @@ def test_ranks_that_have_not_begun_are_ended_soon() -> None:
     dog = Watchdog(600, now=0)
     assert not dog.waits_in_vain(None, now=0)
     assert dog.waits_in_vain(None, now=STOP_SECONDS + 1)
+
+
+def test_the_time_in_which_nobody_looked_is_not_counted() -> None:
+    times = iter([100.0, 100.2, 100.5, 4000.0, 4000.2])
+    clock = Clock(lambda: next(times))
+    looked = [clock.look() for _ in range(4)]
+    assert looked == pytest.approx([0.2, 0.5, 0.5 + LOOK_SECONDS, 0.7 + LOOK_SECONDS])
+
+
+def test_ranks_that_were_stopped_with_their_launcher_get_what_was_left_of_the_deadline() -> None:
+    times = iter([0.0, *range(1, 50), *range(5000, 5200)])
+    clock = Clock(lambda: next(times))
+    dog = Watchdog(DEADLINE, now=clock.now)
+    looks = next(look for look in range(1, 200) if stalled(dog, "training", now=clock.look()))
+    assert looks == 1 + DEADLINE + 1, "a second each, the first of which saw a beat"
 
 
 @pytest.fixture(params=["memory", "local"])
