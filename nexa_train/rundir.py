@@ -71,8 +71,12 @@ class RunDir:
         signal.signal(signal.SIGINT, ask)
 
     def stop_asked(self) -> bool:
-        """Whether `ask_to_stop` was called."""
-        return any((self.path / name).exists() for name in ("stop", "stop-ranks"))
+        """Whether these ranks are to stop: the launcher was asked, or one of them by a signal."""
+        return self.launcher_stop_asked() or (self.path / "stop-ranks").exists()
+
+    def launcher_stop_asked(self) -> bool:
+        """Whether whoever stands before the launcher wants it to end; torchrun, for one, stops ranks alone."""
+        return (self.path / "stop").exists()
 
     def saving(self, step: int, rank: int) -> Path:
         """Where a rank writes its files of a checkpoint before they are published."""

@@ -119,7 +119,7 @@ def _obeying_signals(rundir: RunDir) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM asks for a checkpoint, the second ends at once."""
 
     def ask(number: int, _frame: FrameType | None) -> None:
-        if rundir.stop_asked():
+        if rundir.launcher_stop_asked():  # not its ranks, which may hear of the first signal sooner
             raise KeyboardInterrupt
         rundir.ask_to_stop()
 

@@ -184,7 +184,7 @@ def _run_ranks(
     on_progress: Callable[[Progress], None] | None,
 ) -> Termination:
     rundir.write_run(work.to_dict())
-    if rundir.stop_asked():
+    if rundir.launcher_stop_asked():
         raise _stopped_early(work.job)
     killed_before = out_of_memory_kills()
     ranks = _start(work, node, rundir, output)
@@ -210,7 +210,7 @@ class _Signalled(BaseException):
 
 def _made_ready(job: Job, node: Node, rundir: RunDir, say: Callable[[Termination], object]) -> RankWork | Termination:
     """`make_ready`, ended where a stop is asked for or nothing moves: what is half made then has no name yet."""
-    if rundir.stop_asked():
+    if rundir.launcher_stop_asked():
         raise _stopped_early(job)
     try:
         with (
@@ -433,7 +433,9 @@ def _watch(
         progress, now = look(), clock.look()
         if dog.is_stalled(progress, beats=rundir.beats(), busy_seconds=busy_seconds, now=now):
             return _end_stalled(ranks, work, node, rundir, progress)
-        if node.count > 1 and rundir.stop_asked() and dog.waits_in_vain(progress, now=now):
+        if node.count > 1 and rundir.launcher_stop_asked() and dog.waits_in_vain(progress, now=now):
+            if outcomes := rundir.read_outcomes():  # it failed, and torchrun still waits for the others of this node
+                return outcomes[0]
             said = "asked to stop, its ranks did not come to the end of their step: another node's are gone"
             return _ended(work, progress, StoppedError.exit_code, "Stopped", said)
         time.sleep(POLL_SECONDS)

@@ -45,6 +45,7 @@ def test_what_torchrun_tells_the_ranks_of_a_failed_one_does_not_stop_those_that_
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
             signal.signal(number, handler)
     assert rundir.stop_asked()
+    assert not rundir.launcher_stop_asked()
     rundir.forget_ranks_stop()
     assert not rundir.stop_asked()
 
@@ -53,6 +54,7 @@ def test_a_stop_that_the_launcher_was_asked_for_is_not_forgotten_with_its_ranks(
     rundir.ask_to_stop()
     rundir.forget_ranks_stop()
     assert rundir.stop_asked()
+    assert rundir.launcher_stop_asked()
 
 
 def test_what_earlier_ranks_warned_of_is_not_told_again(rundir: RunDir) -> None:
