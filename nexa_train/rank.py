@@ -5,6 +5,11 @@ When it fails, what ended it is in the run folder before the process is gone.
 
 from __future__ import annotations
 
+from nexa_train.launch.lifeline import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()  # before torch, which takes seconds
+
 import atexit
 import faulthandler
 import os
@@ -25,7 +30,6 @@ from nexa_train.data.batches import Split
 from nexa_train.data.cursor import Order
 from nexa_train.data.tokenizer import load_tokenizer
 from nexa_train.errors import ConfigError, NexaError, StoppedError
-from nexa_train.launch.lifeline import die_with_parent
 from nexa_train.launch.work import RankWork
 from nexa_train.pipeline import RunFacts, TrainingPipeline
 from nexa_train.plan import TrainPlan
@@ -37,7 +41,6 @@ from nexa_train.store.watched import WatchedStore
 
 def main(folder: str) -> int:
     """Run this rank; returns the process's exit code."""
-    die_with_parent()
     rundir = RunDir(Path(folder))
     rank = int(os.environ.get("RANK", "0"))
     stacks = rundir.own_stacks(rank).open("wb", buffering=0)

@@ -31,6 +31,7 @@ from nexa_train.errors import ConfigError, NexaError, StoppedError
 from nexa_train.launch import watchdog
 from nexa_train.launch.guard import guarded
 from nexa_train.launch.installed import check_installed
+from nexa_train.launch.lifeline import PARENT
 from nexa_train.launch.meeting import Meeting
 from nexa_train.launch.memory import (
     out_of_memory_kills,
@@ -354,7 +355,7 @@ def _identity(job: Job, prepared: Prepared, located: Located, tokenizer: ChatTok
 
 
 def rank_environment(work: RankWork, node: Node) -> dict[str, str]:
-    """Variables of every rank of a node: threads, and what equal bits need."""
+    """Variables of every rank of a node: threads, what equal bits need, and whom they are not to outlive."""
     threads = str(work.plan.threads)
     fixed = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     # MKL may round differently from run to run by the alignment of memory unless told (its "Conditional
@@ -366,6 +367,7 @@ def rank_environment(work: RankWork, node: Node) -> dict[str, str]:
     # cuBLAS needs this for equal bits (its documentation, "Results reproducibility").
     fixed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     fixed |= axolotl.environment(work.job.spec)
+    fixed[PARENT] = str(os.getpid())
     inherited = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_S_OWN}
     return {**inherited, **fixed}
 

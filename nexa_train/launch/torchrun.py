@@ -6,17 +6,22 @@ torchrun is told where.
 
 from __future__ import annotations
 
+import os
 import sys
+
+from nexa_train.launch.lifeline import PARENT, die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()  # before torch, which takes seconds
+    os.environ[PARENT] = str(os.getpid())  # of the ranks
 
 from torch.distributed.run import main
 
 from nexa_train.errors import NexaError
 from nexa_train.launch import meeting
-from nexa_train.launch.lifeline import die_with_parent
 from nexa_train.store import open_store
 
 if __name__ == "__main__":
-    die_with_parent()
     arguments = sys.argv[1:]
     if arguments[0] == meeting.MEET:
         _, uri, key, index, address, *arguments = arguments

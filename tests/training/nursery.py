@@ -150,10 +150,12 @@ def free_port() -> int:
 
 def _fork(rundir: str, rank: int, world: int, port: str) -> int:
     from nexa_train import rank as module
+    from nexa_train.launch.lifeline import die_with_parent
 
     pid = os.fork()
     if pid:
         return pid
+    die_with_parent()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
