@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,8 @@ from nexa_train.store import Store, open_store
 
 POLL_SECONDS = 0.2
 SIGNAL_AGAIN_SECONDS = 0.5
+KILL_SECONDS = 10.0
+"""How long killed ranks are waited for: one that waits for a device or a file server goes only when that answers."""
 _TORCHRUN_S_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Others set them too, and mean nodes: a rank without torchrun would wait for a world that never comes."""
 _BASE_MODEL = "base_model"
@@ -194,7 +196,8 @@ def _run_ranks(
     finally:
         if ranks.poll() is None:
             os.killpg(ranks.pid, signal.SIGKILL)
-            ranks.wait()
+            with suppress(subprocess.TimeoutExpired):
+                ranks.wait(KILL_SECONDS)
         rundir.drop_tensors()
     # Where it was one of several, the others' words are the last: they lost the connection to it.
     if ended.exit_code == 1 and ended.retryable and out_of_memory_kills() > killed_before:
@@ -434,7 +437,7 @@ def _watch(
     while (code := ranks.poll()) is None:
         progress, now = look(), clock.look()
         if dog.is_stalled(progress, beats=rundir.beats(), busy_seconds=busy_seconds, now=now):
-            return _end_stalled(ranks, work, node, rundir, progress)
+            return _stalled(ranks, work, node, rundir, progress)
         if node.count > 1 and rundir.launcher_stop_asked() and dog.waits_in_vain(progress, now=now):
             if outcomes := rundir.read_outcomes():  # it failed, and torchrun still waits for the others of this node
                 return outcomes[0]
@@ -458,17 +461,15 @@ def _warn(message: str) -> None:
     print(f"nexa: warning: {message}", file=sys.stderr, flush=True)
 
 
-def _end_stalled(
+def _stalled(
     ranks: subprocess.Popen[bytes], work: RankWork, node: Node, rundir: RunDir, progress: Progress | None
 ) -> Termination:
-    """Have every rank say where it stands, then end them."""
+    """Have every rank say where it stands; who watched them ends them."""
     run_id, deadline = work.job.run_id, work.job.spec.recovery.progress_deadline_seconds
     where = f"{progress.phase}, step {progress.step}" if progress else "starting"
     what = f"nothing moved for {deadline} s ({where})"
     stacks = watchdog.capture(ranks.pid, rundir, others=node.count > 1)
     uri = _keep(stacks, what, store_uri=work.store_uri, run_id=run_id, attempt=work.attempt, node=node)
-    os.killpg(ranks.pid, signal.SIGKILL)
-    ranks.wait()
     message = f"{what}; what its ranks did is in {uri or 'the log'}"
     return _ended(work, progress, EXIT_STALLED, "Stalled", message)
 

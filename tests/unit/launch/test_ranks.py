@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from nexa_train.config import Job
 from nexa_train.config.protocol import OUT_OF_MEMORY, Progress, Termination
-from nexa_train.launch import watchdog
+from nexa_train.launch import node, watchdog
 from nexa_train.launch.memory import smallest_too_large
 from nexa_train.launch.node import Node, run_node
 from nexa_train.rundir import RunDir
@@ -46,7 +48,7 @@ class Ranks:
         self.program.write_text(f'#!/bin/bash\n{say}\n{await_}\ncd "${{@: -1}}"\n{script}\n')
         self.program.chmod(0o755)
 
-    def run(self, job: Job, node: Node, *, on_look: Callable[[int], None]) -> Termination:
+    def run(self, job: Job, place: Node, *, on_look: Callable[[int], None]) -> Termination:
         """How it ended; `on_look` is told how often the launcher looked since the ranks said where they are."""
         looks = 0
 
@@ -58,7 +60,7 @@ class Ranks:
         def hung(outcome: Termination) -> None:
             pytest.fail(outcome.message)
 
-        return run_node(job, node, self.rundir, say=hung, on_progress=look)
+        return run_node(job, place, self.rundir, say=hung, on_progress=look)
 
 
 @pytest.fixture
@@ -109,3 +111,21 @@ def test_ranks_that_say_nothing_and_do_not_end_when_they_are_asked_were_stopped(
     ranks.do("say trains progress.json; exec sleep 600", trains=TRAINS)
     ended = ranks.run(ranks.job(), TWO_NODES, on_look=lambda _: ranks.rundir.ask_to_stop())
     assert (ended.cause, ended.exit_code, ended.step) == ("Stopped", 75, 3)
+
+
+def test_ranks_that_cannot_be_killed_do_not_keep_the_launcher_from_its_last_words(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks.do("echo $$ >process; say trains progress.json; printf . >>beats; exec sleep 600", trains=TRAINS)
+    killed: list[tuple[int, int]] = []
+    # As one takes it that waits for a device.
+    monkeypatch.setattr(os, "killpg", lambda *told: killed.append(told))
+    monkeypatch.setattr(node, "KILL_SECONDS", 0.1)
+    run = ranks.job(recovery={"progress_deadline_seconds": 1})
+    try:
+        ended = ranks.run(run, Node(), on_look=lambda _: None)
+    finally:
+        process = int((ranks.rundir.path / "process").read_text())
+        os.kill(process, signal.SIGKILL)
+    assert killed == [(process, signal.SIGKILL)]
+    assert (ended.cause, ended.exit_code, ended.step) == ("Stalled", 70, 3)
