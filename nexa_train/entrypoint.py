@@ -55,6 +55,8 @@ from nexa_train.launch.node import Node, adopt_environment, failed_outcome, run_
 from nexa_train.launch.tail import Tail
 from nexa_train.rundir import RunDir
 
+RUN_FOLDERS = "nexa-run-"
+"""How their names begin, among the temporary files of all."""
 GAUGES = ("step", "total_steps", "loss", "validation_loss", "tokens_per_second", "eta_seconds")
 
 
@@ -68,7 +70,7 @@ def main() -> int:
             Termination(run_id="", exit_code=exc.exit_code, cause=type(exc).__name__, message=str(exc), retryable=False)
         )
     adopt_environment(job)
-    with tempfile.TemporaryDirectory(prefix="nexa-run-") as folder:
+    with tempfile.TemporaryDirectory(prefix=RUN_FOLDERS) as folder:
         return end(_run(job, node, RunDir(Path(folder)), port=port))
 
 
@@ -77,7 +79,7 @@ def _run(job: Job, node: Node, rundir: RunDir, *, port: int) -> Termination:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         server = serve(rundir, job, node, port=port)
-        with Tail(sys.stdout.buffer) as output:
+        with rundir.held(f"{RUN_FOLDERS}*"), Tail(sys.stdout.buffer) as output:
             outcome = run_node(job, node, rundir, say=end, output=output.sink)
         server.shutdown()
     except NexaError as exc:

@@ -9,17 +9,22 @@
     stacks-RANK-PROCESS  what a rank did when it was asked, once nothing moved any more (ranks -> launcher)
     warnings             what a person should read (ranks -> launcher)
     save-STEP-RANK, restore   files of a checkpoint on their way to or from the store (ranks alone)
+    lock                 locked while a launcher uses the folder; the lock ends with its process (launchers alone)
 
 Files are replaced in one rename, so a reader never sees half of one.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
+import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,6 +38,22 @@ class RunDir:
     """See the module."""
 
     path: Path
+
+    @contextmanager
+    def held(self, siblings: str) -> Iterator[None]:
+        """Keep this folder for us meanwhile, and drop the tensors of those beside it that nobody holds any more.
+
+        Args:
+            siblings: a pattern for the names of run folders beside this one.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("wb") as lock:
+            with suppress(OSError):  # a file system without locks is not swept either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            for folder in self.path.parent.glob(siblings):
+                if folder != self.path:
+                    RunDir(folder)._drop_abandoned_tensors()
+            yield
 
     def write_run(self, document: dict[str, Any]) -> Path:
         """Hand the ranks their work and forget what earlier ones told. A stop that was asked for stays asked for."""
@@ -91,6 +112,16 @@ class RunDir:
         """Remove what ranks that were killed left of both; they may be many gigabytes."""
         for folder in [*self.path.glob("save-*"), self.restoring]:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _drop_abandoned_tensors(self) -> None:
+        """See `drop_tensors`; nothing where somebody holds the folder, it is somebody else's, or it has no lock."""
+        with suppress(OSError):
+            found = self.path.lstat()  # no link: in a folder for all, it may be anybody's and lead anywhere
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                return
+            with (self.path / "lock").open("r+b") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.drop_tensors()
 
     def write_progress(self, progress: Progress) -> None:
         """Publish where this node stands."""

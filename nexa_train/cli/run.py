@@ -45,7 +45,7 @@ def run_job(job: Job, *, as_json: bool) -> int:
     rundir.path.mkdir()
     log = rundir.path / "ranks.log"
     node = Node(ranks=job.spec.cluster.world_size)
-    with _obeying_signals(rundir), log.open("wb") as output, _showing(console, job) as show:
+    with _obeying_signals(rundir), rundir.held("*"), log.open("wb") as output, _showing(console, job) as show:
         try:
             outcome = run_node(
                 job, node, rundir, say=partial(_say_stalled, console, as_json=as_json), output=output, on_progress=show

@@ -53,7 +53,9 @@ def test_a_rank_killed_at_random_moments_changes_no_bit(runs: Runs, undisturbed:
     assert outcome["checkpoint"]["weights_digest"] == undisturbed
 
 
-def test_a_killed_launcher_takes_its_ranks_with_it_and_the_run_goes_on(runs: Runs, undisturbed: str) -> None:
+def test_a_killed_launcher_takes_its_ranks_with_it_and_the_run_goes_on(
+    runs: Runs, cache: Path, undisturbed: str
+) -> None:
     run = runs.make(**LONG, cluster={"num_nodes": 2})
     process = run.start()
     wait_for_checkpoints(run, 1)
@@ -63,7 +65,12 @@ def test_a_killed_launcher_takes_its_ranks_with_it_and_the_run_goes_on(runs: Run
     process.communicate()
     gone, alive = psutil.wait_procs(ranks, timeout=15)
     assert not alive, gone
+    left = [folder / "restore" for folder in cache.glob(f"runs/{load_job(run.job).run_id}/*") if folder.is_dir()]
+    for tensors in left:
+        tensors.mkdir(exist_ok=True)
     assert run.finish()["checkpoint"]["weights_digest"] == undisturbed
+    assert [tensors.exists() for tensors in left] == [False] * len(left)
+    assert left
 
 
 def test_sigterm_commits_a_checkpoint_and_exits_75(runs: Runs, undisturbed: str) -> None:

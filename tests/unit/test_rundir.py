@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -154,3 +156,66 @@ def test_no_draft_is_left_behind(rundir: RunDir) -> None:
     rundir.write_progress(Progress(run_id="r"))
     rundir.write_outcome(3, outcome("NexaError"))
     assert sorted(path.name for path in rundir.path.iterdir()) == ["outcome-3.json", "progress.json", "run.json"]
+
+
+def abandoned(folder: Path) -> RunDir:
+    """A run folder whose launcher was killed while its ranks restored and saved."""
+    found = RunDir(folder)
+    for tensors in (found.restoring, found.saving(7, 0)):
+        tensors.mkdir(parents=True)
+        (tensors / "model.safetensors").write_bytes(bytes(9))
+    (folder / "lock").touch()
+    (folder / "ranks.log").touch()
+    return found
+
+
+def tensors(rundir: RunDir) -> list[str]:
+    return sorted(path.name for path in rundir.path.iterdir() if path.is_dir())
+
+
+def test_tensors_that_a_killed_launcher_left_are_dropped_by_the_next_one_and_nothing_else(tmp_path: Path) -> None:
+    killed = abandoned(tmp_path / "runs" / "killed")
+    with RunDir(tmp_path / "runs" / "new").held("*"):
+        assert sorted(path.name for path in killed.path.iterdir()) == ["lock", "ranks.log"]
+
+
+def test_tensors_of_a_launcher_that_lives_are_left_alone_until_it_is_killed(tmp_path: Path) -> None:
+    hold = "import sys, pathlib, nexa_train.rundir as r\nwith r.RunDir(pathlib.Path(sys.argv[1])).held('*'): input('.')"
+    lives = abandoned(tmp_path / "runs" / "lives")
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", hold, str(lives.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    assert launcher.stdout is not None
+    assert launcher.stdout.read(1)
+    with RunDir(tmp_path / "runs" / "new").held("*"):
+        assert tensors(lives) == ["restore", "save-7-0"]
+    launcher.kill()
+    launcher.communicate()
+    with RunDir(tmp_path / "runs" / "newer").held("*"):
+        assert tensors(lives) == []
+
+
+def test_own_tensors_stay_while_the_folder_is_held(tmp_path: Path) -> None:
+    own = abandoned(tmp_path / "runs" / "own")
+    with own.held("*"):
+        assert tensors(own) == ["restore", "save-7-0"]
+
+
+@pytest.mark.parametrize("what", ["another name", "no lock", "a link", "somebody else's"])
+def test_folders_that_may_be_somebody_elses_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    found = abandoned(tmp_path / "elsewhere" / "nexa-run-found")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    if what == "a link":
+        (temporary / "nexa-run-found").symlink_to(found.path)
+    else:
+        name = "found" if what == "another name" else "nexa-run-found"
+        found = RunDir(found.path.rename(temporary / name))
+    if what == "no lock":
+        (found.path / "lock").unlink()
+    if what == "somebody else's":
+        monkeypatch.setattr(os, "geteuid", lambda: found.path.stat().st_uid + 1)
+    with RunDir(temporary / "nexa-run-new").held("nexa-run-*"):
+        assert tensors(found) == ["restore", "save-7-0"]

@@ -233,6 +233,17 @@ def test_what_nobody_foresaw_is_in_the_last_words_and_its_place_in_the_log(servi
     assert "in serve" in done.stderr
 
 
+def test_tensors_of_a_killed_one_are_dropped_by_the_next(tmp_path: Path) -> None:
+    killed = tmp_path / "nexa-run-killed"
+    (killed / "restore").mkdir(parents=True)
+    (killed / "lock").touch()
+    body = {"metadata": {"name": "demo"}, "spec": {"data": {"remoteUri": "rows.jsonl"}}}
+    own = {"NEXA_JOB": json.dumps(body), "NEXA_PROGRESS_PORT": "0", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "nexa_train.entrypoint"]
+    subprocess.run(command, env={**os.environ, **own}, cwd=tmp_path, capture_output=True, check=False)
+    assert [path.relative_to(tmp_path) for path in tmp_path.glob("nexa-run-*/*")] == [Path("nexa-run-killed/lock")]
+
+
 def test_a_stop_that_is_asked_for_while_it_imports_is_not_lost() -> None:
     body = {"metadata": {"name": "demo"}, "spec": {"data": {"remoteUri": "rows.jsonl"}}}
     own = {"NEXA_JOB": json.dumps(body), "NEXA_PROGRESS_PORT": "0"}
