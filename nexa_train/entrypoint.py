@@ -50,6 +50,7 @@ from nexa_train.config.protocol import (
     Termination,
 )
 from nexa_train.errors import ConfigError, NexaError, StoppedError
+from nexa_train.launch.lifeline import leave
 from nexa_train.launch.meeting import Meeting
 from nexa_train.launch.node import Node, adopt_environment, failed_outcome, run_node
 from nexa_train.launch.tail import Tail
@@ -215,4 +216,4 @@ def end(outcome: Termination) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

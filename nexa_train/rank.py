@@ -5,12 +5,11 @@ When it fails, what ended it is in the run folder before the process is gone.
 
 from __future__ import annotations
 
-from nexa_train.launch.lifeline import die_with_parent
+from nexa_train.launch.lifeline import die_with_parent, leave
 
 if __name__ == "__main__":
     die_with_parent()  # before torch, which takes seconds
 
-import atexit
 import faulthandler
 import os
 import signal
@@ -18,7 +17,6 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -167,20 +165,6 @@ def _last_words(rundir: RunDir, rank: int, exit_code: int, cause: str, message: 
     facts |= {"cause": cause, "message": message, "retryable": retryable}
     rundir.write_outcome(rank, Termination.model_validate(facts))
     return exit_code
-
-
-def leave(exit_code: int) -> NoReturn:
-    """End the process, without taking the interpreter apart.
-
-    A thread of gloo may be the last to let go of a tensor. Where it asks for the GIL while the interpreter is being
-    finalised, it ends the process by SIGABRT after all work was done (github.com/pytorch/pytorch/pull/179291 has it).
-    """
-    try:
-        atexit._run_exitfuncs()  # temporary folders are removed by these
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(exit_code)
 
 
 if __name__ == "__main__":

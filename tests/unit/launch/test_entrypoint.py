@@ -259,6 +259,29 @@ def test_a_stop_that_is_asked_for_while_it_imports_is_not_lost() -> None:
     assert (started.returncode, said.exit_code, said.cause, said.retryable) == (75, 75, "Stopped", True)
 
 
+DOWNLOADS = """
+import concurrent.futures, runpy, signal, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, 600)  # as the hub's library leaves them, once it is stopped
+runpy.run_module("nexa_train.entrypoint", run_name="__main__")
+"""
+
+
+def test_threads_that_still_download_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    body = {"metadata": {"name": "demo"}, "spec": {"data": {"remoteUri": "rows.jsonl"}}}
+    own = {"NEXA_JOB": json.dumps(body), "NEXA_PROGRESS_PORT": "0", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", DOWNLOADS]
+    started = subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    wait_until(lambda: holds_back_sigterm(started.pid), timeout_seconds=20, what="its first lines", interval_seconds=0)
+    started.send_signal(signal.SIGTERM)
+    try:
+        said = Termination.model_validate_json(started.communicate(timeout=30)[0])
+    finally:
+        started.kill()
+    assert (started.returncode, said.exit_code, said.cause) == (75, 75, "Stopped")
+    assert list(tmp_path.iterdir()) == []
+
+
 def holds_back_sigterm(pid: int) -> bool:
     blocked = re.search(r"^SigBlk:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return blocked is not None and bool(int(blocked[1], 16) >> signal.SIGTERM - 1 & 1)
