@@ -136,6 +136,20 @@ def test_scancel_term_commits_a_checkpoint_ends_with_75_and_a_new_job_goes_on(
     assert second.last_words[0]["checkpoint"]["weights_digest"] == undisturbed
 
 
+def goes_on(requeued: Submitted) -> str:
+    """The weights digest with which a job ends that was stopped, and is let go at once instead of in two minutes."""
+    stopped_at = requeued.run.manifests[-1].step
+    assert 0 < stopped_at < 120
+    requeued.slurm.wait_idle()
+    requeued.slurm.run("scontrol", "update", f"JobId={requeued.number}", "StartTime=now")
+    state = requeued.wait_ended()
+    assert (state.name, state.restarts) == ("COMPLETED", 1), requeued.log
+    words = requeued.last_words
+    assert [(each["cause"], each["attempt"]) for each in words] == [("Stopped", 0)] * 2 + [("Succeeded", 1)] * 2
+    assert words[0]["step"] == stopped_at
+    return str(words[-1]["checkpoint"]["weights_digest"])
+
+
 def test_a_requeued_job_commits_a_checkpoint_and_goes_on_as_the_next_attempt(
     slurm: Slurm, make: Make, undisturbed: str, tmp_path: Path
 ) -> None:
@@ -143,16 +157,7 @@ def test_a_requeued_job_commits_a_checkpoint_and_goes_on_as_the_next_attempt(
     submitted.wait_for_checkpoints(1)
     slurm.run("scontrol", "requeue", submitted.number)
     wait_until(lambda: slurm.job(submitted.number).name == "PENDING", timeout_seconds=60, what="requeued")
-    stopped_at = submitted.run.manifests[-1].step
-    assert 0 < stopped_at < 120
-    slurm.wait_idle()
-    slurm.run("scontrol", "update", f"JobId={submitted.number}", "StartTime=now")  # else in two minutes
-    state = submitted.wait_ended()
-    assert (state.name, state.restarts) == ("COMPLETED", 1), submitted.log
-    words = submitted.last_words
-    assert [(each["cause"], each["attempt"]) for each in words] == [("Stopped", 0)] * 2 + [("Succeeded", 1)] * 2
-    assert words[0]["step"] == stopped_at
-    assert words[-1]["checkpoint"]["weights_digest"] == undisturbed
+    assert goes_on(submitted) == undisturbed
 
 
 def test_a_preempted_job_commits_a_checkpoint_in_its_grace_and_goes_on_when_it_is_let(
@@ -164,16 +169,7 @@ def test_a_preempted_job_commits_a_checkpoint_in_its_grace_and_goes_on_when_it_i
     waits = "waits for its turn, and does not fail"
     wait_until(lambda: slurm.job(submitted.number).name in ("PENDING", "FAILED"), timeout_seconds=90, what=waits)
     assert slurm.job(submitted.number).name == "PENDING", submitted.log
-    stopped_at = submitted.run.manifests[-1].step
-    assert 0 < stopped_at < 120
-    slurm.wait_idle()
-    slurm.run("scontrol", "update", f"JobId={submitted.number}", "StartTime=now")  # else in two minutes
-    state = submitted.wait_ended()
-    assert (state.name, state.restarts) == ("COMPLETED", 1), submitted.log
-    words = submitted.last_words
-    assert [(each["cause"], each["attempt"]) for each in words] == [("Stopped", 0)] * 2 + [("Succeeded", 1)] * 2
-    assert words[0]["step"] == stopped_at
-    assert words[-1]["checkpoint"]["weights_digest"] == undisturbed
+    assert goes_on(submitted) == undisturbed
 
 
 @pytest.fixture
