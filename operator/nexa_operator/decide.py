@@ -174,7 +174,7 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
         running = gang is not None and not gang.deleting and (queued or not gang.suspended)
         if gang is not None and running:
             return Suspend(gang=gang.name, withdraw=queued)
-        return Hold(seconds=_stopping_seconds((*gang.ranks, *gang.leaving) if gang is not None else seen.strays, now))
+        return Hold(seconds=_stopping_seconds(seen.ranks, now))
     if seen.unavailable:
         return Wait(reason="RuntimeUnavailable", message=seen.unavailable)
     if gang is None:
@@ -191,7 +191,7 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
 
 
 def _create(seen: Observed, spec: JobSpec, now: datetime.datetime) -> Create | Wait:
-    record, stopping = seen.record, _stopping_seconds(seen.strays, now)
+    record, stopping = seen.record, _stopping_seconds(seen.ranks, now)
     if stopping > 0:
         return _stopping(stopping)
     remaining = _seconds_until(record.not_before, now)
@@ -206,7 +206,7 @@ def _create(seen: Observed, spec: JobSpec, now: datetime.datetime) -> Create | W
 
 def _resume(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetime) -> Resume | Wait:
     """Ranks that still commit their last checkpoint are waited for, as long as the kubelet gives them."""
-    stopping = _stopping_seconds((*gang.ranks, *gang.leaving), now)
+    stopping = _stopping_seconds(seen.ranks, now)
     if stopping > 0:
         return _stopping(stopping)
     num_nodes = (elastic.larger(seen, spec, now) if seen.rooms else None) or spec.cluster.num_nodes

@@ -244,6 +244,11 @@ class Observed:
     """Since this gang was first seen to have failed, or to have lost a rank."""
 
     @property
+    def ranks(self) -> tuple[Rank, ...]:
+        """All of the attempt on record, those of before a preemption first; or what outlives its gang."""
+        return (*self.gang.forerunners, *self.gang.ranks) if self.gang else self.strays
+
+    @property
     def checkpoint(self) -> CheckpointRef | None:
         """The newest one known, from status, progress or the last words of any rank.
 
@@ -251,8 +256,7 @@ class Observed:
         damaged. The others may not have heard of its last one yet. Of equal steps the one told of last counts: after a
         damaged checkpoint its step is committed once more.
         """
-        ranks = (*self.gang.forerunners, *self.gang.ranks) if self.gang else self.strays
-        told = [(rank.index, rank.termination.checkpoint) for rank in ranks if rank.termination]
+        told = [(rank.index, rank.termination.checkpoint) for rank in self.ranks if rank.termination]
         first = [checkpoint for index, checkpoint in told if index == 0]
         committed = newest(self.progress.checkpoint if self.progress else None, *first) or self.record.checkpoint
         return newest(committed, *(checkpoint for _, checkpoint in told))
