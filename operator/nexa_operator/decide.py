@@ -90,6 +90,11 @@ class Probe:
     forgives: bool = False
     """Nodes that were excluded may be taken again: there is no room on others."""
 
+    @property
+    def pauses(self) -> bool:
+        """Whether no room is asked for, and what is kept free is given up."""
+        return self.num_pods == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linger:
@@ -352,7 +357,7 @@ def next_look_seconds(seen: Observed, decision: Decision, *, spec: JobSpec, now:
         if seen.record.excluded_nodes and elastic.unplaced_seconds(seen.gang, now):
             due.append(FORGIVE_SECONDS)
     elif isinstance(decision, Probe):
-        if not decision.num_pods:
+        if decision.pauses:
             due.append(elastic.pause_seconds(seen, spec, now))
         elif seen.room:
             due.append(float(spec.cluster.shrink_after_seconds))

@@ -407,7 +407,7 @@ class Reconciler:
                 await self._create(key, body, self._plan(key, body, job))
             for room in _rooms_to_remove(key, seen, decision, now=self.clock()):
                 self._rooms_left[key] = self.clock()
-                if isinstance(decision, Probe) and not decision.num_pods:
+                if isinstance(decision, Probe) and decision.pauses:
                     self._rooms_useless[key] = self.clock()
                 await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
         except ConflictError:
@@ -451,7 +451,7 @@ class Reconciler:
         )
 
     async def _ask_for_room(self, key: Key, body: Body, job: Job, seen: Observed, decision: Probe) -> None:
-        if seen.rooms or not decision.num_pods:
+        if seen.rooms or decision.pauses:
             return
         try:
             await self.cluster.create(JOBS, beside.room(self._plan(key, body, job), num_pods=decision.num_pods))
@@ -660,8 +660,8 @@ def _rooms_to_remove(key: Key, seen: Observed, decision: Decision, *, now: datet
         return []  # no longer than until its pods are late: a quota may have no place for both
     resizes = isinstance(decision, Suspend) and decision.resizes
     forgives = isinstance(decision, Probe | Resume) and decision.forgives  # those asked for room elsewhere
-    useless = isinstance(decision, Probe) and not decision.num_pods
-    keeps = resizes or (isinstance(decision, Probe | Wait | Resume) and not useless)
+    pauses = isinstance(decision, Probe) and decision.pauses
+    keeps = resizes or (isinstance(decision, Probe | Wait | Resume) and not pauses)
     kept = naming.room_name(key.name, seen.record.attempt) if keeps and not forgives else ""
     return [room for room in seen.rooms if room.name != kept]
 
