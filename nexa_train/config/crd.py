@@ -33,7 +33,7 @@ TARGETS = (f"crds/{FILE_NAME}", f"helm/nexa/files/crds/{FILE_NAME}")
 POLICY_TARGET = "helm/nexa/files/policy/supported.yaml"
 HEADER = "# Generated from nexa_train/config by `python -m nexa_train.config.crd`. Do not edit.\n"
 
-_RANKS = "(self.cluster.numNodes * (self.cluster.gpusPerNode > 0 ? self.cluster.gpusPerNode : 1))"
+_RANKS = policy.ranks_of("self")
 _MICRO, _ACCUMULATION = "self.training.microbatchSizePerGpu", "self.training.gradAccumulationSteps"
 _PRODUCT = (
     f"{_RANKS} * (type({_MICRO}) == int ? int({_MICRO}) : 1)"

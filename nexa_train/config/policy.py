@@ -11,7 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from nexa_train.config.support import METHODS, OPTIMIZERS, TUNINGS
 
-_RANKS = "object.spec.cluster.numNodes * (object.spec.cluster.gpusPerNode > 0 ? object.spec.cluster.gpusPerNode : 1)"
+
+def ranks_of(spec: str) -> str:
+    """How many ranks a job has, in CEL, where `spec` is what its spec is called there."""
+    gpus = f"{spec}.cluster.gpusPerNode"
+    return f"({spec}.cluster.numNodes * ({gpus} > 0 ? {gpus} : 1))"
+
+
+_RANKS = ranks_of("object.spec")
 
 
 def rules() -> list[dict[str, str]]:
