@@ -91,7 +91,7 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
     check_devices(job, node)
     store = open_store(job.spec.artifacts.uri)
     store.probe()
-    located = locate(job.spec.model, begun_with=str(claimed(store, job.run_id).get(_BASE_MODEL, "")))
+    located = locate(job.spec.model, begun_with=lambda: str(claimed(store, job.run_id).get(_BASE_MODEL, "")))
     tokenizer = load_tokenizer(located.folder)
     check_model(located, job.spec, tokenizer)
     prepared = prepare(job.spec, tokenizer)

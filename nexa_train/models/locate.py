@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,12 +57,12 @@ class Located:
         return None if self.scratch else self.hub_id or str(self.folder)
 
 
-def locate(model: ModelSpec, *, begun_with: str = "") -> Located:
+def locate(model: ModelSpec, *, begun_with: Callable[[], str] = str) -> Located:
     """Find or fetch a model.
 
     Args:
-        begun_with: the origin with which the run began, for its later attempts: a branch or tag of the hub may stand
-            for another commit by now.
+        begun_with: says the origin with which the run began, for its later attempts: a branch or tag of the hub may
+            stand for another commit by now. Only asked of a model of the hub.
 
     Raises:
         ConfigError: the path is there, but is not a model; or the model is known to take shorter sequences.
@@ -91,7 +92,7 @@ def locate(model: ModelSpec, *, begun_with: str = "") -> Located:
             f"model.name: {model.name} is neither a folder on this machine nor a known model "
             f"(such as {', '.join(close)}) nor a hub id"
         )
-    return _from_hub(hub_id, _commit_of(hub_id, begun_with) or model.revision)
+    return _from_hub(hub_id, _commit_of(hub_id, begun_with()) or model.revision)
 
 
 def architecture(model: ModelSpec, located: Located | None = None) -> Architecture | None:

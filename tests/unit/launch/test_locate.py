@@ -327,7 +327,7 @@ from nexa_train.errors import NexaError
 from nexa_train.models.locate import locate
 name, revision, begun_with = sys.argv[1:]
 try:
-    print(locate(ModelSpec(name=name, revision=revision or None), begun_with=begun_with).origin)
+    print(locate(ModelSpec(name=name, revision=revision or None), begun_with=lambda: begun_with).origin)
 except NexaError as exc:
     print(exc.exit_code, exc.retryable, exc)
 """
