@@ -100,7 +100,6 @@ class Lanes:
         done: list[Story] = []
 
         def work(lane: Lane, strikes: SimpleQueue[Strike]) -> None:
-            lane.settled.clear()
             while True:
                 try:
                     strike = strikes.get_nowait()
@@ -118,6 +117,11 @@ class Lanes:
     @property
     def settled(self) -> list[tuple[float, float]]:
         return [seconds for lane in self.plain for seconds in lane.settled]
+
+    def forget(self) -> None:
+        """How long it took them to settle so far."""
+        for lane in self.plain:
+            lane.settled.clear()
 
 
 @pytest.fixture(scope="module")
@@ -167,13 +171,21 @@ def p95(seconds: Sequence[float]) -> float:
     return sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
 
 
+def came_about(done: Sequence[Story]) -> Counter[tuple[What, Fault]]:
+    return sum((story.struck for story in done), Counter())
+
+
+def missing(planned: Sequence[Strike], done: Sequence[Story]) -> set[tuple[What, Fault]]:
+    return {sort(strike) for strike in planned} - came_about(done).keys()
+
+
 def check(lanes: Lanes, planned: Sequence[Strike], done: list[Story], *, num_struck: int) -> None:
-    struck = sum((story.struck for story in done), Counter[tuple[What, Fault]]())
+    struck = came_about(done)
     settled, own = p95([took for took, _ in lanes.settled]), p95([took - waited for took, waited in lanes.settled])
     kinds = ", ".join(f"{what}: {fault} {count}" for (what, fault), count in sorted(struck.items()))
     print(f"{len(done)} plans, {struck.total()} struck: {kinds}; {len(lanes.settled)} restarts")
     print(f"settled in {settled:.1f} s (p95), {own:.1f} s without the time that other work had the processors")
-    assert not {sort(strike) for strike in planned} - struck.keys(), "planned, and never came about"
+    assert not missing(planned, done), "planned, and never came about"
     assert struck.total() >= num_struck
     assert own <= SETTLED_SECONDS
     for lane in (*lanes.plain, *lanes.brisk):
@@ -182,6 +194,7 @@ def check(lanes: Lanes, planned: Sequence[Strike], done: list[Story], *, num_str
 
 def test_struck_anywhere(lanes: Lanes, life: Life, undisturbed: tuple[Story, End]) -> None:
     story, expected = undisturbed
+    lanes.forget()
     # An answer that never comes costs the half minute that the operator waits for it: in the soak.
     quick = [strike for strike in strikes(story.counts) if strike[1] != "no answer"]
     kills = [strike for strike in quick if strike[1].startswith("kill")]
@@ -192,13 +205,20 @@ def test_struck_anywhere(lanes: Lanes, life: Life, undisturbed: tuple[Story, End
         chosen = draw.sample(kills, SHORT_KILLS) + each
     else:  # of the other sorts each befalls one of the other lives
         chosen = draw.sample(kills, OTHER_KILLS) + each[LIVES.index(life) - 1 :: len(LIVES) - 1]
-    check(lanes, chosen, lanes.carry_out(life, chosen, expected), num_struck=len(chosen) * 3 // 4)
+    done = lanes.carry_out(life, chosen, expected)
+    # Lives differ in how often they list, and in what a list said before: what did not come about does so elsewhere.
+    spare = [strike for strike in others if strike not in chosen]
+    while missed := {sort(strike): strike for strike in spare if sort(strike) in missing(chosen, done)}:
+        done += lanes.carry_out(life, [*missed.values()], expected)
+        spare = [strike for strike in spare if strike not in missed.values()]
+    check(lanes, chosen, done, num_struck=len(chosen) * 3 // 4)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_struck_everywhere(lanes: Lanes, life: Life, undisturbed: tuple[Story, End]) -> None:
     story, expected = undisturbed
+    lanes.forget()
     possible = strikes(story.counts)
     random.Random(SEED).shuffle(possible)
     began = time.monotonic()
