@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import faulthandler
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -72,7 +73,12 @@ def _ended_by(exc: Exception, rundir: RunDir, rank: int) -> int:
 
 def ran_out_of_memory(exc: Exception) -> bool:
     """Whether torch or Python had no memory to give; torch's allocator on the CPU has no class for it."""
-    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: " in str(exc)
+    if isinstance(exc, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: " in str(exc):
+        return True
+    # A thread's stack is memory too. Python does not say which of its limits a process met: where its memory has one
+    # (`ulimit -d`, `ulimit -v`), it is that.
+    limits = (resource.getrlimit(which)[0] for which in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
+    return str(exc) == "can't start new thread" and any(limit != resource.RLIM_INFINITY for limit in limits)
 
 
 def out_of_memory_message(work: RankWork, rank: int, told: str) -> str:

@@ -107,6 +107,29 @@ def test_a_microbatch_that_was_asked_for_is_never_changed(runs: Runs, long_rows:
     assert not run.manifests
 
 
+A_THREAD_TOO_MUCH = """
+import resource, sys, threading
+from nexa_train.rank import ran_out_of_memory
+if sys.argv[1] == "limited":
+    in_use = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (in_use * 1024 + (64 << 20), resource.RLIM_INFINITY))
+threading.stack_size(1 << (27 if sys.argv[1] == "limited" else 47))
+try:
+    threading.Thread(target=print).start()
+except RuntimeError as exc:
+    print(exc, ran_out_of_memory(exc))
+"""
+
+
+@pytest.mark.parametrize(("limit", "told"), [("limited", True), ("unlimited", False)])
+def test_a_thread_for_whose_stack_there_is_no_room_is_want_of_memory_where_memory_is_limited(
+    limit: str, told: bool
+) -> None:
+    command = [sys.executable, "-c", A_THREAD_TOO_MUCH, limit]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"can't start new thread {told}"]
+
+
 @pytest.mark.parametrize(
     ("microbatch", "advice"), [(1, "lower model.max_seq_len"), (2, "microbatch_size_per_gpu lower")]
 )
