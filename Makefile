@@ -22,7 +22,7 @@ setup: $(READY) ## Make the environment (.venv) and install everything, pinned
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
 		|| { echo "nexa needs Python 3.11 or 3.12, and $(PYTHON) is not; say PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { test "$$(id -u)" = 0 && apt-get install -y python3-venv; } \
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { test "$$(id -u)" = 0 && { apt-get install -y python3-venv || { apt-get update && apt-get install -y python3-venv; }; }; } \
 		|| { echo "$(PYTHON) cannot make environments: install the package python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9

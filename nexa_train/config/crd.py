@@ -493,7 +493,7 @@ def status_schema() -> Schema:
         "properties": {
             "observedGeneration": _said(_WHOLE, "Of the spec that was looked at last."),
             "phase": _said(_TEXT, "A summary of the conditions, to look at; decide by the conditions."),
-            "runId": _said(_TEXT, "Folder of the run's checkpoints below artifacts.uri."),
+            "runId": _said(_TEXT, "Folder of the run's checkpoints below checkpoints/ in artifacts.uri."),
             **_attempt_schema(),
             **_progress_schema(),
             "goodput": _goodput_schema(),
@@ -510,9 +510,9 @@ def _attempt_schema() -> dict[str, Schema]:
     return {
         "attempt": _said(_WHOLE, "The gang that runs or ran last, from 0."),
         "restarts": _said(_WHOLE, "Attempts that were lost and followed by another."),
-        "chargedRestarts": _said(_WHOLE, "Of these, those since the last new checkpoint that count."),
+        "chargedRestarts": _said(_WHOLE, "Of these, those that count, as of the last loss; a checkpoint since refills the budget."),
         "numNodes": _said(_WHOLE, "Pods of that gang; fewer than spec.cluster.numNodes where there is no room."),
-        "lossesWithoutCheckpoint": _said(_WHOLE, "Attempts lost in a row; from the second on the next one waits."),
+        "lossesWithoutCheckpoint": _said(_WHOLE, "Attempts lost in a row, as of the last loss; from the second on the next one waits."),
         "nextAttemptTime": _said(_TIME, "The next attempt begins then."),
         "image": _said(_TEXT, "The trainer's, of that gang; once there is a checkpoint, of all that follow."),
         "storage": _said(_TEXT, "Its storage profile; once there is a checkpoint, of all that follow."),
@@ -540,7 +540,7 @@ def _goodput_schema() -> Schema:
         "description": "Seconds by state until the last write; ratio: productive of all but suspended.",
         "properties": {
             "state": _said(_TEXT, "What time is spent on now."),
-            "since": _said(_TIME, "Since when; not yet in the seconds below."),
+            "since": _said(_TIME, "Since when; counted below until the last write."),
             "ratio": _said(_NUMBER, "productiveSeconds by all seconds but suspendedSeconds."),
             **seconds,
         },

@@ -491,7 +491,7 @@ class ScheduleSpec(Strict):
     """When and under whom the job runs."""
 
     runtime: Literal["job", "pytorchjob", "jobset"] = Field("job", description="Objects that carry the ranks.")
-    queue_name: ObjectName | None = Field(None, description="Kueue's local queue.")
+    queue_name: ObjectName | None = Field(None, description="Kueue's local queue; on Slurm the partition.")
     priority: ObjectName | None = Field(None, description="PriorityClass of the pods.")
     scheduler_name: ObjectName | None = Field(
         None, description="Scheduler of the pods. Volcano is told how many of them are to start together."
