@@ -29,6 +29,8 @@ from nexa_train.registry import MODELS, TINY_VOCAB_SIZE, Architecture, scratch
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Decoders whose logits are the head's product, perhaps with a soft cap, so that the loss may apply the head itself."""
 
+_CONVERSION = 2
+"""Of GGUF files: what was converted otherwise is not taken."""
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 TINY_TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny_tokenizer"
@@ -278,6 +280,8 @@ def _from_gguf(path: Path, *, origin: str) -> Located:
         with made_whole(folder) as draft:
             command = [sys.executable, "-m", "nexa_train.models.gguf", str(path), str(draft)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == ConfigError.exit_code:
+                raise ConfigError(f"model.name: {path}: {done.stderr.strip().splitlines()[-1]}")
             if done.returncode:
                 raise NexaError(f"{path}: cannot be converted from GGUF: {done.stderr.strip()[-800:]}")
     return _checked_folder(folder, origin=f"{origin} sha256:{digest[:16]}")
@@ -285,7 +289,7 @@ def _from_gguf(path: Path, *, origin: str) -> Located:
 
 def _converted(path: Path, digest: str) -> Path:
     """Where a GGUF file of that digest is, or will be, converted to."""
-    return cache_folder("models") / f"{path.stem}-{digest[:16]}"
+    return cache_folder("models") / f"{path.stem}-{digest[:16]}-{_CONVERSION}"
 
 
 def _digest(path: Path) -> str:
