@@ -41,7 +41,7 @@ from nexa_train.data.tokenise import Samples, encode, mask
 from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.errors import DataError
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 SPLITS = ("train", "validation")
 PARTS: dict[str, np.dtype[Any]] = {"ids": np.dtype("<i4"), "targets": np.dtype("u1")}
 CHUNK_CHARS = 250_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ def _answer(
 def _plain(prompt: str, completion: str, train_on: str, tokenizer: ChatTokenizer) -> TextAndSpans:
     if not completion:
         return "", ((0, 0),)
-    head = (tokenizer.bos or "") + prompt
+    head = tokenizer.begins + prompt
     text = head + completion + tokenizer.eos
     return text, ((0 if train_on == "all" else len(head), len(text)),)
 
@@ -155,6 +156,7 @@ def _chat(
     marks: tuple[tuple[int, int], ...] = ()
     if tokenizer.marks_turns:
         text, marks = _marked(text)
+    _check_all_is_written(messages, text)
     if train_on == "all":
         return text, ((0, len(text)),)
     spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -183,8 +185,22 @@ def _check_all_is_read(
     if BEGIN in given or END in given:
         raise DataError("holds U+FDD0 or U+FDD1, which Unicode keeps out of texts; the chat template's marks use them")
     for index, message in enumerate(messages):
-        if message.get("tool_calls") and not tokenizer.reads("tool_calls"):
-            raise DataError(f"messages[{index}]: the chat template does not read tool_calls; use another template")
+        for key in ("tool_calls", "reasoning_content", "thinking"):
+            if message.get(key) and not tokenizer.reads(key):
+                raise DataError(f"messages[{index}]: the chat template does not read {key}; use another template")
+
+
+def _check_all_is_written(messages: list[dict[str, Any]], text: str) -> None:
+    """Refuse a turn that the template leaves out: an answer to what a tool said would be learnt without that.
+
+    The last word of each stands in the text whatever the template does to thoughts, white space and quotes.
+    """
+    for index, message in enumerate(messages):
+        words = re.findall(r"\w+", last[-1]) if (last := (message.get("content") or "").rsplit(None, 1)) else []
+        if words and words[-1] not in text:
+            raise DataError(
+                f"messages[{index}]: the chat template leaves out what the {message['role']} says; use another template"
+            )
 
 
 def _marked(rendered: str) -> TextAndSpans:
@@ -225,7 +241,7 @@ def _differences(
         content = messages[turn].get("content") or ""
         if content or messages[turn].get("tool_calls"):
             spans.append((len(before), len(until)))
-        # Its last word stands in the text whatever the template does to thoughts and white space.
+        # Its last word stands in its own part of the text, too.
         if (words := content.rsplit(None, 1)) and words[-1] not in until[len(before) :]:
             raise DataError(f"messages[{turn}]: the chat template leaves out what the assistant says")
     return tuple(spans)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,7 +50,8 @@ class Tokenised:
 
     Attributes:
         ids: int32 [tokens]. sizes: int64 [texts], tokens of each.
-        spans: tokens [first, last) that begin inside a learnt span, of each such span.
+        spans: tokens [first, last) of each learnt span: those that begin inside, and one that only ends there, for
+            a space before an answer and its first word may be one token.
     """
 
     ids: np.ndarray
@@ -87,9 +88,10 @@ def by_offsets(tokenizer: ChatTokenizer, rendered: list[Rendered]) -> Tokenised:
     ids, sizes = _ids(encodings)
     begins = (np.cumsum(sizes) - sizes).tolist()
     spans = [
-        (first + _token_at(encoding, start), first + _token_at(encoding, end))
+        (first + _first_within(encoding, start), first + _token_at(encoding, end))
         for first, text, encoding in zip(begins, rendered, encodings, strict=True)
         for start, end in text.spans
+        if start < end
     ]
     return Tokenised(ids, sizes, spans)
 
@@ -104,13 +106,19 @@ def _ids(encodings: list[Encoding]) -> tuple[np.ndarray, np.ndarray]:
 def _token_at(encoding: Encoding, position: int) -> int:
     """The first token that begins at a character or after it. Tokens stand in the order of the text, so bisection
     finds it, without a Python object for every token."""
+    return bisect_left(range(len(encoding)), position, key=lambda token: _characters(encoding, token)[0])
 
-    def begin(token: int) -> int:
-        characters = encoding.token_to_chars(token)
-        assert characters is not None  # noqa: S101 - only tokens that a post-processor adds have none
-        return characters[0]
 
-    return bisect_left(range(len(encoding)), position, key=begin)
+def _first_within(encoding: Encoding, position: int) -> int:
+    """The first token that begins at a character, or ends after it; found in the same way."""
+    ends_after = bisect_right(range(len(encoding)), position, key=lambda token: _characters(encoding, token)[1])
+    return min(ends_after, _token_at(encoding, position))
+
+
+def _characters(encoding: Encoding, token: int) -> tuple[int, int]:
+    characters = encoding.token_to_chars(token)
+    assert characters is not None  # noqa: S101 - only tokens that a post-processor adds have none
+    return characters
 
 
 class Spelling:
@@ -160,18 +168,21 @@ class Spelling:
         spelt = b"".join(map(self.bytes.__getitem__, known.tolist()))
         begins = np.concatenate([[0], np.cumsum(self.widths[known])])  # of tokens, and the end of all
         borders = begins[np.concatenate([[0], np.cumsum(sizes)])].tolist()  # of texts
-        positions: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
         rewritten = []
         for index, each in enumerate(rendered):
-            text, start = each.text.encode(), borders[index]
-            if text != spelt[start : borders[index + 1]]:
+            text, at = each.text.encode(), borders[index]
+            spans = [span for span in each.spans if span[0] < span[1]]
+            if text != spelt[at : borders[index + 1]]:
                 rewritten.append(index)
-            elif len(text) == len(each.text):
-                positions.extend(start + position for span in each.spans for position in span)
-            else:
-                positions.extend(start + len(each.text[:position].encode()) for span in each.spans for position in span)
-        found = np.searchsorted(begins, positions).reshape(-1, 2).tolist()
-        return Tokenised(ids, sizes, [(first, last) for first, last in found]), rewritten
+                continue
+            if len(text) != len(each.text):
+                spans = [(len(each.text[:start].encode()), len(each.text[:end].encode())) for start, end in spans]
+            starts.extend(at + start for start, _ in spans)
+            ends.extend(at + end for _, end in spans)
+        first, last = np.searchsorted(begins[1:], starts, side="right"), np.searchsorted(begins, ends)
+        return Tokenised(ids, sizes, [*zip(first.tolist(), last.tolist(), strict=True)]), rewritten
 
     def _meet(self, ids: np.ndarray) -> None:
         for token in set(ids[self.widths[ids] == 0].tolist()):
@@ -187,7 +198,7 @@ class Spelling:
 
 
 def mask(tokenised: Tokenised, tokenizer: ChatTokenizer, *, limit: int, a_row: int) -> Samples:
-    """Ids and targets. A token is learnt if it begins inside a learnt span; the first one never is.
+    """Ids and targets. A token is learnt if it begins or ends inside a learnt span; the first one never is.
 
     Args:
         limit: tokens that a sample is cut at.

@@ -36,7 +36,8 @@ class ChatTokenizer:
         folder: where it was read from.
         fast: the tokenizers object; special tokens are added by the template, never by it.
         template: Jinja source of the chat template; None: the model has none.
-        eos: the token that ends a turn or a text; bos: the one that begins a text, if any.
+        eos: the token that ends a turn or a text; bos: the one that a template may begin with, if any.
+        begins: what this tokenizer puts before a plain text: `bos`, or nothing.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class ChatTokenizer:
     template: str | None
     eos: str
     bos: str | None
+    begins: str = ""
 
     @property
     def eos_id(self) -> int:
@@ -154,10 +156,29 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
     eos = _token(config.get("eos_token"))
     if eos is None or fast.token_to_id(eos) is None:
         raise ConfigError(f"model: {path} names no eos_token that the tokenizer knows")
+    fast = _without_tokens_beyond(fast, folder)
     # Long texts are cut by us, where it is counted, never by the tokenizer.
     fast.no_truncation()
     fast.no_padding()
-    return ChatTokenizer(folder, fast, _template(folder, config), eos, _token(config.get("bos_token")))
+    bos = _token(config.get("bos_token"))
+    begins = bos if bos is not None and _puts_in_front(fast, bos, config) else ""
+    return ChatTokenizer(folder, fast, _template(folder, config), eos, bos, begins)
+
+
+def _puts_in_front(fast: FastTokenizer, bos: str, config: dict[str, Any]) -> bool:
+    """Whether texts begin with it; many models name a token that only their chat template writes."""
+    return config.get("add_bos_token") is True or fast.encode("x").tokens[:1] == [bos]
+
+
+def _without_tokens_beyond(fast: FastTokenizer, folder: Path) -> FastTokenizer:
+    """Of added tokens those alone that the model embeds: the one of Gemma 3's text models knows one for images."""
+    path = folder / "config.json"
+    known = read_object(path).get("vocab_size") if path.is_file() else None
+    if type(known) is not int or all(token < known for token in fast.get_added_tokens_decoder()):
+        return fast
+    content = json.loads(fast.to_str())
+    content["added_tokens"] = [each for each in content["added_tokens"] if each["id"] < known]
+    return FastTokenizer.from_str(json.dumps(content))
 
 
 def _to_json(

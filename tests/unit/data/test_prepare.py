@@ -70,7 +70,7 @@ def test_a_sample_cut_before_its_answer_is_dropped_and_counted(tmp_path: Path, t
 
 
 def test_two_start_tokens_in_a_row_are_counted(tmp_path: Path, tiny: ChatTokenizer) -> None:
-    starting = ChatTokenizer(tiny.folder, tiny.fast, None, tiny.eos, "<|endoftext|>")
+    starting = ChatTokenizer(tiny.folder, tiny.fast, None, tiny.eos, "<|endoftext|>", begins="<|endoftext|>")
     rows = jsonl(tmp_path / "a.jsonl", {"text": "<|endoftext|>once"}, {"text": "twice"})
     assert prepare(spec(rows, data={"format": "text"}), starting).audit["train"].doubled_start == 1
 

@@ -163,7 +163,7 @@ def test_questions_are_asked_in_the_chat_template_where_there_is_one(tiny: ChatT
 
 
 def test_a_text_begins_with_the_start_token_and_ends_with_the_end_token(tiny: ChatTokenizer) -> None:
-    starting = ChatTokenizer(tiny.folder, tiny.fast, None, tiny.eos, "<|endoftext|>")
+    starting = ChatTokenizer(tiny.folder, tiny.fast, None, tiny.eos, "<|endoftext|>", begins="<|endoftext|>")
     found = render({"text": "once"}, starting, formatted("text"))
     assert (found.text, learnt(found)) == ("<|endoftext|>once<|im_end|>", [found.text])
 

@@ -99,8 +99,34 @@ def test_a_template_without_a_system_role_says_so(tiny: ChatTokenizer) -> None:
 
 def test_a_template_that_leaves_the_answer_out_is_refused(tiny: ChatTokenizer) -> None:
     # It knows content in parts only, and writes nothing of a text.
-    with pytest.raises(DataError, match=r"messages\[1\]: the chat template leaves out what the assistant says"):
+    with pytest.raises(DataError, match=r"messages\[0\]: the chat template leaves out what the user says"):
         render(ONE, speaking(tiny, "smolvlm"))
+
+
+ROLES_OF_ITS_OWN = (
+    "{% for m in messages %}{% if m['role'] in ['user', 'assistant'] %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+ASKED = chat(("user", "Weather?"), ("tool", 'It says: "21C"'), ("assistant", "It is sunny."))
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_a_template_that_leaves_out_what_a_tool_said_is_refused(tiny: ChatTokenizer, train_on: str) -> None:
+    without_tools = ChatTokenizer(tiny.folder, tiny.fast, ROLES_OF_ITS_OWN, tiny.eos, None)
+    with pytest.raises(DataError, match=r"messages\[1\]: the chat template leaves out what the tool says"):
+        render(ASKED, without_tools, train_on)
+
+
+def test_a_template_that_quotes_what_a_tool_said_is_taken(tiny: ChatTokenizer) -> None:
+    assert '\\"21C\\"' in render(ASKED, speaking(tiny, "llama3_1")).text
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_thoughts_that_a_template_does_not_read_are_refused(tiny: ChatTokenizer, key: str) -> None:
+    thoughts = chat(("user", "2+2?"), ("assistant", "4"))
+    thoughts["messages"][1][key] = "two and two"
+    with pytest.raises(DataError, match=rf"messages\[1\]: the chat template does not read {key}"):
+        render(thoughts, speaking(tiny, "llama3"))
 
 
 def test_a_template_that_wants_to_know_the_day_takes_the_fixed_one_or_is_refused(tiny: ChatTokenizer) -> None:

@@ -82,14 +82,16 @@ class Expected:
 
 
 def plainly(rendered: list[Rendered], tokenizer: ChatTokenizer, limit: int, a_row: int) -> Expected:
-    """The rule as it is written down: a token is learnt if it begins inside a learnt span; the first one never is."""
+    """The rule as it is written down: a token is learnt that begins or ends in a learnt span; the first never is."""
     found = Expected(
         [], [], dict.fromkeys(("rows", "dropped", "truncated", "whole", "without_end", "doubled_start"), 0)
     )
     samples = []
     for each in rendered:
         encoding = tokenizer.fast.encode(each.text, add_special_tokens=False)
-        targets = [int(any(a <= start < b for a, b in each.spans)) for start, _ in encoding.offsets]
+        targets = [
+            int(any(start < b and (start >= a or end > a) for a, b in each.spans)) for start, end in encoding.offsets
+        ]
         samples.append((encoding.ids, [0, *targets[1:]] if targets else []))
     for first in range(0, len(samples), a_row):
         row = samples[first : first + a_row]

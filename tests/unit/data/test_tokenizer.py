@@ -75,6 +75,42 @@ def test_a_token_may_be_written_as_an_object(tmp_path: Path) -> None:
     assert (found.eos, found.eos_id, found.bos_id) == ("<|im_end|>", 2, 0)
 
 
+def posts(folder: Path, **change: Any) -> None:
+    """Changes tokenizer.json."""
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def test_a_text_begins_with_the_start_token_where_the_tokenizer_puts_it_there_and_not_where_it_only_names_one(
+    tmp_path: Path,
+) -> None:
+    folder = folder_with(tmp_path, bos_token="<|im_start|>")
+    assert (load_tokenizer(folder).bos, load_tokenizer(folder).begins) == ("<|im_start|>", "")
+    start = {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}
+    front = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*front, {"Sequence": {"id": "B", "type_id": 1}}]
+    template = {"type": "TemplateProcessing", "single": front, "pair": pair, "special_tokens": {start["id"]: start}}
+    posts(folder, post_processor=template)
+    assert load_tokenizer(folder).begins == "<|im_start|>"
+
+
+def test_a_start_token_that_the_config_asks_for_begins_a_text(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, bos_token="<|im_start|>", add_bos_token=True)
+    assert load_tokenizer(folder).begins == "<|im_start|>"
+
+
+def test_a_token_that_the_model_does_not_embed_is_text_like_any_other(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path)
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    posts(folder, added_tokens=[*added, {**added[0], "id": TINY_VOCAB_SIZE, "content": "<image_soft_token>"}])
+    assert max(load_tokenizer(folder).fast.get_vocab().values()) == TINY_VOCAB_SIZE
+    (folder / "config.json").write_text(json.dumps({"vocab_size": TINY_VOCAB_SIZE}))
+    fast = load_tokenizer(folder).fast
+    assert max(fast.get_vocab().values()) == TINY_VOCAB_SIZE - 1
+    assert fast.decode(fast.encode("an <image_soft_token>").ids) == "an <image_soft_token>"
+    assert fast.encode("<|im_end|>").ids == [2]
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
