@@ -260,9 +260,10 @@ class TrainingPipeline:
 
     @cached_property
     def _small_files(self) -> dict[str, bytes]:
-        folder = self.context.located.folder
-        tokenizer = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-        return {**self.backend.describe(), **tokenizer}
+        folder, described = self.context.located.folder, self.backend.describe()
+        # A whole model keeps what says how its text is to be generated, and where it ends.
+        names = (*TOKENIZER_FILES, *(("generation_config.json",) if "config.json" in described else ()))
+        return {**described, **{name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}}
 
     def _draft(self) -> ManifestDraft:
         record = self.record

@@ -33,7 +33,7 @@ from nexa_train.config.spec import FullTuning
 from nexa_train.errors import ConfigError
 from nexa_train.loop import mean_loss
 from nexa_train.models.build import build_model, check_targets
-from nexa_train.models.pretrained import check_flash, keep_trainable
+from nexa_train.models.pretrained import able_attention, check_flash, keep_trainable
 
 
 class AxolotlBackend(TorchBackend):
@@ -87,6 +87,7 @@ class AxolotlBackend(TorchBackend):
         base = self._base_model(folder)
         end = AutoTokenizer.from_pretrained(base, local_files_only=True).eos_token
         values = axolotl_config(spec, plan, base_model=str(base), padding=end, output=str(folder / "output"))
+        values["attn_implementation"] = able_attention(values["attn_implementation"], spec, base)
         if values.get("deepspeed"):
             # As a file of ours, for it would leave one of its own behind.
             (folder / "deepspeed.json").write_text(json.dumps(values["deepspeed"]), encoding="utf-8")

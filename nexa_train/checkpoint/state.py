@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -194,8 +195,12 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def model_files(model: Causal) -> dict[str, bytes]:
-    """config.json of a whole model."""
-    return {"config.json": model.config.to_json_string(use_diff=True).encode()}
+    """config.json of a whole model, which makes use of its cache again: that is off for training alone."""
+    config = model.config
+    if getattr(config, "use_cache", None) is False:
+        config = deepcopy(config)
+        config.use_cache = True
+    return {"config.json": config.to_json_string(use_diff=True).encode()}
 
 
 def adapter_files(config: LoraConfig, located: Located) -> dict[str, bytes]:

@@ -21,6 +21,7 @@ from nexa_train.errors import ConfigError
 from nexa_train.models.attention import Kind, row_attention
 from nexa_train.models.build import NATIVE
 from nexa_train.models.decoder import Decoder, missing_weights
+from nexa_train.models.locate import read_model_config
 
 ATTENTION = {"auto": "sdpa", "eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
 """transformers' names for `model.attn`, where another library's trainer makes the batches."""
@@ -43,12 +44,12 @@ def load_pretrained(spec: JobSpec, folder: Path) -> PreTrainedModel:
     """The model of a folder, in float32 or quantised.
 
     Raises:
-        ConfigError: the folder lacks weights; see `check_flash`, too.
+        ConfigError: the folder lacks weights, or its scores cannot be had by `model.attn`; see `check_flash`, too.
     """
     quieten()
     model, told = AutoModelForCausalLM.from_pretrained(
         folder,
-        attn_implementation=_attention(spec),
+        attn_implementation=able_attention(_attention(spec), spec, folder),
         dtype=torch.float32,
         local_files_only=True,
         use_safetensors=True,
@@ -87,6 +88,19 @@ def check_flash(spec: JobSpec) -> None:
 def _attention(spec: JobSpec) -> str:
     check_flash(spec)
     return (ROW_ATTENTION if _takes_rows(spec) else ATTENTION)[spec.model.attn]
+
+
+def able_attention(named: str, spec: JobSpec, folder: Path) -> str:
+    """transformers' name of an attention that the model can have: Gemma 2, whose scores are bent, not its sdpa.
+
+    Raises:
+        ConfigError: the job asks for that one.
+    """
+    if named != "sdpa" or read_model_config(folder / "config.json").get("attn_logit_softcapping") is None:
+        return named
+    if spec.model.attn == "sdpa":
+        raise ConfigError("model.attn: sdpa takes no scores with a soft cap, as this model's are; use auto or eager")
+    return "eager"
 
 
 def _takes_rows(spec: JobSpec) -> bool:
