@@ -14,7 +14,7 @@ def lora_arguments(tuning: LoraTuning | QloraTuning) -> dict[str, Any]:
     """Of `peft.LoraConfig`. `all-linear` is PEFT's word for all linear layers but the head."""
     return {
         "r": tuning.rank,
-        "lora_alpha": tuning.scale * tuning.rank,
+        "lora_alpha": tuning.resolved_alpha,
         "lora_dropout": tuning.dropout,
         "target_modules": list(tuning.target_modules) or "all-linear",
         "bias": "none",

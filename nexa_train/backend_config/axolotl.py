@@ -112,7 +112,7 @@ def _tuning(spec: JobSpec) -> dict[str, Any]:
     tuning = spec.tuning
     if isinstance(tuning, FullTuning):
         return {}
-    alpha = tuning.scale * tuning.rank
+    alpha = tuning.resolved_alpha
     if alpha != int(alpha):
         raise ConfigError(f"tuning.alpha: {alpha} is not available on backend axolotl, which takes whole numbers")
     # Its fused kernels run on GPUs alone and are switched on unless told.

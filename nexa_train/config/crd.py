@@ -510,9 +510,13 @@ def _attempt_schema() -> dict[str, Schema]:
     return {
         "attempt": _said(_WHOLE, "The gang that runs or ran last, from 0."),
         "restarts": _said(_WHOLE, "Attempts that were lost and followed by another."),
-        "chargedRestarts": _said(_WHOLE, "Of these, those that count, as of the last loss; a checkpoint since refills the budget."),
+        "chargedRestarts": _said(
+            _WHOLE, "Of these, those that count, as of the last loss; a checkpoint since refills the budget."
+        ),
         "numNodes": _said(_WHOLE, "Pods of that gang; fewer than spec.cluster.numNodes where there is no room."),
-        "lossesWithoutCheckpoint": _said(_WHOLE, "Attempts lost in a row, as of the last loss; from the second on the next one waits."),
+        "lossesWithoutCheckpoint": _said(
+            _WHOLE, "Attempts lost in a row, as of the last loss; from the second on the next one waits."
+        ),
         "nextAttemptTime": _said(_TIME, "The next attempt begins then."),
         "image": _said(_TEXT, "The trainer's, of that gang; once there is a checkpoint, of all that follow."),
         "storage": _said(_TEXT, "Its storage profile; once there is a checkpoint, of all that follow."),

@@ -158,9 +158,14 @@ class LowRank(Strict):
     )
 
     @property
+    def resolved_alpha(self) -> float:
+        """As given, else 2 x rank."""
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+    @property
     def scale(self) -> float:
         """alpha / rank, the factor on the adapter's output."""
-        return (self.alpha if self.alpha is not None else 2.0 * self.rank) / self.rank
+        return self.resolved_alpha / self.rank
 
 
 class LoraTuning(LowRank):
