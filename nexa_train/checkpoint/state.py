@@ -196,11 +196,12 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
 
 def model_files(model: Causal) -> dict[str, bytes]:
     """config.json of a whole model, which makes use of its cache again: that is off for training alone."""
-    config = model.config
+    config: Any = model.config
     if getattr(config, "use_cache", None) is False:
         config = deepcopy(config)
         config.use_cache = True
-    return {"config.json": config.to_json_string(use_diff=True).encode()}
+    said: str = config.to_json_string(use_diff=True)
+    return {"config.json": said.encode()}
 
 
 def adapter_files(config: LoraConfig, located: Located) -> dict[str, bytes]:
