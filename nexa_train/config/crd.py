@@ -65,6 +65,11 @@ def _each_its_own(key: str) -> Schema:
     return _rule(f"!has(self.volumes) || {once}", f"two volumes have the same {key}", "volumes")
 
 
+def _no_zero(key: str) -> Schema:
+    rule = f"!has(self.{key}) || self.{key}.matches('[1-9]')"
+    return _rule(rule, "zero would be no limit at all: leave it out", key)
+
+
 CROSS_FIELD: dict[str, list[Schema]] = {
     "ModelSpec": [
         _rule(
@@ -99,12 +104,14 @@ CROSS_FIELD: dict[str, list[Schema]] = {
         )
     ],
     "ResourcesSpec": [
+        _no_zero("cpu"),
+        _no_zero("memory"),
         _rule(
             "!has(self.extended) || self.extended.all(name, "
             f"name.matches('{EXTENDED_RESOURCE}') && !name.matches('^[^/]*kubernetes[.]io/'))",
             "a name is not what a device plugin calls a device, such as rdma/hca",
             "extended",
-        )
+        ),
     ],
     "ClusterSpec": [
         _rule(

@@ -267,6 +267,14 @@ class ResourcesSpec(Strict):
     ] = Field(default_factory=dict, description="Other devices of a pod by their plugin's name, such as rdma/hca.")
 
     @model_validator(mode="after")
+    def _are_limits(self) -> ResourcesSpec:
+        for key, amount in (("cpu", self.cpu), ("memory", self.memory)):
+            # A quota counts it as nothing, a LimitRange gives it no default, and the kubelet sets no limit.
+            if amount is not None and not re.search("[1-9]", amount):
+                raise ValueError(f"{key}: zero would be no limit at all: leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _are_extended(self) -> ResourcesSpec:
         for name in self.extended:
             if not re.match(EXTENDED_RESOURCE, name) or name.partition("/")[0].endswith("kubernetes.io"):

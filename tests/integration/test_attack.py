@@ -221,6 +221,8 @@ REFUSED: dict[str, Object] = {
     "minus one GPU": {"cluster": {"gpusPerNode": -1}},
     "a number in words": {"cluster": {"numNodes": "2"}},
     "memory without end": {"cluster": {"resources": {"memory": "1e9999"}}},
+    "all the CPU there is": {"cluster": {"resources": {"cpu": "0"}}},
+    "all the memory there is": {"cluster": {"resources": {"memory": "0.0Gi"}}},
     "less than no CPU": {"cluster": {"resources": {"cpu": "-1"}}},
     "a rate that is no number": {"optimizer": {"lr": float("inf")}},
     "a group that is a word": {"cluster": "all"},

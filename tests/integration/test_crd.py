@@ -146,6 +146,8 @@ BAD = [
     ({"optimizer": {"betas": [0.9]}}, "spec.optimizer.betas"),
     ({"cluster": {"numNodes": 2, "minNodes": 3}}, "spec.cluster.minNodes"),
     ({"cluster": {"resources": {"cpu": "lots"}}}, "spec.cluster.resources.cpu"),
+    ({"cluster": {"resources": {"cpu": "0m"}}}, "spec.cluster.resources.cpu"),
+    ({"cluster": {"resources": {"memory": "0.0Gi"}}}, "spec.cluster.resources.memory"),
     ({"cluster": {"env": [{"name": "not ok"}]}}, "spec.cluster.env[0].name"),
     ({"cluster": {"volumes": [{"name": "v", "mountPath": "/v"}]}}, "spec.cluster.volumes[0]"),
     (

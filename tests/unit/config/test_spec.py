@@ -105,6 +105,14 @@ def test_a_quantity_is_written_as_kubernetes_does(memory: str) -> None:
     assert spec(cluster={"resources": {"memory": memory}}).cluster.resources.memory == memory
 
 
+@pytest.mark.parametrize("amount", ["0", "0m", "0.0Gi", "000"])
+@pytest.mark.parametrize("key", ["cpu", "memory"])
+def test_nothing_of_a_resource_is_refused_for_it_would_be_no_limit(key: str, amount: str) -> None:
+    with pytest.raises(ValidationError, match=f"{key}: zero would be no limit at all: leave it out"):
+        spec(cluster={"resources": {key: amount}})
+    assert spec(cluster={"resources": {key: "0.05"}}).cluster.resources.model_dump()[key] == "0.05"
+
+
 @pytest.mark.parametrize("memory", ["4GB", "-1", "1e3", "", "4 Gi", "4Gi\n"])
 def test_anything_else_is_no_quantity(memory: str) -> None:
     with pytest.raises(ValidationError, match="memory"):
