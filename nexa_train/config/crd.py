@@ -22,7 +22,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from nexa_train.config import policy
 from nexa_train.config.base import EXTENDED_RESOURCE
 from nexa_train.config.job import GROUP, KIND, PLURAL, VERSION
-from nexa_train.config.spec import OWN_ENV, OWN_ENV_PREFIX, OWN_KEYS, OWN_PATHS, USERS_ENV, USERS_KEYS, JobSpec
+from nexa_train.config.spec import OWN_KEYS, OWN_PATHS, USERS_KEYS, JobSpec
 from nexa_train.errors import ConfigError
 
 Schema: TypeAlias = dict[str, Any]
@@ -30,7 +30,10 @@ Schema: TypeAlias = dict[str, Any]
 FILE_NAME = f"{GROUP}_{PLURAL}.yaml"
 REPOSITORY = Path(__file__).resolve().parents[2]
 TARGETS = (f"crds/{FILE_NAME}", f"helm/nexa/files/crds/{FILE_NAME}")
-POLICY_TARGET = "helm/nexa/files/policy/supported.yaml"
+POLICY_TARGETS = {
+    "helm/nexa/files/policy/supported.yaml": policy.rules,
+    "helm/nexa/files/policy/profiles.yaml": policy.profile_rules,
+}
 HEADER = "# Generated from nexa_train/config by `python -m nexa_train.config.crd`. Do not edit.\n"
 
 _RANKS = policy.ranks_of("self")
@@ -131,11 +134,7 @@ CROSS_FIELD: dict[str, list[Schema]] = {
         _no_own_key("annotations"),
     ],
     "EnvVar": [
-        _rule(
-            f"self.name != '{OWN_ENV}' && (self.name == '{USERS_ENV}' || !self.name.startsWith('{OWN_ENV_PREFIX}'))",
-            f"is the operator's to set, as are {OWN_ENV} and all of {OWN_ENV_PREFIX}* but {USERS_ENV}",
-            "name",
-        )
+        _rule(policy.is_free("self.name"), policy.TAKEN, "name"),
     ],
     "RecoveryRule": [
         _rule(
@@ -223,9 +222,12 @@ def render() -> str:
     return HEADER + yaml.dump(build(), Dumper=_Plain, sort_keys=False, width=110)
 
 
-def render_policy() -> str:
-    """The bytes of the policy's part that says what this version cannot do."""
-    return HEADER + yaml.dump(policy.rules(), Dumper=_Plain, sort_keys=False, width=110)
+def render_policies() -> dict[str, str]:
+    """The parts of the chart's policies that derive from the models, by their files."""
+    return {
+        target: HEADER + yaml.dump(rules(), Dumper=_Plain, sort_keys=False, width=110)
+        for target, rules in POLICY_TARGETS.items()
+    }
 
 
 def _root_schema() -> Schema:
@@ -626,7 +628,7 @@ def main(argv: list[str] | None = None, *, root: Path = REPOSITORY) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail on a difference")
     check = parser.parse_args(argv).check
-    texts = {**dict.fromkeys(TARGETS, render()), POLICY_TARGET: render_policy()}
+    texts = {**dict.fromkeys(TARGETS, render()), **render_policies()}
     stale = {target: text for target, text in texts.items() if not _holds(root / target, text)}
     if check and stale:
         names = ", ".join(stale)

@@ -1,4 +1,5 @@
 """What this version, or a cluster, cannot do with a whole job, in CEL: the chart's policy says so when a job is made.
+And which variables are the operator's, for the CRD and for the policy on storage profiles.
 
 Made from the tables of `support.py`, and from what the operator's `spec.py` asks of jobs; these decide, and the policy
 is how they are heard before a job is there that cannot change any more. What it does not say, and all of it where
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from nexa_train.config.spec import OWN_ENV, OWN_ENV_PREFIX, USERS_ENV
 from nexa_train.config.support import METHODS, OPTIMIZERS, TUNINGS
 
 
@@ -17,6 +19,13 @@ def ranks_of(spec: str) -> str:
     gpus = f"{spec}.cluster.gpusPerNode"
     return f"({spec}.cluster.numNodes * ({gpus} > 0 ? {gpus} : 1))"
 
+
+def is_free(name: str) -> str:
+    """Whether a variable of trainers is anybody's to set, in CEL, where `name` is what its name is called there."""
+    return f"{name} != '{OWN_ENV}' && ({name} == '{USERS_ENV}' || !{name}.startsWith('{OWN_ENV_PREFIX}'))"
+
+
+TAKEN = f"is the operator's to set, as are {OWN_ENV} and all of {OWN_ENV_PREFIX}* but {USERS_ENV}"
 
 _RANKS = ranks_of("object.spec")
 
@@ -27,6 +36,17 @@ def rules() -> list[dict[str, str]]:
     return [
         {"expression": f"!variables.ours || ({demand})", key: said}
         for demand, key, said in (*_by_backend(), *_of_this_version(), *_on_clusters())
+    ]
+
+
+def profile_rules() -> list[dict[str, str]]:
+    """The same for storage profiles, whose keys become variables, too; `variables.names` are these."""
+    first = f"variables.names.filter(name, !({is_free('name')}))[0]"
+    return [
+        {
+            "expression": f"variables.names.all(name, {is_free('name')})",
+            "messageExpression": f'{first} + " {TAKEN}"',
+        }
     ]
 
 

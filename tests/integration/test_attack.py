@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -100,13 +101,14 @@ def arena(chart: Cluster, limited: Namespace) -> Iterator[Arena]:
     mallory.close()
 
 
-PROBES = ("nexa-jobs", "nexa-children", "nexa-templates", "nexa-pods")
+PROBES = ("nexa-jobs", "nexa-profiles", "nexa-children", "nexa-templates", "nexa-pods")
 
 
 def _probed(arena: Arena, policy: str) -> str:
     """The API server takes up policies and roles a moment after it has accepted them; this says what it thinks now."""
     who, path, body = {
         "nexa-jobs": (arena.mallory, arena.path, hostile(image="elsewhere/x")),
+        "nexa-profiles": (arena.mallory, f"{arena.core}/configmaps", a_profile(NEXA_JOB="{}")),
         "nexa-children": (arena.mallory, f"{arena.core}/pods", a_pod(labels=OURS)),
         "nexa-templates": (arena.mallory, arena.jobs, a_job("probe", MINE, OURS)),
         "nexa-pods": (arena.admin, f"{arena.core}/pods", a_pod(labels=OURS, **BEYOND["a token"])),
@@ -493,6 +495,26 @@ def a_job(name: str, labels: dict[str, str], pod_labels: dict[str, str]) -> Obje
 def a_service(name: str, labels: dict[str, str]) -> Object:
     spec = {"clusterIP": "None", "selector": labels}
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "labels": labels}, "spec": spec}
+
+
+def a_profile(name: str = "nexa-storage-forged", *, key: str = "data", **variables: str) -> Object:
+    return {"apiVersion": "v1", "metadata": {"name": name}, key: variables}
+
+
+def test_no_storage_profile_sets_what_a_job_may_not(arena: Arena):
+    places = ((f"{arena.core}/configmaps", "data"), (f"{arena.core}/secrets", "stringData"))
+    for (path, key), (name, message) in itertools.product(
+        places,
+        {"LD_PRELOAD": "other code", "NEXA_RDZV_ENDPOINT": "operator's", "JOB_COMPLETION_INDEX": "operator's"}.items(),
+    ):
+        assert message in said(arena.mallory, path, a_profile(key=key, **{name: "x"}))
+        assert not said(arena.mallory, f"{path}?dryRun=All", a_profile("anything-else", key=key, **{name: "x"}))
+    for path, key in places:
+        arena.mallory.create(path, a_profile(key=key, AWS_REGION="x", NEXA_CACHE="/cache"))
+        with pytest.raises(Refused, match="other code"):
+            arena.mallory.merge(f"{path}/nexa-storage-forged", {key: {"PYTHONPATH": "/rows"}})
+        arena.mallory.merge(f"{path}/nexa-storage-forged", {key: {"AWS_REGION": "y"}})
+        arena.mallory.merge(f"{path}/nexa-storage-forged", {key: {"AWS_REGION": None}})
 
 
 ALONE = "made and changed by the Nexa operator alone"

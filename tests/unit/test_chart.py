@@ -330,6 +330,20 @@ def test_the_policies_know_the_operator_by_the_account_that_it_runs_as(helm):
     assert "job-controller" not in said
 
 
+def rules_of(documents: list[dict[str, Any]], name: str) -> list[str]:
+    policies = {policy["metadata"]["name"]: policy for policy in every(documents, "ValidatingAdmissionPolicy")}
+    return [rule["expression"] for rule in policies[name]["spec"]["validations"]]
+
+
+def test_what_a_job_may_not_set_no_storage_profile_sets_for_it(helm):
+    (ours,) = rules_of(render(helm), "nexa-profiles")
+    assert "!name.startsWith('NEXA_')" in ours
+    limited = render(helm, "policy.allowedImages={registry.example/}")
+    of_a_profile = next(rule for rule in rules_of(limited, "nexa-profiles") if rule != ours)
+    of_a_job = next(rule for rule in rules_of(limited, "nexa-jobs") if "LD_" in rule)
+    assert of_a_profile.replace("variables.names", "variables.env") == of_a_job
+
+
 def test_a_namespace_with_jobs_gets_a_network_policy_and_no_other_does(helm):
     assert not every(render(helm), "NetworkPolicy")
     values = ("networkPolicy.enabled=true", "networkPolicy.namespaces={a,b}", "watchNamespace=b")

@@ -88,6 +88,18 @@ matchExpressions:
 {{- include "nexa.suffixed" . -}}{{- with $root.Values.watchNamespace -}}.{{ . }}{{- end -}}
 {{- end -}}
 
+{{/* CEL: whether the variable `name` has an image run other code than what is in it. */}}
+{{- define "nexa.runsOtherCode" -}}
+['LD_', 'PYTHON', 'OPENSSL_', 'TRITON_', 'TORCHINDUCTOR_'].exists(prefix, name.startsWith(prefix))
+|| name.matches('_PLUGIN$|_PLUGIN_PATH$|_INJECTION[0-9]*_PATH$|_MODULE_DIR$|_PROVIDER_PATH$')
+|| name in ['PATH', 'HOME', 'ENV', 'BASH_ENV', 'GCONV_PATH', 'LOCPATH', 'CC', 'CXX', 'CUDA_HOME',
+'TORCH_EXTENSIONS_DIR']
+{{- end -}}
+
+{{- define "nexa.otherCode" -}}
+LD_*, PYTHON*, OPENSSL_*, PATH, HOME, CC, plugins and the like would have an allowed image run other code
+{{- end -}}
+
 {{/* Deny, in the namespaces that the operator looks after: (list . "jobs"). */}}
 {{- define "nexa.binding" -}}
 {{- $root := index . 0 -}}
