@@ -50,6 +50,10 @@ def every(documents: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [document for document in documents if document["kind"] == kind]
 
 
+NO_TRAINER = {"matchExpressions": [{"key": "train.nexa.dev/job-uid", "operator": "DoesNotExist"}]}
+"""Trainers carry any labels that their job says; this one nobody but the operator puts on a pod."""
+
+
 def only_in(namespace: str) -> dict[str, Any]:
     return {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
 
@@ -202,7 +206,7 @@ def test_of_several_operators_one_is_replaced_at_a_time_and_one_is_kept(helm):
     assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
     budget = one(documents, "PodDisruptionBudget")["spec"]
     assert budget["minAvailable"] == 1
-    assert budget["selector"] == deployment["spec"]["selector"]
+    assert budget["selector"] == {**deployment["spec"]["selector"], **NO_TRAINER}
     assert not every(render(helm, "replicas=3"), "PodDisruptionBudget")
 
 
@@ -368,6 +372,7 @@ def test_a_trainer_may_reach_names_its_store_and_its_like_and_nothing_else(helm)
     assert from_ranks == {"from": [like]}
     assert from_operator["ports"] == [{"protocol": "TCP", "port": PROGRESS_PORT}]
     assert from_operator["from"][0]["namespaceSelector"] == only_in("nexa-system")
+    assert NO_TRAINER.items() <= from_operator["from"][0]["podSelector"].items()
 
 
 def test_prometheus_reaches_trainers_where_it_is_named(helm):
@@ -385,5 +390,6 @@ def test_the_operator_may_reach_names_the_api_server_and_trainers_and_is_asked_f
     (own,) = every(documents, "NetworkPolicy")
     labels = one(documents, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert own["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    assert NO_TRAINER.items() <= own["spec"]["podSelector"].items()
     assert [port["port"] for rule in own["spec"]["ingress"] for port in rule["ports"]] == [9090]
     assert [port["port"] for rule in own["spec"]["egress"] for port in rule["ports"]] == [53, 53, 443, 6443, 8080]

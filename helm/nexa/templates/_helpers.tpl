@@ -82,6 +82,14 @@ matchExpressions:
   - {key: train.nexa.dev/job-uid, operator: Exists}
 {{- end -}}
 
+{{/* The operator's pods, for who lets them do what others may not: a job may put any label of theirs on its own pods, which
+have this one besides, and nobody takes it off. */}}
+{{- define "nexa.operators" -}}
+matchLabels: {{- include "nexa.selectorLabels" . | nindent 2 }}
+matchExpressions:
+  - {key: train.nexa.dev/job-uid, operator: DoesNotExist}
+{{- end -}}
+
 {{/* A policy is an object of the cluster: releases for one namespace each must not share its name: (list . "jobs"). */}}
 {{- define "nexa.policyName" -}}
 {{- $root := index . 0 -}}
