@@ -133,9 +133,7 @@ CROSS_FIELD: dict[str, list[Schema]] = {
         _no_own_key("labels"),
         _no_own_key("annotations"),
     ],
-    "EnvVar": [
-        _rule(policy.is_free("self.name"), policy.TAKEN, "name"),
-    ],
+    "EnvVar": [_rule(demand, said, "name") for demand, said in policy.of_variables("self.name")],
     "RecoveryRule": [
         _rule(
             "has(self.exitCodes) && size(self.exitCodes) > 0 || has(self.causes) && size(self.causes) > 0"

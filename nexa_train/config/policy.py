@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from nexa_train.config.spec import OWN_ENV, OWN_ENV_PREFIX, USERS_ENV
+from nexa_train.config.spec import DEVICE_ENV, OWN_ENV, OWN_ENV_PREFIX, USERS_ENV
 from nexa_train.config.support import METHODS, OPTIMIZERS, TUNINGS
 
 
@@ -20,12 +20,20 @@ def ranks_of(spec: str) -> str:
     return f"({spec}.cluster.numNodes * ({gpus} > 0 ? {gpus} : 1))"
 
 
-def is_free(name: str) -> str:
-    """Whether a variable of trainers is anybody's to set, in CEL, where `name` is what its name is called there."""
-    return f"{name} != '{OWN_ENV}' && ({name} == '{USERS_ENV}' || !{name}.startsWith('{OWN_ENV_PREFIX}'))"
+def of_variables(name: str) -> tuple[tuple[str, str], ...]:
+    """What is asked of a variable that a job or a storage profile sets, in CEL, where `name` is what its name is called
+    there; each with what is said of one that is refused."""
+    return (
+        (
+            f"{name} != '{OWN_ENV}' && ({name} == '{USERS_ENV}' || !{name}.startsWith('{OWN_ENV_PREFIX}'))",
+            f"is the operator's to set, as are {OWN_ENV} and all of {OWN_ENV_PREFIX}* but {USERS_ENV}",
+        ),
+        (
+            f"!{name}.matches('{DEVICE_ENV}')",
+            "would give the pod devices past its quota: ask for them by gpusPerNode",
+        ),
+    )
 
-
-TAKEN = f"is the operator's to set, as are {OWN_ENV} and all of {OWN_ENV_PREFIX}* but {USERS_ENV}"
 
 _RANKS = ranks_of("object.spec")
 
@@ -40,13 +48,13 @@ def rules() -> list[dict[str, str]]:
 
 
 def profile_rules() -> list[dict[str, str]]:
-    """The same for storage profiles, whose keys become variables, too; `variables.names` are these."""
-    first = f"variables.names.filter(name, !({is_free('name')}))[0]"
+    """What is asked of storage profiles, whose keys become variables, too; `variables.names` are these."""
     return [
         {
-            "expression": f"variables.names.all(name, {is_free('name')})",
-            "messageExpression": f'{first} + " {TAKEN}"',
+            "expression": f"variables.names.all(name, {demand})",
+            "messageExpression": f'variables.names.filter(name, !({demand}))[0] + " {said}"',
         }
+        for demand, said in of_variables("name")
     ]
 
 

@@ -294,6 +294,9 @@ class Toleration(Strict):
 OWN_ENV_PREFIX, OWN_ENV, USERS_ENV = "NEXA_", "JOB_COMPLETION_INDEX", "NEXA_CACHE"
 """What the operator tells a pod is said by variables with that prefix, and by the indexed Job's; one is the user's."""
 
+DEVICE_ENV = r"^NVIDIA_(VISIBLE_DEVICES$|DRIVER_CAPABILITIES$|IMEX_CHANNELS$|MIG_|MOFED$|NVSWITCH$)"
+"""By these NVIDIA's container runtime gives a container devices of its node, whatever was asked for and counted."""
+
 OWN_PATHS = r"^/(bin|boot|dev|etc|lib[^/]*|opt/nexa|proc|run|sbin|sys|tmp|usr|var/run)(/|$)|^/(opt|var)/?$"
 """Where the image, the node or the operator has put something: /tmp is the pod's home, and first on Python's path.
 What is above the trainer's folder is as good as that."""
@@ -318,7 +321,8 @@ class EnvVar(Strict):
     """A variable of the trainer's environment; never a secret: those come by a storage profile."""
 
     name: Annotated[str, StringConstraints(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = Field(
-        description="Of the variable; those that begin with NEXA_ are the operator's, but for NEXA_CACHE."
+        description="Of the variable. Those that begin with NEXA_ are the operator's, but for NEXA_CACHE; none gives "
+        "devices."
     )
     value: Annotated[Text, StringConstraints(pattern=r"^[^\x00]*$")] = Field(
         "", description="As it stands: a $ is a dollar, and refers to nothing."
@@ -328,6 +332,8 @@ class EnvVar(Strict):
     def _name_is_free(self) -> EnvVar:
         if self.name == OWN_ENV or (self.name.startswith(OWN_ENV_PREFIX) and self.name != USERS_ENV):
             raise ValueError(f"{self.name} is the operator's to set, as is all of {OWN_ENV_PREFIX}* but {USERS_ENV}")
+        if re.match(DEVICE_ENV, self.name):
+            raise ValueError(f"{self.name} would give the pod devices past its quota: ask for them by gpus_per_node")
         return self
 
 

@@ -161,6 +161,8 @@ REFUSED: dict[str, Object] = {
     "a library by a configuration": env("OPENSSL_CONF", "/rows/evil.cnf"),
     "a library of the network's": env("NCCL_NET_PLUGIN", "/rows/evil.so"),
     "another compiler": env("CC", "/rows/evil"),
+    "every GPU of the node": env("NVIDIA_VISIBLE_DEVICES", "all"),
+    "every part of a GPU": env("NVIDIA_MIG_CONFIG_DEVICES", "all"),
     "a name that is none": env("A=B"),
     "a name with a line end": env("A\n"),
     "more variables than there may be": {"cluster": {"env": [{"name": f"A{i}", "value": ""} for i in range(65)]}},
@@ -372,6 +374,8 @@ def check_harmless(arena: Arena, stored: Object, pod: Object) -> None:
     fields = {name: variables.pop(name) for name, value in [*variables.items()] if not isinstance(value, str)}
     assert {name: source["fieldRef"]["fieldPath"] for name, source in fields.items()} in ({}, MEETING_FIELDS)
     assert all("$" not in value.replace("$$", "") for value in variables.values()), "a single dollar would be expanded"
+    asked = {*container["resources"].get("limits", {})} - {"cpu", "memory"}
+    assert asked or variables["NVIDIA_VISIBLE_DEVICES"] == "void"
     arena.admin.create(f"{arena.core}/pods?dryRun=All", pod)
 
 
@@ -505,7 +509,12 @@ def test_no_storage_profile_sets_what_a_job_may_not(arena: Arena):
     places = ((f"{arena.core}/configmaps", "data"), (f"{arena.core}/secrets", "stringData"))
     for (path, key), (name, message) in itertools.product(
         places,
-        {"LD_PRELOAD": "other code", "NEXA_RDZV_ENDPOINT": "operator's", "JOB_COMPLETION_INDEX": "operator's"}.items(),
+        {
+            "LD_PRELOAD": "other code",
+            "NEXA_RDZV_ENDPOINT": "operator's",
+            "JOB_COMPLETION_INDEX": "operator's",
+            "NVIDIA_VISIBLE_DEVICES": "devices past its quota",
+        }.items(),
     ):
         assert message in said(arena.mallory, path, a_profile(key=key, **{name: "x"}))
         assert not said(arena.mallory, f"{path}?dryRun=All", a_profile("anything-else", key=key, **{name: "x"}))

@@ -156,6 +156,8 @@ BAD = [
     ),
     ({"cluster": {"env": [{"name": "NEXA_ATTEMPT", "value": "9"}]}}, "spec.cluster.env[0].name"),
     ({"cluster": {"env": [{"name": "JOB_COMPLETION_INDEX", "value": "9"}]}}, "spec.cluster.env[0].name"),
+    ({"cluster": {"env": [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"}]}}, "spec.cluster.env[0].name"),
+    ({"cluster": {"env": [{"name": "NVIDIA_MIG_MONITOR_DEVICES", "value": "all"}]}}, "spec.cluster.env[0].name"),
     ({"cluster": {"volumes": [{"name": "nexa-tmp", "mountPath": "/v", "claim": "c"}]}}, "spec.cluster.volumes[0].name"),
     ({"cluster": {"volumes": [{"name": "v", "mountPath": "/tmp/nexa_train", "configMap": "m"}]}}, "mountPath"),
     ({"cluster": {"volumes": [{"name": "v", "mountPath": "/rows/../usr", "configMap": "m"}]}}, "mountPath"),

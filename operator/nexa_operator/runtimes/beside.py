@@ -26,7 +26,7 @@ def room(plan: RunPlan, *, num_pods: int) -> Object:
     """Pods that find a node where pods of the gang would find one, and do nothing there."""
     template = pod.template(plan, host="")
     container = template["spec"]["containers"][0]
-    container |= {"command": ["python", "-c", "import signal; signal.pause()"], "env": []}
+    container |= {"command": ["python", "-c", "import signal; signal.pause()"], "env": [pod.NO_DEVICES]}
     for key in ("envFrom", "ports"):
         container.pop(key, None)
     template["spec"]["terminationGracePeriodSeconds"] = 0  # they are in the way of what they made room for
@@ -40,6 +40,7 @@ def removal(plan: RunPlan) -> Object:
     container |= {
         "command": ["python", "-m", "nexa_train.removal"],
         "resources": {"requests": dict(_SMALL), "limits": dict(_SMALL)},
+        "env": [*(each for each in container["env"] if each != pod.NO_DEVICES), pod.NO_DEVICES],
     }
     container.pop("ports", None)
     template["spec"]["terminationGracePeriodSeconds"] = 0  # it has nothing to finish: another one begins where it ended

@@ -113,6 +113,16 @@ def test_nothing_of_a_resource_is_refused_for_it_would_be_no_limit(key: str, amo
     assert spec(cluster={"resources": {key: "0.05"}}).cluster.resources.model_dump()[key] == "0.05"
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_IMEX_CHANNELS", "NVIDIA_MIG_CONFIG_DEVICES"],
+)
+def test_no_variable_gives_devices_that_were_not_asked_for(name: str) -> None:
+    with pytest.raises(ValidationError, match=f"{name} would give the pod devices"):
+        spec(cluster={"env": [{"name": name, "value": "all"}]})
+    assert spec(cluster={"env": [{"name": "NVIDIA_TF32_OVERRIDE", "value": "0"}]}).cluster.env
+
+
 @pytest.mark.parametrize("memory", ["4GB", "-1", "1e3", "", "4 Gi", "4Gi\n"])
 def test_anything_else_is_no_quantity(memory: str) -> None:
     with pytest.raises(ValidationError, match="memory"):

@@ -107,6 +107,7 @@ def test_the_pod_that_removes_has_the_store_and_no_gpu() -> None:
     (container,) = document["spec"]["template"]["spec"]["containers"]
     assert container["command"] == ["python", "-m", "nexa_train.removal"]
     assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    assert [item["value"] for item in container["env"] if item["name"] == "NVIDIA_VISIBLE_DEVICES"] == ["void"]
     assert container["envFrom"][1] == {"secretRef": {"name": "nexa-storage-default"}}
     assert document["spec"]["completions"] == 1
     assert document["metadata"]["ownerReferences"][0]["uid"] == UID
@@ -126,7 +127,7 @@ def test_pods_that_ask_for_room_are_placed_like_those_of_the_gang_and_know_no_se
     terms = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert [field["values"] for field in terms[0]["matchFields"]] == [["n7"], ["n8"]]
     assert "envFrom" not in container
-    assert container["env"] == []
+    assert container["env"] == [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}]
     assert spec["terminationGracePeriodSeconds"] == 0
 
 

@@ -137,6 +137,13 @@ def test_a_user_s_variables_stand_beside_the_protocol_s_and_none_twice():
     assert len(names) == len(set(names))
 
 
+@pytest.mark.parametrize("asks", [{"gpusPerNode": 1}, {"resources": {"extended": {"nvidia.com/gpu.shared": 1}}}])
+def test_where_no_device_is_asked_for_none_comes_by_what_the_image_says(asks):
+    batch = {"globalBatchSize": 8}
+    assert environment_of(training=batch)["NVIDIA_VISIBLE_DEVICES"] == "void"
+    assert "NVIDIA_VISIBLE_DEVICES" not in environment_of(cluster=asks, training=batch), "the device plugin says which"
+
+
 def test_a_dollar_in_a_value_stays_a_dollar():
     environment = environment_of(cluster={"env": [{"name": "A", "value": "$(HOME) costs $5"}]})
     assert environment["A"] == "$$(HOME) costs $$5"
