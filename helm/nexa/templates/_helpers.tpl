@@ -101,7 +101,7 @@ matchExpressions:
 ['LD_', 'PYTHON', 'OPENSSL_', 'TRITON_', 'TORCHINDUCTOR_'].exists(prefix, name.startsWith(prefix))
 || name.matches('_PLUGIN$|_PLUGIN_PATH$|_INJECTION[0-9]*_PATH$|_MODULE_DIR$|_PROVIDER_PATH$')
 || name in ['PATH', 'HOME', 'ENV', 'BASH_ENV', 'GCONV_PATH', 'LOCPATH', 'CC', 'CXX', 'CUDA_HOME',
-'TORCH_EXTENSIONS_DIR']
+'CUDA_PATH', 'NCCL_CONF_FILE', 'TORCH_EXTENSIONS_DIR']
 {{- end -}}
 
 {{- define "nexa.otherCode" -}}
