@@ -134,6 +134,8 @@ class Gang:
     """When it was made or, later, let go by its queue."""
     was_suspended: bool = False
     """Whether it was, and goes on since."""
+    lacks_parts: bool = False
+    """Whether nothing is there of what stands between it and its pods, on a runtime where something does."""
 
     @property
     def ref(self) -> Ref:
@@ -405,6 +407,7 @@ def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) 
         owners=tuple(sorted(owners)) or (child["metadata"]["uid"],),
         begun_at=as_time(resumed) or created_at(child),
         was_suspended=bool(resumed),
+        lacks_parts=not owners,
     )
 
 
@@ -466,6 +469,16 @@ def refusal_in(events: Iterable[Body], gang: Gang) -> str:
     said = max(events, key=_told_at, default={}).get("message", "")
     # Every try is for a pod of another name, and is none the less the same.
     return re.sub(rf'pods "{re.escape(gang.name)}[^"]*"', "pods", said)
+
+
+def silence_of(gang: Gang, provider: str) -> str:
+    """What is to be said of a gang that is late where nobody gave a reason; empty: nothing.
+
+    JobSet's controller gives none where it may not make its Job.
+    """
+    maker = provider.partition(" ")[0]
+    said = f"{maker}'s controller has made no Job of {gang.name} and gives no reason: look at its log"
+    return said if gang.lacks_parts else ""
 
 
 def _told_at(event: Body) -> str:

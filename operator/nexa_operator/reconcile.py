@@ -53,6 +53,7 @@ from nexa_operator.observe import (
     pods_due_seconds,
     read_record,
     refusal_in,
+    silence_of,
     with_nodes,
     with_vanished,
 )
@@ -304,7 +305,8 @@ class Reconciler:
             seen = replace(seen, gang=await self._with_nodes(seen.gang))
         seen = self._with_loss(key, seen)
         if seen.gang and pods_due_seconds(seen, self.clock()) == 0.0:
-            return replace(seen, refusal=await self._refusal(key, seen.gang))
+            said = await self._refusal(key, seen.gang)
+            return replace(seen, refusal=said or silence_of(seen.gang, runtime.PROVIDER))
         return seen
 
     def _is_new(self, body: Body) -> bool:

@@ -487,6 +487,18 @@ def test_a_jobset_s_job_that_somebody_deletes_ends_the_attempt_without_a_charge(
     assert (status["restarts"], status["chargedRestarts"], status["lastFailure"]["cause"]) == (1, 0, "PodDeleted")
 
 
+def test_a_jobset_of_which_no_job_can_be_made_says_so_and_goes_on_once_it_can(team, jobset):
+    team.runtime = "jobset"
+    team.kubectl("create", "quota", "none", "--hard=count/jobs.batch=0")
+    team.wait(lambda: (team.get("quota/none") or {}).get("status", {}).get("used"), "the quota counts")
+    team.begin("silent")
+    why = lambda: team.condition("silent", "Queued")  # noqa: E731
+    team.wait(lambda: why().get("reason") == "PodsRefused", "that no Job is made", "silent")
+    assert "JobSet's controller has made no Job of silent-a0 and gives no reason" in why()["message"]
+    team.kubectl("delete", "quota/none")
+    team.wait_ranks("silent")
+
+
 KUBEFLOW = {
     "TFJob": ("tfReplicaSpecs", "tensorflow"),
     "PyTorchJob": ("pytorchReplicaSpecs", "pytorch"),

@@ -199,6 +199,30 @@ async def test_why_pods_are_not_made_is_asked_only_once_they_are_late_and_then_s
     assert "another reason" in str(operator.job["status"])
 
 
+async def test_a_jobset_of_which_no_job_is_made_says_so_once_it_is_late_and_no_longer_than_that() -> None:
+    operator = Operator(World(), schedule={"runtime": "jobset"})
+    world = operator.world
+    await operator.look()
+    assert await operator.look() == [10.05]
+    assert operator.true()["Queued"] == "Creating"
+    world.pass_seconds(10)
+    await operator.look()
+    assert operator.true()["Queued"] == "PodsRefused"
+    said = "JobSet's controller has made no Job of demo-a0 and gives no reason: look at its log"
+    assert said in str(operator.job["status"])
+    world.warnings = [{"message": "a webhook's words", "metadata": {}}]
+    world.pass_seconds(30)
+    await operator.look()
+    assert "a webhook's words" in str(operator.job["status"]), "what is given as a reason counts more"
+    gang, world.warnings = world.objects[JOBSETS.plural, "demo-a0"]["metadata"], []
+    owner = {"kind": "JobSet", "uid": gang["uid"], "controller": True}
+    metadata = {"name": "demo-a0-r-0", "labels": gang["labels"], "ownerReferences": [owner]}
+    world.put(JOBS, {"metadata": metadata, "spec": {}})
+    world.pass_seconds(30)
+    await operator.look()
+    assert said not in str(operator.job["status"]), "that its pods are late is another matter"
+
+
 async def test_another_gang_s_refusal_is_asked_anew_and_silence_is_asked_about_again() -> None:
     operator = await begun()
     world = operator.world
