@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
 from nexa_train.config import policy
-from nexa_train.config.base import EXTENDED_RESOURCE
+from nexa_train.config.base import ANNOTATION_KEY, EXTENDED_RESOURCE, KEY, NOT_EXTENDED
 from nexa_train.config.job import GROUP, KIND, PLURAL, VERSION
 from nexa_train.config.spec import OWN_KEYS, OWN_PATHS, USERS_KEYS, JobSpec
 from nexa_train.errors import ConfigError
@@ -61,6 +61,11 @@ def _is_one_of(known: Iterable[str]) -> str:
 def _no_own_key(group: str) -> Schema:
     rule = f"!has(self.{group}) || self.{group}.all(key, {_is_one_of(USERS_KEYS)} || !({_is_one_of(OWN_KEYS)}))"
     return _rule(rule, "a key is for controllers to set: leave it out", group)
+
+
+def _only_keys(group: str, pattern: str) -> Schema:
+    rule = f"!has(self.{group}) || self.{group}.all(key, key.matches('{pattern}'))"
+    return _rule(rule, "a key is none of Kubernetes's, which are NAME or PREFIX/NAME", group)
 
 
 def _each_its_own(key: str) -> Schema:
@@ -111,7 +116,7 @@ CROSS_FIELD: dict[str, list[Schema]] = {
         _no_zero("memory"),
         _rule(
             "!has(self.extended) || self.extended.all(name, "
-            f"name.matches('{EXTENDED_RESOURCE}') && !name.matches('^[^/]*kubernetes[.]io/'))",
+            f"name.matches('{EXTENDED_RESOURCE}') && !name.matches('{NOT_EXTENDED}'))",
             "a name is not what a device plugin calls a device, such as rdma/hca",
             "extended",
         ),
@@ -130,8 +135,24 @@ CROSS_FIELD: dict[str, list[Schema]] = {
         ),
         _each_its_own("name"),
         _each_its_own("mountPath"),
+        _rule(
+            f"!has(self.gpuResource) || !self.gpuResource.matches('{NOT_EXTENDED}')",
+            "is not what a device plugin calls a device",
+            "gpuResource",
+        ),
+        _only_keys("nodeSelector", KEY),
+        _only_keys("labels", KEY),
+        _only_keys("annotations", ANNOTATION_KEY),
         _no_own_key("labels"),
         _no_own_key("annotations"),
+    ],
+    "Toleration": [
+        _rule(
+            "self.operator != 'Exists' || !has(self.value) || self.value == ''",
+            "with operator Exists none is compared; leave it out",
+            "value",
+        ),
+        _rule("self.operator == 'Exists' || has(self.key)", "without a key it is Exists", "operator"),
     ],
     "EnvVar": [_rule(demand, said, "name") for demand, said in policy.of_variables("self.name")],
     "RecoveryRule": [

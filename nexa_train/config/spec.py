@@ -14,16 +14,22 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from nexa_train.config.base import (
+    ANNOTATION_KEY,
     EXTENDED_RESOURCE,
+    KEY,
+    NOT_EXTENDED,
+    Annotations,
     ExtendedResource,
     Image,
     Int,
+    Key,
     LabelMap,
     Labels,
     LabelValue,
     Name,
     ObjectName,
     Quantity,
+    QueueName,
     Strict,
     Text,
 )
@@ -262,7 +268,7 @@ class ResourcesSpec(Strict):
     cpu: Quantity | None = Field(None, description="CPU of a pod, as request and limit.")
     memory: Quantity | None = Field(None, description="Memory of a pod, as request and limit.")
     extended: Annotated[
-        dict[Annotated[str, StringConstraints(max_length=253)], Annotated[Int, Field(ge=1, le=4096)]],
+        dict[Annotated[str, StringConstraints(max_length=244)], Annotated[Int, Field(ge=1, le=4096)]],
         Field(max_length=16),
     ] = Field(default_factory=dict, description="Other devices of a pod by their plugin's name, such as rdma/hca.")
 
@@ -277,7 +283,7 @@ class ResourcesSpec(Strict):
     @model_validator(mode="after")
     def _are_extended(self) -> ResourcesSpec:
         for name in self.extended:
-            if not re.match(EXTENDED_RESOURCE, name) or name.partition("/")[0].endswith("kubernetes.io"):
+            if not re.fullmatch(EXTENDED_RESOURCE, name) or re.match(NOT_EXTENDED, name):
                 raise ValueError(f"extended: {name} is not what a device plugin calls a device, such as rdma/hca")
         return self
 
@@ -285,10 +291,18 @@ class ResourcesSpec(Strict):
 class Toleration(Strict):
     """A taint that the pods put up with, as in a pod's tolerations."""
 
-    key: Name | None = Field(None, description="Key of the taint; none: all.")
-    operator: Literal["Exists", "Equal"] = Field("Equal", description="How the value is compared.")
+    key: Key | None = Field(None, description="Key of the taint; none: all.")
+    operator: Literal["Exists", "Equal"] = Field("Equal", description="How the value is compared; Exists: not at all.")
     value: LabelValue | None = Field(None, description="Value of the taint.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="None: all.")
+
+    @model_validator(mode="after")
+    def _compares_what_is_there(self) -> Toleration:
+        if self.operator == "Exists" and self.value:
+            raise ValueError(f"value {self.value}: with operator Exists none is compared; leave it out")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("operator Equal: without a key it is Exists")
+        return self
 
 
 OWN_ENV_PREFIX, OWN_ENV, USERS_ENV = "NEXA_", "JOB_COMPLETION_INDEX", "NEXA_CACHE"
@@ -390,12 +404,18 @@ class ClusterSpec(Strict):
     env: list[EnvVar] = Field(default_factory=list, max_length=64, description="Variables of the trainer; no secrets.")
     volumes: list[Volume] = Field(default_factory=list, max_length=16, description="Claims and ConfigMaps to mount.")
     labels: Labels = Field(default_factory=dict, description="Put on the pods.")
-    annotations: LabelMap = Field(default_factory=dict, description="Put on the pods.")
+    annotations: Annotations = Field(default_factory=dict, description="Put on the pods.")
 
     @model_validator(mode="after")
     def _room_to_shrink(self) -> ClusterSpec:
         if self.min_nodes is not None and self.min_nodes > self.num_nodes:
             raise ValueError(f"min_nodes {self.min_nodes} is more than num_nodes {self.num_nodes}")
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_are_a_plugin_s(self) -> ClusterSpec:
+        if re.match(NOT_EXTENDED, self.gpu_resource):
+            raise ValueError(f"gpu_resource: {self.gpu_resource} is not what a device plugin calls a device")
         return self
 
     @model_validator(mode="after")
@@ -410,6 +430,17 @@ class ClusterSpec(Strict):
             times = Counter(getattr(volume, key) for volume in self.volumes)
             if doubled := [value for value, count in times.items() if count > 1]:
                 raise ValueError(f"volumes: two have the {key} {doubled[0]}; each needs its own")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_are_some(self) -> ClusterSpec:
+        for group, keys, pattern in (
+            ("node_selector", self.node_selector, KEY),
+            ("labels", self.labels, KEY),
+            ("annotations", self.annotations, ANNOTATION_KEY),
+        ):
+            if wrong := [key for key in keys if not re.fullmatch(pattern, key)]:
+                raise ValueError(f"{group}: {wrong[0]!r} is no key of Kubernetes's, which are NAME or PREFIX/NAME")
         return self
 
     @model_validator(mode="after")
@@ -510,7 +541,7 @@ class ScheduleSpec(Strict):
     """When and under whom the job runs."""
 
     runtime: Literal["job", "pytorchjob", "jobset"] = Field("job", description="Objects that carry the ranks.")
-    queue_name: ObjectName | None = Field(None, description="Kueue's local queue; on Slurm the partition.")
+    queue_name: QueueName | None = Field(None, description="Kueue's local queue; on Slurm the partition.")
     priority: ObjectName | None = Field(None, description="PriorityClass of the pods.")
     scheduler_name: ObjectName | None = Field(
         None, description="Scheduler of the pods. Volcano is told how many of them are to start together."

@@ -150,6 +150,11 @@ def _mend(spec: Spec, num_microbatches: int) -> None:
         volume["claim"] = "rows"
         volume.pop("configMap", None)
     cluster = spec.get("cluster", {})
+    for toleration in cluster.get("tolerations", []):
+        if toleration.get("operator") == "Exists":
+            toleration.pop("value", None)
+        else:
+            toleration.setdefault("key", "team")
     if extended := cluster.get("resources", {}).get("extended"):
         cluster["resources"]["extended"] = {key: count for key, count in extended.items() if "/" in key}
     world = cluster.get("numNodes", 1) * max(1, cluster.get("gpusPerNode", 0))

@@ -264,6 +264,51 @@ def test_a_hostile_job_is_refused(arena: Arena, attempt: str):
     assert said(arena.mallory, arena.path, hostile(**REFUSED[attempt]))
 
 
+KEYS = (
+    "a", "a/b", "a.b-c/D_e.f", "x" * 63, "x" * 64, "a/" + "x" * 64, "A/b", "a..b/c", "a.-b/c", "-a", "a-", "a_b/c", "",
+    "/a", "a/", "a/b/c", "a b", "a\n", "ä",
+)  # fmt: skip
+VALUES = ("", "a", "A_b.c-d", "a b", "-a", "x" * 63, "x" * 64, "a/b")
+TOLERATIONS: tuple[Object, ...] = (
+    {"key": "a", "operator": "Exists"},
+    {"key": "a", "operator": "Exists", "value": ""},
+    {"key": "a", "operator": "Exists", "value": "b"},
+    {"key": "a", "operator": "Equal", "value": "b"},
+    {"key": "a"},
+    {"value": "b"},
+    {},
+    *({"key": "a", "value": value} for value in VALUES),
+    *({"key": key} for key in KEYS if key),
+)
+DEVICES = ("rdma/hca", "nvidia.com/mig-3g.40gb", "requests.rdma/hca", "a..b/c", "A/b", "gpu", "a/", "a/" + "x" * 64)
+
+
+def described() -> Iterator[tuple[Object, Object]]:
+    """A part of a job's cluster, and what it becomes in a pod."""
+    for key, value in (*((key, "x") for key in KEYS), *(("a", value) for value in VALUES)):
+        yield {"labels": {key: value}}, {"metadata": {"name": "asked", "labels": {key: value}}}
+        yield {"nodeSelector": {key: value}}, {"nodeSelector": {key: value}}
+    for key in KEYS:
+        yield {"annotations": {key: "any text"}}, {"metadata": {"name": "asked", "annotations": {key: "any text"}}}
+    for toleration in TOLERATIONS:
+        yield {"tolerations": [toleration]}, {"tolerations": [toleration]}
+    for name in DEVICES:
+        limits = {"limits": {name: "1"}, "requests": {name: "1"}}
+        yield {"resources": {"extended": {name: 1}}}, {"container": {"resources": limits}}
+        yield {"gpuResource": name, "gpusPerNode": 1}, {"container": {"resources": limits}}
+
+
+def test_of_a_job_that_is_taken_a_pod_can_be_made_and_of_no_other(arena: Arena):
+    """What names nothing that there could be is refused where its author sees it, and nothing else is."""
+    for cluster, of_a_pod in described():
+        metadata = of_a_pod.pop("metadata", {})
+        pod = a_pod("asked", **of_a_pod)
+        pod["metadata"] |= metadata
+        in_pods = said(arena.admin, f"{arena.core}/pods?dryRun=All", pod)
+        in_jobs = said(arena.admin, f"{arena.path}?dryRun=All", hostile(cluster=cluster))
+        assert bool(in_jobs) == bool(in_pods), (cluster, in_jobs, in_pods)
+
+
 MALFORMED: dict[str, Object] = {
     "a name with a path": hostile("../../kube-system/x"),
     "a name with dots": hostile("a.b"),

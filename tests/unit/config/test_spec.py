@@ -100,6 +100,79 @@ def test_a_name_is_a_dns_label_of_at_most_45_characters(name: str, valid: bool) 
             job(name)
 
 
+KEYS = {
+    "a": True, "a/b": True, "a.b-c/D_e.f": True, "x" * 63: True, "x" * 64: False, "a/" + "x" * 64: False, "A/b": False,
+    "a..b/c": False, "a.-b/c": False, "-a": False, "a-": False, "a_b/c": False, "": False, "/a": False, "a/": False,
+    "a/b/c": False, "a b": False, "a\n": False, "ä": False, "a/" + "b" * 60: True, f"{'a' * 252}/b": False,
+}  # fmt: skip
+
+
+def as_a_toleration(key: str) -> dict[str, Any]:
+    return {"tolerations": [{"key": key}]}
+
+
+def is_taken(**cluster: Any) -> bool:
+    try:
+        return bool(spec(cluster=cluster))
+    except ValidationError:
+        return False
+
+
+@pytest.mark.parametrize(("key", "valid"), KEYS.items(), ids=[repr(key)[:20] for key in KEYS])
+def test_keys_are_those_of_which_pods_can_be_made(key: str, valid: bool) -> None:
+    assert is_taken(labels={key: "x"}) == valid
+    assert is_taken(node_selector={key: "x"}) == valid
+    assert is_taken(**as_a_toleration(key)) == valid
+    # Kubernetes takes no notice of capitals in those of annotations.
+    assert is_taken(annotations={key: "any text"}) == (valid or key == "A/b")
+
+
+def test_a_key_that_is_none_is_named_with_its_group() -> None:
+    with pytest.raises(ValidationError, match="node_selector: 'a b' is no key"):
+        spec(cluster={"node_selector": {"a b": "x"}})
+    assert spec(data={"columns": {"prompt": "any column"}})
+
+
+@pytest.mark.parametrize(
+    ("toleration", "valid"),
+    [
+        ({"key": "a", "operator": "Exists"}, True),
+        ({"key": "a", "operator": "Exists", "value": ""}, True),
+        ({"key": "a", "operator": "Exists", "value": "b"}, False),
+        ({"key": "a", "value": "b"}, True),
+        ({"operator": "Exists"}, True),
+        ({"value": "b"}, False),
+        ({}, False),
+    ],
+)
+def test_a_toleration_is_one_of_which_a_pod_can_be_made(toleration: dict[str, str], valid: bool) -> None:
+    assert is_taken(tolerations=[toleration]) == valid
+
+
+DEVICES = {
+    "nvidia.com/mig-3g.40gb": True, "rdma/hca": True, "gpu": False, "a..b/c": False, "a/" + "x" * 64: False,
+    "kubernetes.io/x": False, "node.kubernetes.io/x": False, "requests.nvidia.com/gpu": False, "a/b\n": False,
+    f"{'a' * 245}/b": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "valid"), DEVICES.items(), ids=[repr(name)[:30] for name in DEVICES])
+def test_devices_are_called_as_a_plugin_may_call_them(name: str, valid: bool) -> None:
+    assert is_taken(gpu_resource=name) == valid
+    assert is_taken(resources={"extended": {name: 1}}) == valid
+
+
+@pytest.mark.parametrize(("name", "valid"), {"a": True, "a.b-c": True, "a..b": False, "a.-b": False}.items())
+def test_names_are_those_that_objects_can_have(name: str, valid: bool) -> None:
+    assert is_taken(volumes=[{"name": "v", "mount_path": "/v", "claim": name}]) == valid
+
+
+def test_a_queue_s_name_is_a_label_s_value() -> None:
+    assert spec(schedule={"queue_name": "q" * 63})
+    with pytest.raises(ValidationError, match="queue_name"):
+        spec(schedule={"queue_name": "q" * 64})
+
+
 @pytest.mark.parametrize("memory", ["4Gi", "500m", "1.5G", "128"])
 def test_a_quantity_is_written_as_kubernetes_does(memory: str) -> None:
     assert spec(cluster={"resources": {"memory": memory}}).cluster.resources.memory == memory
