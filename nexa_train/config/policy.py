@@ -1,5 +1,5 @@
-"""What this version, or a cluster, cannot do with a whole job, in CEL: the chart's policy says so when a job is made.
-And which variables are the operator's, for the CRD and for the policy on storage profiles.
+"""What this version, or a cluster, cannot do with a whole job, in CEL: the chart's policy says so when a job is made or
+resized. And which variables nobody sets but the operator, for the CRD and for the policy on storage profiles.
 
 Made from the tables of `support.py`, and from what the operator's `spec.py` asks of jobs; these decide, and the policy
 is how they are heard before a job is there that cannot change any more. What it does not say, and all of it where

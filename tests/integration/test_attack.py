@@ -101,13 +101,14 @@ def arena(chart: Cluster, limited: Namespace) -> Iterator[Arena]:
     mallory.close()
 
 
-PROBES = ("nexa-jobs", "nexa-profiles", "nexa-children", "nexa-templates", "nexa-pods")
+PROBES = ("nexa-jobs", "nexa-supported", "nexa-profiles", "nexa-children", "nexa-templates", "nexa-pods")
 
 
 def _probed(arena: Arena, policy: str) -> str:
     """The API server takes up policies and roles a moment after it has accepted them; this says what it thinks now."""
     who, path, body = {
         "nexa-jobs": (arena.mallory, arena.path, hostile(image="elsewhere/x")),
+        "nexa-supported": (arena.mallory, arena.path, hostile(trackers=["wandb"])),
         "nexa-profiles": (arena.mallory, f"{arena.core}/configmaps", a_profile(NEXA_JOB="{}")),
         "nexa-children": (arena.mallory, f"{arena.core}/pods", a_pod(labels=OURS)),
         "nexa-templates": (arena.mallory, arena.jobs, a_job("probe", MINE, OURS)),

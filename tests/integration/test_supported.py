@@ -133,6 +133,22 @@ def test_what_can_never_run_is_refused_when_it_is_made(server: Server, spec: Obj
     assert server.refusal(ours)
 
 
+def test_a_suspended_job_is_not_resized_to_what_can_never_run(server: Server) -> None:
+    """It would end as ConfigRejected, with all that it has trained."""
+    jobs = server.path.partition("?")[0]
+    spec = described(optimizer={"name": "adafactor"}, schedule={"suspend": True})
+    others = {**spec, "schedule": {**spec["schedule"], "managedBy": "example.com/other"}}
+    for name, each in (("resized", spec), ("theirs", others)):
+        server.api.create(jobs, {**manifest(name), "spec": each})
+    resized = {"spec": {"cluster": {"numNodes": 2}}}
+    with pytest.raises(Refused, match="adafactor takes no sharded weights"):
+        server.api.merge(f"{jobs}/resized", resized)
+    server.api.merge(f"{jobs}/theirs", resized)
+    server.api.merge(
+        f"{jobs}/resized", {"metadata": {"labels": {"seen": "yes"}}, "spec": {"schedule": {"suspend": False}}}
+    )
+
+
 @pytest.mark.parametrize("uri", ["/models", "/models/team", "file:///models/team", "/models/100%", "s3://models/team"])
 def test_artifacts_that_outlive_their_pods_are_taken(server: Server, uri: str) -> None:
     spec = described(artifacts={"uri": uri}, cluster={"volumes": [CLAIM]})

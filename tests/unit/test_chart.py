@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nexa_train.config import crd
+from nexa_train.config import crd, policy
 from nexa_train.config.protocol import PROGRESS_PORT
 from tests.cluster.errors import ClusterError
 from tests.cluster.tools import TOOLS, binary
@@ -337,6 +337,17 @@ def test_the_policies_know_the_operator_by_the_account_that_it_runs_as(helm):
 def rules_of(documents: list[dict[str, Any]], name: str) -> list[str]:
     policies = {policy["metadata"]["name"]: policy for policy in every(documents, "ValidatingAdmissionPolicy")}
     return [rule["expression"] for rule in policies[name]["spec"]["validations"]]
+
+
+def test_what_this_version_cannot_do_is_asked_of_every_size_and_the_administrator_s_lists_when_a_job_is_made(helm):
+    documents = render(helm)
+    assert rules_of(documents, "nexa-supported") == [rule["expression"] for rule in policy.rules()]
+    assert not set(rules_of(documents, "nexa-jobs")) & set(rules_of(documents, "nexa-supported"))
+    asked = {
+        each["metadata"]["name"]: each["spec"]["matchConstraints"]["resourceRules"][0]["operations"]
+        for each in every(documents, "ValidatingAdmissionPolicy")
+    }
+    assert (asked["nexa-jobs"], asked["nexa-supported"]) == (["CREATE"], ["CREATE", "UPDATE"])
 
 
 def test_what_a_job_may_not_set_no_storage_profile_sets_for_it(helm):
