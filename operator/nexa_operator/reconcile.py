@@ -488,8 +488,8 @@ class Reconciler:
     async def _remove_artifacts(self, key: Key, body: Body) -> parting.Step:
         try:
             await self.cluster.create(JOBS, beside.removal(self._plan(key, {"status": {}, **body}, parse(body))))
-        except (ConfigError, RuntimeUnavailableError) as exc:
-            return parting.LetGo(problem=str(exc))
+        except (ConfigError, RuntimeUnavailableError, InvalidError) as exc:
+            return parting.LetGo(problem=str(exc))  # asking again would change nothing
         except ApiError as exc:
             if exc.status != 403 or "being terminated" not in str(exc):
                 raise

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from nexa_operator import naming, parting
-from nexa_operator.kinds import PODS, TRAINING_JOBS
+from nexa_operator.errors import InvalidError
+from nexa_operator.kinds import EVENTS, JOBS, PODS, TRAINING_JOBS, Kind
 from nexa_operator.parting import Await, Clear, LetGo, Remove, holds, next_step, patience_seconds, wants_hold
 from nexa_operator.plan import Defaults, make_plan
 from nexa_operator.reading import Ref
@@ -141,6 +142,29 @@ def hung_pods(world: World) -> None:
     """Of a node that nobody asks: they are there for ever."""
     labels = {naming.LABEL_JOB_UID: UID}
     world.put(PODS, {"metadata": {"name": "demo-a0-0-x", "labels": labels}, "status": {"phase": "Running"}})
+
+
+class Strict(World):
+    """It takes no Job of these."""
+
+    async def create(self, kind: Kind, body: dict[str, Any]) -> bool:
+        if kind == JOBS:
+            self._note("create", kind, body["metadata"]["name"])
+            raise InvalidError("POST", status=422, message="Job.batch is invalid: spec.template")
+        return await super().create(kind, body)
+
+
+@pytest.mark.anyio
+async def test_a_job_whose_removal_the_server_can_never_take_is_let_go_at_once_in_its_words() -> None:
+    world = Strict()
+    world.put(TRAINING_JOBS, deleted())
+    operator = Operator(world)
+    await operator.look()
+    assert operator.job["metadata"]["finalizers"] == []
+    assert world.num_asked("create", JOBS) == 1
+    (event,) = (each for (kind, _), each in world.objects.items() if kind == EVENTS.plural)
+    assert event["reason"] == "ArtifactsLeft"
+    assert "Job.batch is invalid" in event["message"]
 
 
 @pytest.mark.anyio
