@@ -98,24 +98,42 @@ def read_environment(environment: Mapping[str, str]) -> tuple[Job, Node]:
     """The job and this node's place in it.
 
     Raises:
-        ConfigError: a variable is missing or does not fit.
+        ConfigError: a variable is missing or does not fit, also where it does not fit the job.
     """
+    job = read_job(environment)
     try:
-        body = json.loads(environment[ENV_JOB])
         node_count, index = int(environment.get(ENV_NUM_NODES, "1")), int(environment.get(ENV_NODE_INDEX, "0"))
         attempt, starved = int(environment.get(ENV_ATTEMPT, "0")), environment.get(ENV_OUT_OF_MEMORY)
         out_of_memory = int(starved) if starved else None
+    except ValueError as exc:
+        raise ConfigError(f"environment: a number of NEXA_* or {ENV_NODE_INDEX} cannot be read: {exc}") from exc
+    if node_count != job.spec.cluster.num_nodes:
+        # Each rank takes its share by the plan, so those of a node too many would train on nothing, or twice.
+        raise ConfigError(
+            f"environment: {ENV_NUM_NODES} is {node_count}, the job has cluster.num_nodes "
+            f"{job.spec.cluster.num_nodes}; change it in the job"
+        )
+    if not 0 <= index < node_count:
+        raise ConfigError(f"environment: {ENV_NODE_INDEX} is {index}, expected 0 to {node_count - 1}")
+    endpoint = _endpoint(environment, node_count) if node_count > 1 else None
+    return job, Node(index, node_count, job.spec.cluster.ranks_per_node, endpoint, attempt, out_of_memory)
+
+
+def read_job(environment: Mapping[str, str]) -> Job:
+    """The job alone.
+
+    Raises:
+        ConfigError: it is missing, or wrong.
+    """
+    try:
+        body = json.loads(environment[ENV_JOB])
     except KeyError as exc:
         raise ConfigError(f"environment: {exc.args[0]} is not set; it holds the job as JSON") from exc
     except ValueError as exc:
-        raise ConfigError(f"environment: {ENV_JOB} or a NEXA_* number cannot be read: {exc}") from exc
+        raise ConfigError(f"environment: {ENV_JOB} cannot be read: {exc}") from exc
     if not isinstance(body, dict):
         raise ConfigError(f"environment: {ENV_JOB} holds {type(body).__name__}, expected the job as an object")
-    if not 0 <= index < node_count:
-        raise ConfigError(f"environment: {ENV_NODE_INDEX} is {index}, expected 0 to {node_count - 1}")
-    job = job_from_object(body)
-    endpoint = _endpoint(environment, node_count) if node_count > 1 else None
-    return job, Node(index, node_count, job.spec.cluster.ranks_per_node, endpoint, attempt, out_of_memory)
+    return job_from_object(body)
 
 
 def _endpoint(environment: Mapping[str, str], node_count: int) -> str | Meeting:

@@ -98,6 +98,7 @@ def _run(rundir: RunDir, rank: int) -> None:
     work = RankWork.from_dict(rundir.read_run())
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    check_world(work.plan, world)
     configure(work, local_rank)
     if world > 1:
         # Flags and sums of a few bytes live on the CPU also where weights do not. It is the launcher's watchdog that
@@ -109,6 +110,19 @@ def _run(rundir: RunDir, rank: int) -> None:
     store = WatchedStore(open_store(work.store_uri), rundir.beat)
     with beats_of_all_nodes(rundir, local_rank=local_rank, world=world):
         TrainingPipeline(context, facts, store, rundir, local_rank=local_rank).run()
+
+
+def check_world(plan: TrainPlan, world: int) -> None:
+    """Refuse to train in a world that the samples were not shared out for: some would be read by nobody, or twice.
+
+    Raises:
+        ConfigError: names both numbers.
+    """
+    if world != plan.world_size:
+        raise ConfigError(
+            f"environment: WORLD_SIZE is {world}, the job has {plan.world_size} ranks ({plan.nodes} nodes x "
+            f"{plan.ranks_per_node}); change it in the job"
+        )
 
 
 def agreed(plan: TrainPlan) -> TrainPlan:

@@ -10,7 +10,7 @@ import sys
 
 from nexa_train.artifact.retention import remove_run
 from nexa_train.config.protocol import Termination
-from nexa_train.entrypoint import end, read_environment
+from nexa_train.entrypoint import end, read_job
 from nexa_train.errors import NexaError
 from nexa_train.store import open_store
 
@@ -19,7 +19,7 @@ def main() -> int:
     """Delete the run; returns the exit code."""
     run_id = ""
     try:
-        job, _ = read_environment(os.environ)
+        job = read_job(os.environ)
         run_id = job.run_id
         count = remove_run(open_store(job.spec.artifacts.uri), run_id)
     except NexaError as exc:

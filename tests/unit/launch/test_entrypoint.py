@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from nexa_train.config import Job
 from nexa_train.config.protocol import PROGRESS_PORT, CheckpointRef, Progress, Termination
 from nexa_train.entrypoint import read_environment, read_port, serve
 from nexa_train.errors import ConfigError
@@ -28,30 +29,44 @@ from tests.cluster.run import wait_until
 from tests.unit.config.builders import job
 
 JOB = json.dumps({"metadata": {"name": "demo"}, "spec": {"data": {"remoteUri": "train.jsonl"}}})
+OF_TWO = json.dumps(
+    {"metadata": {"name": "demo"}, "spec": {"data": {"remoteUri": "train.jsonl"}, "cluster": {"numNodes": 2}}}
+)
 
 WRONG: dict[str, tuple[dict[str, str], str]] = {
     "no job": ({}, "environment: NEXA_JOB is not set; it holds the job as JSON"),
-    "a job that is no JSON": ({"NEXA_JOB": "{"}, "environment: NEXA_JOB or a NEXA_* number cannot be read: Expecting"),
+    "a job that is no JSON": ({"NEXA_JOB": "{"}, "environment: NEXA_JOB cannot be read: Expecting"),
     "a list as job": ({"NEXA_JOB": "[]"}, "environment: NEXA_JOB holds list, expected the job as an object"),
     "a job with a typo": (
         {"NEXA_JOB": '{"metadata": {"name": "a"}, "spec": {"dta": {}}}'},
         "NexaTrainingJob/a: data: required, and not given; NexaTrainingJob/a: dta: unknown key; did you mean data?",
     ),
-    "a word as number of nodes": ({"NEXA_JOB": JOB, "NEXA_NUM_NODES": "two"}, "environment: NEXA_JOB or a NEXA_* numb"),
+    "a word as number of nodes": (
+        {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "two"},
+        "environment: a number of NEXA_* or JOB_COMPLETION_INDEX cannot be read: inv",
+    ),
     "an index beyond the gang": (
-        {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "2", "NEXA_RDZV_ENDPOINT": "a:1", "JOB_COMPLETION_INDEX": "2"},
+        {"NEXA_JOB": OF_TWO, "NEXA_NUM_NODES": "2", "NEXA_RDZV_ENDPOINT": "a:1", "JOB_COMPLETION_INDEX": "2"},
         "environment: JOB_COMPLETION_INDEX is 2, expected 0 to 1",
     ),
+    "more nodes than the job has": (
+        {"NEXA_JOB": OF_TWO, "NEXA_NUM_NODES": "3", "NEXA_RDZV_ENDPOINT": "a:1"},
+        "environment: NEXA_NUM_NODES is 3, the job has cluster.num_nodes 2; change it in the job",
+    ),
+    "fewer nodes than the job has": (
+        {"NEXA_JOB": OF_TWO},
+        "environment: NEXA_NUM_NODES is 1, the job has cluster.num_nodes 2; change it in the job",
+    ),
     "nowhere to meet": (
-        {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "2"},
+        {"NEXA_JOB": OF_TWO, "NEXA_NUM_NODES": "2"},
         "environment: NEXA_RDZV_ENDPOINT is not set, nor are both NEXA_GANG and NEXA_NODE_ADDRESS, and",
     ),
     "a meeting without a name": (
-        {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "2", "NEXA_NODE_ADDRESS": "10.0.0.8"},
+        {"NEXA_JOB": OF_TWO, "NEXA_NUM_NODES": "2", "NEXA_NODE_ADDRESS": "10.0.0.8"},
         "environment: NEXA_RDZV_ENDPOINT is not set, nor are both NEXA_GANG and NEXA_NODE_ADDRESS, and",
     ),
     "a name as address": (
-        {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "2", "NEXA_GANG": "uid", "NEXA_NODE_ADDRESS": "pod-1"},
+        {"NEXA_JOB": OF_TWO, "NEXA_NUM_NODES": "2", "NEXA_GANG": "uid", "NEXA_NODE_ADDRESS": "pod-1"},
         "environment: NEXA_NODE_ADDRESS is 'pod-1', expected an IP address",
     ),
 }
@@ -64,21 +79,25 @@ def test_a_wrong_environment_is_named_by_variable(environment: dict[str, str], e
     assert str(caught.value).startswith(expected)
 
 
+def two_nodes() -> Job:
+    return job(cluster={"num_nodes": 2})
+
+
 def test_the_environment_says_which_node_of_which_attempt_this_is() -> None:
     environment = {
-        "NEXA_JOB": JOB,
+        "NEXA_JOB": OF_TWO,
         "NEXA_ATTEMPT": "3",
         "NEXA_NUM_NODES": "2",
         "JOB_COMPLETION_INDEX": "1",
         "NEXA_RDZV_ENDPOINT": "demo-0:29500",
         "NEXA_OUT_OF_MEMORY_ATTEMPT": "2",
     }
-    assert read_environment(environment) == (job(), Node(1, 2, 1, "demo-0:29500", 3, 2))
+    assert read_environment(environment) == (two_nodes(), Node(1, 2, 1, "demo-0:29500", 3, 2))
 
 
 def test_pods_without_names_are_told_their_gang_and_address() -> None:
-    two = {"NEXA_JOB": JOB, "NEXA_NUM_NODES": "2", "NEXA_GANG": "uid", "NEXA_NODE_ADDRESS": "FD00::8"}
-    assert read_environment(two) == (job(), Node(0, 2, 1, Meeting("uid", "fd00::8")))
+    two = {"NEXA_JOB": OF_TWO, "NEXA_NUM_NODES": "2", "NEXA_GANG": "uid", "NEXA_NODE_ADDRESS": "FD00::8"}
+    assert read_environment(two) == (two_nodes(), Node(0, 2, 1, Meeting("uid", "fd00::8")))
 
 
 def test_a_pod_alone_needs_nothing_but_its_job() -> None:
