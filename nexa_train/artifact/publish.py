@@ -42,7 +42,7 @@ from nexa_train.errors import (
     RefusedError,
     SupersededError,
 )
-from nexa_train.store.base import Store, Stored
+from nexa_train.store.base import Opened, Store, Stored
 
 _RUN_SCHEMA = "1.0"
 _CHUNK_BYTES = 1 << 20
@@ -491,11 +491,11 @@ def _download(store: Store, committed: Committed, entry: FileEntry, into: Path) 
 
 
 def _copy(store: Store, committed: Committed, entry: FileEntry, *, write: Callable[[bytes], object]) -> None:
-    """Read one file in the version that was committed, length and hash checked together."""
+    """Read one file, in the version that was committed where that is there, length and hash checked together."""
     name = f"{entry.path} of {committed.manifest.folder} in {store.uri}"
     digest, size = hashlib.sha256(), 0
     key = f"{committed.folder}/{entry.object}".lstrip("/")
-    with store.open(key, version_id=entry.version_id) as stream:
+    with _opened(store, key, entry.version_id) as stream:
         if stream.stored.size != entry.size:
             raise DamagedError(f"{name} has {stream.stored.size} bytes, expected {entry.size}")
         while chunk := stream.read(_CHUNK_BYTES):
@@ -504,3 +504,13 @@ def _copy(store: Store, committed: Committed, entry: FileEntry, *, write: Callab
             write(chunk)
     if size != entry.size or digest.hexdigest() != entry.sha256:
         raise DamagedError(f"{name} has sha256 {digest.hexdigest()}, expected {entry.sha256}")
+
+
+def _opened(store: Store, key: str, version_id: str | None) -> Opened:
+    """A version says where to look first, the hash what was found: in a copy of a bucket versions have other names."""
+    if version_id is None:
+        return store.open(key)
+    try:
+        return store.open(key, version_id=version_id)
+    except NotFoundError:
+        return store.open(key)

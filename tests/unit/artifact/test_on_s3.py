@@ -69,3 +69,36 @@ def test_without_versioning_an_overwritten_file_is_damage(minio: MinioServer, tm
 
     assert newest_valid(store, RUN).committed == chain[0]
     assert not verify(uri).ok
+
+
+def copied(minio: MinioServer, bucket: str) -> str:
+    """Another versioned bucket with the newest bytes of each key, as a mirror or a restored backup has them."""
+    copy = minio.make_bucket()
+    for each in minio.client.list_objects(bucket, recursive=True):
+        content = minio.client.get_object(bucket, each.object_name).read()
+        minio.client.put_object(copy, each.object_name, io.BytesIO(content), len(content))
+    return copy
+
+
+def test_a_copy_of_a_versioned_bucket_is_whole_though_its_versions_have_other_names(
+    minio: MinioServer, tmp_path: Path
+) -> None:
+    bucket = minio.make_bucket()
+    chain = publish_chain(open_store(f"s3://{bucket}/team"), tmp_path, 50, 100)
+    assert all(entry.version_id for entry in chain[1].manifest.files)
+    uri = f"s3://{copied(minio, bucket)}/team"
+    store = open_store(uri)
+
+    assert verify(uri).ok
+    assert newest_valid(store, RUN).committed == chain[1]
+    assert (fetch(store, chain[1], tmp_path / "into") / "model.safetensors").read_bytes() == b"00000100"
+
+
+def test_in_a_copy_of_a_versioned_bucket_other_bytes_are_damage(minio: MinioServer, tmp_path: Path) -> None:
+    bucket = minio.make_bucket()
+    chain = publish_chain(open_store(f"s3://{bucket}/team"), tmp_path, 50, 100)
+    uri = f"s3://{copied(minio, bucket)}/team"
+    overwrite(minio, uri, f"{chain[1].folder}/{chain[1].manifest.files[0].object}")
+
+    assert newest_valid(open_store(uri), RUN).committed == chain[0]
+    assert not verify(uri).ok
