@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nexa_train.artifact.manifest import (
-    MANIFEST_NAME,
     RUN_NAME,
     FileEntry,
     Manifest,
@@ -230,7 +229,7 @@ class Publisher:
 def read_manifest(store: Store, folder: str) -> Committed:
     """The checkpoint committed in `folder`, which is what `step_folder` gives. Reads no data.
 
-    An empty folder reads the manifest at the root of the store: a checkpoint copied out of its place.
+    An empty folder reads the manifest at the top of the store: a checkpoint copied out of its place.
 
     Raises:
         NotFoundError: nothing is committed there.
@@ -239,11 +238,9 @@ def read_manifest(store: Store, folder: str) -> Committed:
         ConfigError: it was written by a later major version of Nexa.
     """
     place = folder.strip("/")
-    if not place:
-        return _read_manifest(store, MANIFEST_NAME)
     state = step_now(store, place)
     if not state.committed:
-        raise NotFoundError(f"no checkpoint is committed at {place} in {store.uri}")
+        raise NotFoundError(f"no checkpoint is committed at {place or '.'} in {store.uri}")
     return _read_manifest(store, state.key)
 
 

@@ -28,7 +28,7 @@ class StepState:
     """One step's folder as a listing shows it.
 
     Attributes:
-        folder: relative to the store.
+        folder: relative to the store; empty for the folder of a step that was copied out of one.
         generation: the number of the highest name; 0: none is taken.
         committed: whether a manifest is under that name, and not nothing.
         others: the keys of all else in the folder.
@@ -48,7 +48,7 @@ class StepState:
     @property
     def key(self) -> str:
         """The name that decides."""
-        return f"{self.folder}/{manifest_name(self.generation)}"
+        return f"{self.folder}/{manifest_name(self.generation)}".lstrip("/")
 
 
 def manifest_name(generation: int) -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from nexa_train.artifact.manifest import CHECKPOINTS, MANIFEST_NAME, parse_step_folder
 from nexa_train.artifact.publish import Committed, check_files, committed_folders, read_manifest, still_there
-from nexa_train.artifact.steps import generation_of, step_states
+from nexa_train.artifact.steps import generation_of, step_state, step_states
 from nexa_train.errors import ConfigError, DamagedError, NotFoundError
 from nexa_train.store import address, open_store
-from nexa_train.store.base import Store, Stored
+from nexa_train.store.base import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +101,9 @@ def split_artifact_uri(uri: str) -> tuple[str, str]:
 
 
 def _store_or_copy(scheme: str, path: str) -> tuple[str, str]:
-    if path.endswith(f"/{MANIFEST_NAME}"):
-        return f"{scheme}{path.removesuffix(f'/{MANIFEST_NAME}')}" or "/", MANIFEST_NAME
+    folder, slash, name = path.rpartition("/")
+    if slash and generation_of(name):
+        return f"{scheme}{folder}" or "/", name
     return f"{scheme}{path}" or "/", ""
 
 
@@ -134,28 +135,13 @@ def _found(uri: str) -> tuple[Store, list[str]]:
 
 
 def _folders(store: Store, key: str) -> list[str]:
-    """The folders at or below `key` that hold the manifest of a checkpoint, sorted."""
-    if key == MANIFEST_NAME:
-        return [""] if _holds(store, MANIFEST_NAME) else []
+    """The folders at or below `key` that hold the manifest of a checkpoint, sorted; the top of a copy is empty."""
     folder, _, name = key.rpartition("/")
-    if generation_of(name):
-        return [state.folder for state in step_states(store.list(folder)) if state.committed and state.key == key]
-    below = store.list(key)
-    if not key and any(stored.key == MANIFEST_NAME for stored in below):
-        return ["", *_committed(below)]
-    return _committed(below)
-
-
-def _committed(listing: Iterable[Stored]) -> list[str]:
-    return [state.folder for state in step_states(listing) if state.committed]
-
-
-def _holds(store: Store, key: str) -> bool:
-    try:
-        store.open(key).close()
-    except NotFoundError:
-        return False
-    return True
+    place = folder if generation_of(name) else key
+    below = store.list(place)
+    copied = [] if place else [step_state("", below)]
+    states = [state for state in [*copied, *step_states(below)] if state.committed]
+    return [state.folder for state in states if place == key or state.key == key]
 
 
 def _read_all(store: Store, folders: Iterable[str]) -> tuple[list[Committed], list[str]]:

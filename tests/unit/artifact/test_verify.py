@@ -281,3 +281,29 @@ def test_a_step_that_was_committed_anew_is_verified_by_the_name_of_its_manifest(
     for old in ("manifest.json", "manifest-2.json"):
         with pytest.raises(NotFoundError, match=old):
             verify(f"{root}/{again.folder}/{old}")
+
+
+def test_a_copy_obeys_the_highest_name_of_a_manifest_in_it(root: Path, chain: list[Committed], tmp_path: Path) -> None:
+    weights(root, chain[2]).write_bytes(b"other")
+    publisher = Publisher(open_store(root), RUN, "a1")
+    publisher.resume()
+    again = publisher.publish(150, files_in(tmp_path / "again", {"w": b"right"}), draft())
+    copies = [shutil.copytree(root / again.folder, tmp_path / place / "best") for place in ("copy", "checkpoints")]
+    (copies[0] / "manifest.json").write_bytes(chain[2].manifest.to_bytes())
+
+    for copy in copies:
+        for uri in (copy, copy / "manifest-3.json"):
+            report = verify(str(uri))
+            assert [(seen.uri, seen.digest) for seen in report.manifests] == [(f"{copy}/manifest-3.json", again.digest)]
+            assert report.ok
+        with pytest.raises(NotFoundError):
+            verify(f"{copy}/manifest.json")
+
+
+def test_a_copy_of_a_step_that_was_given_up_is_none(root: Path, chain: list[Committed], tmp_path: Path) -> None:
+    open_store(root).create(f"{chain[2].folder}/manifest-2.json", b"")
+    copy = shutil.copytree(root / chain[2].folder, tmp_path / "copy")
+
+    for uri in (copy, copy / "manifest.json", copy / "manifest-2.json"):
+        with pytest.raises(NotFoundError):
+            verify(str(uri))
