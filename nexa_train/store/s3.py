@@ -18,7 +18,7 @@ import mmap
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -46,6 +46,10 @@ _CODE = re.compile(r"<Code>([\w.]+)</Code>")
 _DETAIL = re.compile(r"<Message>([^<]{1,200})</Message>")
 _NO_BUCKET = "NoSuchBucket"
 _NEVER: RetryConfig = {"max_retries": 0, "retry_timeout": timedelta(0)}
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
+_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_UNSENDABLE = re.compile(r"[^!-~]")
 _UNVERSIONED = ("", "null")  # what a bucket without versioning, or with it suspended, answers
 
 _log = logging.getLogger(__name__)
@@ -107,6 +111,7 @@ class S3Store:
         self.bucket = bucket
         self.prefix = check_prefix(prefix)
         self.uri = f"s3://{bucket}/{self.prefix}".rstrip("/")
+        _check_variables()
         self._endpoint = _endpoint()
         self._working, self._sending = self._client(_WORKING), self._client(_SENDING)
 
@@ -189,7 +194,7 @@ class S3Store:
                 self.bucket,
                 prefix=self.prefix or None,
                 config=config,
-                client_options={"allow_http": self._endpoint.startswith("http://"), **patience.client_options},
+                client_options={"allow_http": urlsplit(self._endpoint).scheme == "http", **patience.client_options},
                 retry_config=_NEVER,
             )
         except refusals.BaseError as exc:
@@ -207,6 +212,12 @@ class S3Store:
             raise RefusedError(f"{said}; remove that object") from None
         except (refusals.BaseError, FileNotFoundError) as exc:
             raise self._translation(action, key, str(exc)) from None
+        except BaseException as exc:
+            # Of no class that can be imported, and no Exception: it would end a thread, or a rank, without last words.
+            if type(exc).__name__ != "PanicException":
+                raise
+            said = f"cannot {action} {key} in bucket {self.bucket} on {self._host}: the storage client broke down"
+            raise RefusedError(f"{said}, as said above; check the AWS_ variables of the environment") from None
 
     def _translation(self, action: str, key: str, answer: str) -> NexaError:
         status = _found(_STATUS, answer)
@@ -356,12 +367,42 @@ def _body(source: bytes | Path, *, key: str) -> bytes | memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
+def _check_variables() -> None:
+    """Refuse what no request can be made of: the client panics on it, or asks for ever.
+
+    Raises:
+        ConfigError: names the variable, and never shows its value.
+    """
+    used = [*map(_variable, (_ENDPOINTS, _REGIONS)), *_CREDENTIALS]
+    for name in used:
+        if _UNSENDABLE.search(os.environ.get(name, "")):
+            raise ConfigError(
+                f"{name} holds white space, a line's end or a character beyond ASCII, which no request can carry: set "
+                "it without (a Secret that was made from a file keeps the end of its last line)"
+            )
+    if _endpoint() and not _is_server(_endpoint()):
+        raise ConfigError(f"{used[0]} names no server; expected http://HOST:PORT or https://HOST:PORT")
+
+
+def _is_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # half an address, or no port
+        return False
+
+
+def _variable(names: Sequence[str]) -> str:
+    """The first of them that is set, else the last."""
+    return next((name for name in names if os.environ.get(name)), names[-1])
+
+
 def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return os.environ.get(_variable(_ENDPOINTS), "")
 
 
 def _region() -> str:
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return os.environ.get(_variable(_REGIONS)) or "us-east-1"
 
 
 def _version(version: str | None) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import stamina
 
-from nexa_train.errors import AlreadyExistsError, RefusedError
+from nexa_train.errors import AlreadyExistsError, ConfigError, RefusedError
 from nexa_train.store import Store, open_store, s3
 from tests.unit.store.small_s3 import SmallS3
 
@@ -160,6 +161,63 @@ def test_more_than_one_conditional_write_can_hold_is_refused_before_a_byte_is_se
         store.create("k", source)
 
     assert server.writes == 0
+
+
+MALFORMED = {
+    "no scheme": ("AWS_ENDPOINT_URL", "minio.secret.example:9000"),
+    "another scheme": ("AWS_ENDPOINT_URL", "s3://secret"),
+    "no host": ("AWS_ENDPOINT_URL", "http:///secret"),
+    "no such port": ("AWS_ENDPOINT_URL", "http://secret:99999"),
+    "half an address": ("AWS_ENDPOINT_URL", "http://[::1/secret"),
+    "a line's end": ("AWS_ENDPOINT_URL", "http://secret:9000\n"),
+    "its own variable": ("AWS_ENDPOINT_URL_S3", "secret"),
+    "a key's line's end": ("AWS_ACCESS_KEY_ID", "secret\n"),
+    "a secret's line's end": ("AWS_SECRET_ACCESS_KEY", "secret\r\n"),
+    "a token in two lines": ("AWS_SESSION_TOKEN", "secret\nsecret"),
+    "a space": ("AWS_REGION", " secret"),
+    "its other name": ("AWS_DEFAULT_REGION", "secret\t"),
+    "a letter that no header takes": ("AWS_ACCESS_KEY_ID", "secret\xe9"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_variable_is_named_and_its_value_is_not(
+    store: Store, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    if name == "AWS_DEFAULT_REGION":
+        monkeypatch.delenv("AWS_REGION", raising=False)
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(ConfigError, match=rf"^{name} ") as caught:
+        open_store("s3://bucket/team")
+
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("endpoint", ["http://[::1]:9000", "https://minio", "http://minio:9000/", "http://u:p@h:1"])
+def test_an_endpoint_may_be_any_server(store: Store, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+
+    assert open_store("s3://bucket").uri == "s3://bucket"
+
+
+CALLS: dict[str, Callable[[Store], object]] = {
+    "create": lambda store: store.create("k", b"x"),
+    "open": lambda store: store.open("k"),
+    "list": lambda store: store.list("k"),
+    "delete": lambda store: store.delete("k"),
+    "probe": lambda store: store.probe(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_client_that_breaks_down_is_a_refusal(store: Store, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "a\n")  # which it makes a request of unseen
+
+    with pytest.raises(RefusedError, match=r"bucket bucket on 127.0.0.1.* the storage client broke down"):
+        CALLS[call](open_store("s3://bucket"))
 
 
 @pytest.fixture
