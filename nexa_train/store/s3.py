@@ -45,6 +45,9 @@ _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([\w.]+)</Code>")
 _DETAIL = re.compile(r"<Message>([^<]{1,200})</Message>")
 _NO_BUCKET = "NoSuchBucket"
+# Of an S3 server's own words. A 404 without them is a proxy's before it, which has no route there at the moment, and
+# says nothing about an object: taken at its word, it would have a run give up a checkpoint that is whole.
+_GONE = ("NoSuchKey", "NoSuchVersion")
 _NEVER: RetryConfig = {"max_retries": 0, "retry_timeout": timedelta(0)}
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
@@ -174,7 +177,7 @@ class S3Store:
             try:
                 patience.ask(lambda: obstore.delete(client, key))
             except FileNotFoundError as exc:
-                if _found(_CODE, str(exc)) == _NO_BUCKET:
+                if _found(_CODE, str(exc)) not in _GONE:
                     raise
 
     def _get(self, key: str, options: GetOptions) -> GetResult:
@@ -223,7 +226,7 @@ class S3Store:
         status = _found(_STATUS, answer)
         if _found(_CODE, answer) == _NO_BUCKET:
             return NotFoundError(f"bucket {self.bucket} is not on {self._host}; make it, with versioning")
-        if action == "read" and (status == "404" or "Invalid version id" in answer):
+        if action == "read" and (_found(_CODE, answer) in _GONE or "Invalid version id" in answer):
             return NotFoundError(f"{key} is not in {self.uri} on {self._host}")
         what = f"cannot {action} {key} in bucket {self.bucket} on {self._host}: {_summary(answer)}"
         if status in ("401", "403"):
@@ -257,7 +260,7 @@ class _Taken(Exception):
 def _unclear_as_again(call: Callable[[], _T]) -> _T:
     try:
         return call()
-    except refusals.GenericError as exc:
+    except (refusals.GenericError, FileNotFoundError) as exc:
         if _is_final(str(exc)):
             raise
         raise _Again(_summary(str(exc))) from exc
@@ -278,13 +281,13 @@ class _Creation:
 
         Raises:
             _Taken: by another writer's bytes.
-            GenericError: an answer that is none, or a refusal.
+            GenericError, FileNotFoundError: an answer that is none, or a refusal.
         """
         try:
             result = obstore.put(self.sending, self.key, self.body, mode="create", use_multipart=False)
         except refusals.AlreadyExistsError as exc:
             return self._settle(exc)
-        except refusals.GenericError:
+        except (refusals.GenericError, FileNotFoundError):
             self.reply_lost = True
             raise
         return Stored(key=self.key, size=len(self.body), version_id=_version(result["version"]))
@@ -412,8 +415,11 @@ def _version(version: str | None) -> str | None:
 def _is_final(answer: str) -> bool:
     """Whether asking again could not help: the request itself was judged, not the moment."""
     status = _found(_STATUS, answer)
-    if status in ("408", "429") or _found(_CODE, answer) == "RequestTimeout":
+    code = _found(_CODE, answer)
+    if status in ("408", "429") or code == "RequestTimeout":
         return False
+    if status == "404":
+        return code in (*_GONE, _NO_BUCKET)
     return status.startswith("4") or status == "501"
 
 

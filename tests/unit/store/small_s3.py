@@ -16,7 +16,8 @@ class SmallS3(ThreadingHTTPServer):
     """Holds objects in memory. `faults` says how the next writes go wrong, one each, before all goes well.
 
     `body_seconds`: over which a body is read, in equal steps. `silent_after`: so many bytes of the next answer to a
-    `GET` come, and no more. `reads`: how many `GET`s there were.
+    `GET` come, and no more. `reads`: how many `GET`s there were. `unrouted`: how many of the next requests are answered by
+    a proxy that knows no way here.
     """
 
     daemon_threads = True
@@ -29,6 +30,7 @@ class SmallS3(ThreadingHTTPServer):
         self.writes = self.reads = 0
         self.body_seconds = 0.0
         self.silent_after: int | None = None
+        self.unrouted = 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -42,6 +44,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         body = self._body(int(self.headers["content-length"]))
+        if self._is_unrouted():
+            return
         self.server.writes += 1
         fault = self.server.faults.pop(0) if self.server.faults else None
         if fault == "hang":
@@ -62,6 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(500, code="InternalError") if fault == "lost reply" else self._answer(200)
 
     def do_GET(self) -> None:
+        if self._is_unrouted():
+            return
         if "list-type=2" in self.path:
             self._answer(200, self._listing())
             return
@@ -94,8 +100,17 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def do_DELETE(self) -> None:
+        if self._is_unrouted():
+            return
         self.server.objects.pop(self.path, None)
         self._answer(204)
+
+    def _is_unrouted(self) -> bool:
+        if not self.server.unrouted:
+            return False
+        self.server.unrouted -= 1
+        self._answer(404, b"404 page not found")
+        return True
 
     def _answer(self, status: int, content: bytes = b"", *, code: str = "", **headers: str) -> None:
         body = f"<Error><Code>{code}</Code></Error>".encode() if code else content

@@ -220,6 +220,20 @@ def test_a_client_that_breaks_down_is_a_refusal(store: Store, monkeypatch: pytes
         CALLS[call](open_store("s3://bucket"))
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_a_proxy_that_knows_no_way_says_nothing_about_an_object(server: SmallS3, store: Store, call: str) -> None:
+    if call == "open":
+        store.create("k", b"x")
+    server.unrouted = 1
+    CALLS[call](store)
+    server.unrouted = 100
+
+    with pytest.raises(RefusedError, match=r"bucket bucket on 127.0.0.1.*: 404; check that AWS_ENDPOINT_URL is an S3"):
+        CALLS[call](store)
+
+    assert server.unrouted == (98 if call == "probe" else 90)
+
+
 @pytest.fixture
 def impatient(server: SmallS3, store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
     """`store`, with every limit on silence a second."""
