@@ -7,16 +7,19 @@ a run, or a whole store of artifacts.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from nexa_train.artifact.manifest import CHECKPOINTS, MANIFEST_NAME, parse_step_folder
-from nexa_train.artifact.publish import Committed, check_files, committed_folders, read_manifest, still_there
+from nexa_train.artifact.manifest import CHECKPOINTS, MANIFEST_NAME, Manifest, parse_step_folder
+from nexa_train.artifact.publish import Committed, check_files, read_manifest, run_steps, still_there
 from nexa_train.artifact.steps import generation_of, step_state, step_states
 from nexa_train.errors import ConfigError, DamagedError, NotFoundError
 from nexa_train.store import address, open_store
 from nexa_train.store.base import Store
+
+# Each further look means that all that was found has been deleted in the meantime.
+_LOOKS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,24 +56,20 @@ class Report:
 def verify(uri: str) -> Report:
     """Check every checkpoint at or below `uri`: manifest, place, parent, and each file's size and sha256.
 
-    A parent that retention has deleted is no problem: its absence counts only where an older step is there. Nor is a
-    checkpoint that retention deletes while it is read.
+    A parent that retention has deleted is no problem, nor is a checkpoint that retention deletes while it is read.
 
     Raises:
         NotFoundError: there is no manifest at or below `uri`.
         RefusedError: the store could not be read.
         ConfigError: the URI is of no supported kind.
     """
-    store, folders = _found(uri)
-    if not folders:
+    for _ in range(_LOOKS):
+        store, folders = _found(uri)
+        committed, problems = _checked(store, folders)
+        if committed or problems or not folders:
+            break
+    if not committed and not problems:
         raise NotFoundError(f"no {MANIFEST_NAME} at or below {uri}")
-    committed, problems = _read_all(store, folders)
-    for one in list(committed):
-        found = check_files(store, one)
-        if found and not still_there(store, one):
-            committed.remove(one)
-        else:
-            problems += found
     problems += _parent_problems(store, committed)
     files = [entry for one in committed for entry in one.manifest.files]
     return Report(
@@ -144,6 +143,18 @@ def _folders(store: Store, key: str) -> list[str]:
     return [state.folder for state in states if place == key or state.key == key]
 
 
+def _checked(store: Store, folders: Iterable[str]) -> tuple[list[Committed], list[str]]:
+    """Those that are there still when they have been read, and what is wrong with them."""
+    committed, problems = _read_all(store, folders)
+    for one in list(committed):
+        found = check_files(store, one)
+        if found and not still_there(store, one):
+            committed.remove(one)
+        else:
+            problems += found
+    return committed, problems
+
+
 def _read_all(store: Store, folders: Iterable[str]) -> tuple[list[Committed], list[str]]:
     committed, problems = [], []
     for folder in folders:
@@ -163,21 +174,31 @@ def _parent_problems(store: Store, committed: Iterable[Committed]) -> list[str]:
             by_run.setdefault(one.manifest.run_id, []).append(one)
     problems = []
     for run_id, checked in by_run.items():
-        retained, _ = _read_all(store, committed_folders(store, run_id))
+        states = run_steps(store, run_id)
+        retained, _ = _read_all(store, (state.folder for state in states if state.committed))
         steps = {one.digest: one.manifest.step for one in retained}
-        problems += [problem for one in checked if (problem := _parent_problem(one, steps))]
+        closed = {state.number for state in states if state.generation and not state.committed}
+        problems += [problem for one in checked if (problem := _parent_problem(one, steps, closed))]
     return problems
 
 
-def _parent_problem(one: Committed, steps: Mapping[str, int]) -> str | None:
-    """Retention deletes the oldest first, so a parent may only be missing from the oldest step left."""
+def _parent_problem(one: Committed, steps: Mapping[str, int], closed: Set[int]) -> str | None:
+    """Retention deletes the oldest first, so a parent may be missing from the oldest step left, and from one that is
+    gone meanwhile. From a later one only if the parent was older than what an attempt that was thought dead committed.
+    """
     parent, step = one.manifest.parent, one.manifest.step
     if parent is None:
         return None
     if parent not in steps:
-        if step == min(steps.values(), default=step):
+        if step <= min(steps.values(), default=step) or _parent_step(one.manifest) in closed:
             return None
         return f"{one.folder}: its parent {parent} is not in the run, though older checkpoints are"
     if steps[parent] >= step:
         return f"{one.folder}: its parent {parent} is step {steps[parent]}, which is not before step {step}"
     return None
+
+
+def _parent_step(manifest: Manifest) -> int | None:
+    """Which step a checkpoint was trained from: the one before the first that it has logged; None: it has none."""
+    first = manifest.logs[0] if manifest.logs else None
+    return first["step"] - 1 if isinstance(first, dict) and isinstance(first.get("step"), int) else None

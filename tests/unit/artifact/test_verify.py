@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from nexa_train.artifact.manifest import canonical_json, step_folder
+from nexa_train.artifact import verify as verifying
+from nexa_train.artifact.manifest import ManifestDraft, canonical_json, step_folder
 from nexa_train.artifact.publish import Committed, Publisher, claim_run
 from nexa_train.artifact.retention import apply_retention
+from nexa_train.artifact.steps import StepState
 from nexa_train.artifact.verify import split_artifact_uri, verify
 from nexa_train.errors import ConfigError, NotFoundError
-from nexa_train.store import open_store
+from nexa_train.store import Store, open_store
 from tests.unit.artifact.builders import RUN, draft, files_in, publish_chain
 
 
@@ -150,6 +152,85 @@ def test_a_parent_that_retention_deleted_is_no_problem(root: Path, chain: list[C
 
     assert verify(str(root)).ok
     assert len(verify(str(root)).manifests) == 2
+
+
+def test_a_parent_that_retention_deletes_while_files_are_read_is_no_problem(
+    root: Path, chain: list[Committed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = verifying.run_steps
+
+    def after_another_save(store: Store, run_id: str) -> list[StepState]:
+        publish_chain(store, tmp_path / "later", 200, attempt="a2")
+        apply_retention(store, run_id, 1)
+        return look(store, run_id)
+
+    monkeypatch.setattr(verifying, "run_steps", after_another_save)
+
+    assert verify(str(root)).ok
+
+
+def logged(parent: Committed, *, step: int) -> ManifestDraft:
+    """As a run that went on from `parent` says of a later step."""
+    steps = [{"step": number} for number in range(parent.manifest.step + 1, step + 1)]
+    return draft(parent=parent.digest, logs=steps)
+
+
+def test_a_parent_that_retention_deleted_is_none_though_an_attempt_thought_dead_committed_between(
+    root: Path, tmp_path: Path
+) -> None:
+    store, files = open_store(root), files_in(tmp_path / "source")
+    first, second = Publisher(store, RUN, "a0"), Publisher(store, RUN, "a1")
+    ten = first.publish(10, files, draft())
+    second.resume()
+    second.publish(20, files, logged(ten, step=20))
+    first.publish(15, files, logged(ten, step=15))
+    assert apply_retention(store, RUN, 2) == [10]
+
+    assert verify(str(root)).ok
+
+
+def test_a_parent_that_retention_did_not_delete_is_missed(root: Path, tmp_path: Path) -> None:
+    store, files = open_store(root), files_in(tmp_path / "source")
+    publisher = Publisher(store, RUN, "a0")
+    chain = [publisher.publish(10, files, draft())]
+    for step in (20, 30, 40):
+        chain.append(publisher.publish(step, files, logged(chain[-1], step=step)))
+    assert apply_retention(store, RUN, 3) == [10]
+    (root / chain[2].key).write_bytes(canonical_json(chain[2].manifest.to_dict() | {"metrics": {"loss": 0.001}}))
+
+    [problem] = verify(str(root)).problems
+    assert problem.startswith(f"{chain[3].folder}: its parent {chain[2].digest} is not in the run")
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_a_checkpoint_that_goes_before_it_is_read_is_looked_for_again(
+    root: Path, chain: list[Committed], monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    read, seen = verifying.read_manifest, []
+
+    def after_it_went(store: Store, folder: str) -> Committed:
+        if len(seen) < looks and not seen.append(folder):
+            raise NotFoundError("retired since it was listed")
+        return read(store, folder)
+
+    monkeypatch.setattr(verifying, "read_manifest", after_it_went)
+
+    assert len(verify(f"{root}/{chain[2].folder}").manifests) == 1
+
+
+def test_a_checkpoint_that_went_before_it_was_read_is_not_called_verified(
+    root: Path, chain: list[Committed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = verifying.read_manifest
+
+    def after_it_went(store: Store, folder: str) -> Committed:
+        apply_retention(store, RUN, 1)
+        return read(store, folder)
+
+    monkeypatch.setattr(verifying, "read_manifest", after_it_went)
+
+    with pytest.raises(NotFoundError, match=r"no manifest\.json at or below"):
+        verify(f"{root}/{chain[0].key}")
 
 
 def test_a_manifest_of_a_later_major_version_is_a_problem(root: Path, chain: list[Committed]) -> None:

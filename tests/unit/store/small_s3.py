@@ -16,8 +16,8 @@ class SmallS3(ThreadingHTTPServer):
     """Holds objects in memory. `faults` says how the next writes go wrong, one each, before all goes well.
 
     `body_seconds`: over which a body is read, in equal steps. `silent_after`: so many bytes of the next answer to a
-    `GET` come, and no more. `reads`: how many `GET`s there were. `unrouted`: how many of the next requests are answered by
-    a proxy that knows no way here.
+    `GET` come, and no more. `reads`: how many `GET`s there were. `unrouted`: how many of the next requests a proxy
+    answers that knows no way here.
     """
 
     daemon_threads = True
