@@ -41,7 +41,7 @@ from nexa_train.errors import (
     RefusedError,
     SupersededError,
 )
-from nexa_train.store.base import Opened, Store, Stored
+from nexa_train.store.base import Opened, Store, Stored, is_key
 
 _RUN_SCHEMA = "1.0"
 _CHUNK_BYTES = 1 << 20
@@ -250,6 +250,8 @@ def _read_manifest(store: Store, key: str) -> Committed:
         manifest = Manifest.from_bytes(content)
     except DamagedError as exc:
         raise DamagedError(f"{key} in {store.uri}: {exc}") from exc
+    if odd := next((entry.object for entry in manifest.files if not is_key(entry.object)), ""):
+        raise DamagedError(f"{key} in {store.uri}: nexa gives no object the name {odd!r}")
     if place and place != manifest.folder:
         said = f"{key} in {store.uri} is the manifest of {manifest.folder}"
         run_id, _ = parse_step_folder(place) or (manifest.run_id, 0)

@@ -198,10 +198,19 @@ def damage(store: Store, folder: str, kind: str) -> None:
             replace(store, committed.key, other.to_bytes())
         case "manifest cut off":
             replace(store, committed.key, content[:-10])
+        case "name with a flipped bit":
+            replace(store, committed.key, content.replace(b'"object":"data/', b'"object":"`ata/', 1))
 
 
 # An edited manifest that is still canonical is another valid document: the parent chain and the signature tell.
-DAMAGES = ["tampered byte", "truncated", "missing file", "manifest of another step", "manifest cut off"]
+DAMAGES = [
+    "tampered byte",
+    "truncated",
+    "missing file",
+    "manifest of another step",
+    "manifest cut off",
+    "name with a flipped bit",
+]
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

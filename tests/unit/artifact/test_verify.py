@@ -98,6 +98,13 @@ def test_every_problem_is_listed_and_they_are_sorted(root: Path, chain: list[Com
     assert len(problems) == 4
 
 
+def test_a_name_that_no_store_takes_is_a_problem(root: Path, chain: list[Committed]) -> None:
+    content = (root / chain[0].key).read_bytes()
+    (root / chain[0].key).write_bytes(content.replace(b'"object":"data/', b'"object":"`ata/', 1))
+
+    assert any("'`ata/" in problem for problem in verify(str(root)).problems)
+
+
 def test_a_manifest_whose_data_is_gone_is_a_problem(root: Path, chain: list[Committed]) -> None:
     shutil.rmtree(root / chain[0].folder / "data")
 
