@@ -174,7 +174,7 @@ class Publisher:
             RefusedError: the store said no.
             ValueError: the path is not valid; nothing was uploaded.
         """
-        relative = f"data/{self._writer}/{check_path(path)}"
+        relative = self._object(path)
         sha256 = sha256 or _sha256(source)
         key = f"{step_folder(self.run_id, step)}/{relative}"
         try:
@@ -182,6 +182,20 @@ class Publisher:
         except AlreadyExistsError:
             stored = self._own(key, sha256)
         return FileEntry(path=path, object=relative, size=stored.size, sha256=sha256, version_id=stored.version_id)
+
+    def take_back(self, step: int, paths: Iterable[str]) -> None:
+        """Delete what `upload` wrote of a step under these paths, where it did. Not once `commit` was called: whatever
+        was answered, the step may have been committed.
+
+        Raises:
+            RefusedError: the store said no; what is left stays.
+        """
+        for path in paths:
+            self.store.delete(f"{step_folder(self.run_id, step)}/{self._object(path)}")
+
+    def _object(self, path: str) -> str:
+        """Where a file's bytes are, from the step's folder."""
+        return f"data/{self._writer}/{check_path(path)}"
 
     def commit(self, step: int, entries: Sequence[FileEntry], draft: ManifestDraft) -> Committed:
         """Make a step of what was uploaded: the manifest goes last.

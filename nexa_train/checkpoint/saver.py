@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import zip_longest
@@ -142,6 +143,8 @@ class Saver:
         gather = _Gather(self.wire, stems, spans, shards)
         report = self._write(staged, shards, small, gather)
         reports = self.wire.all_gather(report)
+        if any("error" in each for each in reports):
+            self._take_back(staged.step, shards, small)
         verdict = self._commit(staged.step, reports, entries[weights], draft)
         return Done(CheckpointRef.model_validate(verdict), time.monotonic() - began)
 
@@ -179,6 +182,16 @@ class Saver:
                 uploads.append(pool.submit(self.publisher.upload, step, shard.file, path, sha256=sha256))
             files = [upload.result().to_dict() for upload in uploads]
         return {"files": files, "digests": digests}
+
+    def _take_back(self, step: int, shards: Sequence[Shard], small: Mapping[str, bytes]) -> None:
+        """Delete what this rank uploaded of a save that nobody will try to commit.
+
+        Nobody else may, while this attempt could be alive; and on a full disk it would be in the way of the next one.
+        It ends with the first thing that fails, as the save has failed already and its cause is to be told.
+        """
+        own = [shard.file for shard in shards if shard.owner == self.wire.rank]
+        with suppress(Exception):
+            self.publisher.take_back(step, [*own, *(small if self.wire.rank == 0 else ())])
 
     def _commit(
         self, step: int, reports: Sequence[dict[str, Any]], weights: Sequence[Entry], draft: ManifestDraft

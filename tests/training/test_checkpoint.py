@@ -317,9 +317,27 @@ def test_a_store_that_refuses_fails_the_save_with_its_own_words_and_commits_noth
         save(saver, make_state(make_model()).stage(1))
     assert committed_folders(store, RUN) == []
     assert list((tmp_path / "rundir").glob("save-*")) == []
+    # Once the commit was tried it may have come about, whatever was answered.
+    assert bool(store.list()) == (failing == "manifest.json")
     store.before = lambda key: None
     save(saver, make_state(make_model()).stage(1))
     assert len(committed_folders(store, RUN)) == 1
+
+
+def test_what_cannot_be_taken_back_hides_no_cause(tmp_path: Path) -> None:
+    class Kept(Watched):
+        def delete(self, key: str) -> None:
+            tried.append(key)
+            raise OSError("nor this")
+
+    def refuse(key: str) -> None:
+        if key.endswith("optimizer.safetensors"):
+            raise RefusedError("no room")
+
+    tried: list[str] = []
+    with pytest.raises(RefusedError, match="no room"):
+        save(make_saver(tmp_path, Kept(tmp_path / "store", refuse)), make_state(make_model()).stage(1))
+    assert len(tried) == 1
 
 
 def test_a_save_that_fails_after_the_run_did_is_warned_of(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -495,7 +513,7 @@ def test_two_ranks_read_what_one_wrote_and_one_reads_what_two_wrote(tmp_path: Pa
         paths = [entry.path for entry in manifest.files]
         assert "model-00002-of-00002.safetensors" in paths
         assert len({entry.object.split("/")[1] for entry in manifest.files}) == 1
-    assert committed_folders(LocalStore(tmp_path / "refusing"), RUN) == []
+    assert LocalStore(tmp_path / "refusing").list() == []
     with pytest.raises(AlreadyExistsError):
         LocalStore(tmp_path / "taken").create(f"checkpoints/{RUN}/step-00000001/manifest.json", b"")
 
