@@ -18,7 +18,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from nexa_train.errors import AlreadyExistsError, NotFoundError, RefusedError
 from nexa_train.store.base import RESERVED, Opened, Stored, check_key, check_prefix
@@ -26,6 +26,7 @@ from nexa_train.store.base import RESERVED, Opened, Stored, check_key, check_pre
 # A concurrent delete may prune the folder between making it and linking into it; where locks do not reach other
 # machines, a probe there may take a temporary file for one that was left behind.
 _LINK_ATTEMPTS = 100
+_CHUNK_BYTES = 1 << 20
 
 
 class LocalStore:
@@ -83,8 +84,10 @@ class LocalStore:
         target = self.root / key
         try:
             for _ in range(_LINK_ATTEMPTS):
-                with self._temporary(source) as temporary:
-                    size = temporary.stat().st_size
+                with self._temporary() as (temporary, file):
+                    if os.fstat(file.fileno()).st_nlink == 0:
+                        continue  # a probe took it for one that was left behind, before it was locked
+                    size = _fill(file, source)
                     if _link(temporary, target):
                         return Stored(key=key, size=size)
             raise FileNotFoundError(errno.ENOENT, "what is written there is deleted again and again", str(target))
@@ -106,20 +109,15 @@ class LocalStore:
         _prune(path.parent, stop=self.root)
 
     @contextlib.contextmanager
-    def _temporary(self, source: bytes | Path) -> Iterator[Path]:
+    def _temporary(self) -> Iterator[tuple[Path, IO[bytes]]]:
+        """An empty file under a name of its own, locked."""
         self._temporaries.mkdir(parents=True, exist_ok=True)
         path = self._temporaries / secrets.token_hex(16)
         try:
             with path.open("xb") as file:
                 with contextlib.suppress(OSError):  # a file system without locks is not swept either
                     fcntl.flock(file, fcntl.LOCK_EX)
-                if isinstance(source, Path):
-                    shutil.copyfile(source, path)
-                else:
-                    file.write(source)
-                    file.flush()
-                os.fsync(file.fileno())
-                yield path
+                yield path, file
         finally:
             path.unlink(missing_ok=True)
 
@@ -157,6 +155,21 @@ def _files(folder: Path, *, skip: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if Path(parent, name) != skip]
         yield from (Path(parent, name) for name in names)
+
+
+def _fill(file: IO[bytes], source: bytes | Path) -> int:
+    """Write all of `source` into the open file and have it on the disk; its size.
+
+    Not by name: what is locked, written, synced and measured must be the file that gets the object's name.
+    """
+    if isinstance(source, Path):
+        with source.open("rb") as read:
+            shutil.copyfileobj(read, file, _CHUNK_BYTES)
+    else:
+        file.write(source)
+    file.flush()
+    os.fsync(file.fileno())
+    return os.fstat(file.fileno()).st_size
 
 
 def _link(temporary: Path, target: Path) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +74,65 @@ def test_what_a_living_writer_has_half_written_is_left_to_it(tmp_path: Path, mon
     open_store(tmp_path).create("k", b"whole")
 
     assert seen == [1]
+    assert open_store(tmp_path).open("k").read() == b"whole"
+
+
+def probe_before_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the next file that is written found by another start's probe when it has its name, and not yet its lock."""
+    lock, probes = fcntl.flock, [open_store(folder).probe]
+
+    def probed_before(file: Any, how: int) -> None:
+        if how == fcntl.LOCK_EX and probes:
+            probes.pop()()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", probed_before)
+
+
+def test_a_file_that_a_probe_finds_before_it_is_locked_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe_before_the_lock(tmp_path, monkeypatch)
+    open_store(tmp_path).create("k", b"whole")
+
+    assert open_store(tmp_path).open("k").read() == b"whole"
+    assert temporaries(tmp_path) == []
+
+
+def test_a_file_that_is_committed_is_the_one_that_was_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(3_000_000))
+    sync: Callable[[int], None] = os.fsync
+    synced: list[tuple[int, int]] = []
+
+    def noted(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    probe_before_the_lock(tmp_path / "store", monkeypatch)
+    stored = open_store(tmp_path / "store").create("k", source)
+
+    assert ((tmp_path / "store" / "k").stat().st_ino, 3_000_000) in synced
+    assert (tmp_path / "store" / "k").read_bytes() == source.read_bytes()
+    assert stored.size == 3_000_000
+
+
+def test_a_file_that_another_machine_deletes_which_sees_no_lock_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync: Callable[[int], None] = os.fsync
+    swept: list[Path] = []
+
+    def swept_after(descriptor: int) -> None:
+        sync(descriptor)
+        if not swept:
+            swept.extend(temporaries(tmp_path))
+            swept[0].unlink()
+
+    monkeypatch.setattr(os, "fsync", swept_after)
+
+    assert open_store(tmp_path).create("k", b"whole").size == 5
     assert open_store(tmp_path).open("k").read() == b"whole"
 
 
