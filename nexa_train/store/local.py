@@ -12,6 +12,7 @@ import builtins
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import secrets
 import shutil
@@ -52,7 +53,7 @@ class LocalStore:
             raise NotFoundError(f"{key} is not in {self.uri}") from exc
         except OSError as exc:
             self._refuse("read", key, exc)
-        return Opened(raw, stored=Stored(key=key, size=os.fstat(raw.fileno()).st_size))
+        return Opened(_File(self, key, raw), stored=Stored(key=key, size=os.fstat(raw.fileno()).st_size))
 
     def list(self, prefix: str = "") -> builtins.list[Stored]:
         """See `Store.list`."""
@@ -145,6 +146,29 @@ class LocalStore:
         raise RefusedError(
             f"cannot {action} {key} in {self.uri}: {reason}; check the folder's owner, space and type"
         ) from exc
+
+
+class _File(io.RawIOBase):
+    """The bytes of one object as a raw stream; a disk that fails meanwhile is the store's refusal, and no damage."""
+
+    def __init__(self, store: LocalStore, key: str, raw: io.FileIO) -> None:
+        self._store, self._key, self._raw = store, key, raw
+
+    def readable(self) -> bool:
+        """Always: this is what the stream is for."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill `buffer` with what comes next."""
+        try:
+            return self._raw.readinto(buffer)
+        except OSError as exc:
+            self._store._refuse("read", self._key, exc)
+
+    def close(self) -> None:
+        """See `io.IOBase.close`."""
+        self._raw.close()
+        super().close()
 
 
 def _files(folder: Path, *, skip: Path) -> Iterator[Path]:

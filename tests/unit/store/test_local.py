@@ -191,6 +191,13 @@ def test_a_folder_without_permission_is_refused_with_its_name(tmp_path: Path) ->
         open_store(tmp_path).probe()
 
 
+def test_a_disk_that_fails_while_it_is_read_is_a_refusal(tmp_path: Path) -> None:
+    (tmp_path / "k").symlink_to("/proc/self/mem")  # whose first byte is nobody's: the kernel answers EIO
+
+    with open_store(tmp_path).open("k") as stream, pytest.raises(RefusedError, match=r"k in .*: Input/output"):
+        stream.read(1)
+
+
 def test_a_folder_that_cannot_be_listed_is_refused_and_does_not_pass_for_an_empty_one(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     store.create("run/k", b"x")
