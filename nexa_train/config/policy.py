@@ -88,6 +88,10 @@ def _of_this_version() -> Iterator[tuple[str, str, str]]:
             "gs:// is not built into this version; use s3:// or a folder of a claim",
         ),
         (
+            "!object.spec.artifacts.uri.lowerAscii().startsWith('memory://')",
+            "spec.artifacts.uri: memory:// lasts as long as one process; use s3:// or a folder of a claim",
+        ),
+        (
             "object.spec.model.attn != 'flash'"
             " || (object.spec.cluster.gpusPerNode > 0 && object.spec.training.precision != 'fp32')",
             "spec.model.attn: flash runs on GPUs alone, and not in fp32",

@@ -108,6 +108,8 @@ def _rest(spec: JobSpec) -> list[str]:
     uris = (spec.data.remote_uri, spec.data.validation.uri or "", spec.artifacts.uri)
     if any(uri.startswith("gs://") for uri in uris):
         problems.append("gs:// is not built into this version; use s3:// or a folder")
+    if spec.artifacts.uri.lower().startswith("memory://"):
+        problems.append("artifacts.uri: memory:// lasts as long as one process; use s3:// or a folder")
     fields = COLUMNS[spec.data.format]
     if unknown := sorted(set(spec.data.columns) - set(fields)):
         problems.append(f"data.columns: format {spec.data.format} has no {unknown[0]}; it has {', '.join(fields)}")

@@ -90,6 +90,7 @@ REFUSED: dict[str, Object] = {
     "data elsewhere": described(data={"remoteUri": "gs://rows"}),
     "rows held out elsewhere": described(data={"remoteUri": "s3://rows", "validation": {"uri": "gs://held/out"}}),
     "artifacts elsewhere": described(artifacts={"uri": "gs://models"}),
+    "artifacts nowhere": described(artifacts={"uri": "Memory://models"}),
     "flash without GPUs": described(model={"attn": "flash"}),
     "flash in fp32": described(model={"attn": "flash"}, cluster={"gpusPerNode": 1}, training={"precision": "fp32"}),
     "a name beside sizes": described(model={"name": "falcon3-1b", "dModel": 64, "nLayers": 1, "nHeads": 2}),

@@ -81,6 +81,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a tracker": ({"trackers": ["wandb", "mlflow"]}, "trackers: wandb, mlflow are not built into this version"),
     "data in gs": ({"data": {"remote_uri": "gs://a/b"}}, "gs:// is not built into this version; use s3:// or a folder"),
+    "artifacts in memory": (
+        {"artifacts": {"uri": "Memory://m"}},
+        "artifacts.uri: memory:// lasts as long as one process; use s3:// or a folder",
+    ),
     "artifacts in gs": ({"artifacts": {"uri": "gs://a/b"}}, "gs:// is not built into this version"),
     "a column that the format has not": (
         {"data": {"format": "prompt_completion", "columns": {"promt": "question"}}},
