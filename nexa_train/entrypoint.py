@@ -129,7 +129,7 @@ def read_job(environment: Mapping[str, str]) -> Job:
         body = json.loads(environment[ENV_JOB])
     except KeyError as exc:
         raise ConfigError(f"environment: {exc.args[0]} is not set; it holds the job as JSON") from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"environment: {ENV_JOB} cannot be read: {exc}") from exc
     if not isinstance(body, dict):
         raise ConfigError(f"environment: {ENV_JOB} holds {type(body).__name__}, expected the job as an object")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from pathlib import Path
 
 from nexa_train.artifact.manifest import CHECKPOINTS, MANIFEST_NAME, Manifest, parse_step_folder
 from nexa_train.artifact.publish import Committed, check_files, read_manifest, run_steps, still_there
@@ -112,7 +111,7 @@ def _split_scheme(uri: str) -> tuple[str, str]:
     if named.is_local:
         if not named.path:
             raise ConfigError(f"artifact {uri!r} names nothing; expected a manifest.json, a step, a run or a store")
-        return "", os.path.abspath(Path(named.path).expanduser()).rstrip("/")
+        return "", os.path.abspath(address.local_path(named.path)).rstrip("/")
     return f"{named.scheme}://{named.host}", named.path.rstrip("/")
 
 

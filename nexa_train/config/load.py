@@ -128,6 +128,8 @@ def _split_set(text: str) -> tuple[str, Any]:
         return key.strip(), yaml.safe_load(value)
     except (yaml.YAMLError, ValueError) as exc:  # ValueError: of what looks like a date and is none, 2024-02-30
         raise ConfigError(f"--set {text}: the value is not valid YAML; put text in quotes") from exc
+    except RecursionError:
+        raise ConfigError(f"--set {key.strip()}: nested too deep to be read") from None
 
 
 def _apply(spec: dict[str, Any], dotted: str, value: Any, origin: str) -> Path_:

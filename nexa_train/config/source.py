@@ -54,6 +54,13 @@ def read_source(path: Path) -> Source:
 def parse_source(text: str, *, name: str) -> Source:
     """Parse one YAML document; see `read_source`."""
     try:
+        return _parsed(text, name)
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deep to be read") from None
+
+
+def _parsed(text: str, name: str) -> Source:
+    try:
         documents = [node for node in yaml.compose_all(text, Loader=yaml.SafeLoader) if node is not None]
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)

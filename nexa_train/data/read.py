@@ -123,7 +123,7 @@ def _files(place: _Place) -> Iterator[tuple[str, BinaryIO]]:
         return
     named = address.parse(uri)
     if named.is_local and named.path:
-        yield from _local(Path(named.path).expanduser(), place)
+        yield from _local(address.local_path(named.path), place)
     elif named.scheme == "s3" and named.host:
         yield from _remote(place, named)
     else:

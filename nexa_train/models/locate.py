@@ -25,6 +25,7 @@ from nexa_train.config.spec import JobSpec, ModelSpec
 from nexa_train.data.tokenizer import ChatTokenizer, read_object
 from nexa_train.errors import ConfigError, NexaError, NotFoundError
 from nexa_train.registry import MODELS, TINY_VOCAB_SIZE, Architecture, scratch
+from nexa_train.store.address import local_path
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Decoders whose logits are the head's product, perhaps with a soft cap, so that the loss may apply the head itself."""
@@ -72,13 +73,13 @@ def locate(model: ModelSpec, *, begun_with: Callable[[], str] = str) -> Located:
         NexaError: the hub cannot be reached, or failed; it may give the model to another attempt.
     """
     check_length(model)
-    if model.revision and ("/" not in model.name or Path(model.name).expanduser().exists()):
+    if model.revision and ("/" not in model.name or local_path(model.name).exists()):
         raise ConfigError(
             f"model.revision: {model.revision} is given, but only a hub id has revisions, not {model.name}"
         )
     if model.from_scratch or model.name == "tiny":
         return Located(TINY_TOKENIZER, architecture(model), "scratch")
-    path = Path(model.name).expanduser()
+    path = local_path(model.name)
     if path.is_dir():
         return _checked_folder(path, origin=f"folder {model.name} sha256:{_folder_digest(path)[:16]}")
     if path.is_file() and path.suffix == ".gguf":
@@ -114,7 +115,7 @@ def architecture_here(model: ModelSpec) -> Architecture | None:
         ConfigError: as `locate`.
     """
     check_length(model)
-    path = Path(model.name).expanduser()
+    path = local_path(model.name)
     if model.from_scratch or not path.exists():
         return architecture(model) or _cached_sizes(model)
     if path.is_dir():

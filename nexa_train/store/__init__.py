@@ -7,7 +7,6 @@ last stage. `open_store` is the only way in; it imports a storage client when a 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from nexa_train.errors import ConfigError
 from nexa_train.store import address
@@ -39,7 +38,7 @@ def _local(folder: str) -> Store:
 
     if not folder:
         raise ConfigError(f"artifact store '' is not supported; expected {SUPPORTED}")
-    return LocalStore(Path(folder))
+    return LocalStore(address.local_path(folder))
 
 
 def _memory(name: str) -> Store:

@@ -34,7 +34,7 @@ class LocalStore:
     """A folder with the contract of `Store`. The folder is made by the first write."""
 
     def __init__(self, root: Path) -> None:
-        self.root = Path(os.path.abspath(root.expanduser()))
+        self.root = Path(os.path.abspath(root))
         self.uri = str(self.root)
 
     def __repr__(self) -> str:

@@ -388,3 +388,11 @@ def test_the_command_line_ends_with_the_code_of_the_error_and_one_clear_message(
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith("nexa: error: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("deep", ["[" * 2000 + "]" * 2000, "{a: " * 2000 + "}" * 2000])
+def test_what_is_nested_without_end_is_refused(tmp_path: Path, deep: str) -> None:
+    with pytest.raises(ConfigError, match=r"job.yaml: nested too deep to be read"):
+        load_job(job_file(tmp_path, f"a: {deep}"))
+    with pytest.raises(ConfigError, match=r"^--set training.seed: nested too deep to be read"):
+        load(tmp_path, DATA, sets=[f"training.seed={deep}"])

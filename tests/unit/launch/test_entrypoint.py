@@ -36,6 +36,10 @@ OF_TWO = json.dumps(
 WRONG: dict[str, tuple[dict[str, str], str]] = {
     "no job": ({}, "environment: NEXA_JOB is not set; it holds the job as JSON"),
     "a job that is no JSON": ({"NEXA_JOB": "{"}, "environment: NEXA_JOB cannot be read: Expecting"),
+    "a job nested without end": (
+        {"NEXA_JOB": "[" * 100_000},
+        "environment: NEXA_JOB cannot be read: maximum",
+    ),
     "a list as job": ({"NEXA_JOB": "[]"}, "environment: NEXA_JOB holds list, expected the job as an object"),
     "a job with a typo": (
         {"NEXA_JOB": '{"metadata": {"name": "a"}, "spec": {"dta": {}}}'},

@@ -391,3 +391,9 @@ def test_sizes_build_that_architecture_with_the_shipped_tokenizer() -> None:
 )
 def test_sizes_are_known_for_models_of_the_registry_only(name: str, known: bool) -> None:
     assert (architecture(ModelSpec(name=name)) is not None) is known
+
+
+def test_a_model_in_nobodys_home_is_a_wrong_name() -> None:
+    for look in (locate, architecture_here):
+        with pytest.raises(ConfigError, match="~nobody-of-this-name has no home here"):
+            look(ModelSpec(name="~nobody-of-this-name/model"))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nexa_train.artifact.verify import verify
+from nexa_train.data.read import read_rows
 from nexa_train.errors import ConfigError
 from nexa_train.store import open_store
 
@@ -53,6 +55,23 @@ def test_a_name_that_is_no_text_comes_back_from_its_uri(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9 #1?")
 
     assert open_store(folder.as_uri()).uri == str(folder)
+
+
+NOWHERE = {
+    "nobody's home": ("~nobody-of-this-name/x", "has no home here"),
+    "a NUL": ("a\0b", "a NUL character"),
+    "a NUL in a file URI": ("file:///tmp/%00x", "a NUL character"),
+    "a NUL in a bucket": ("s3://bucket/a\0", "a NUL character"),
+}
+
+
+@pytest.mark.parametrize(("uri", "complaint"), NOWHERE.values(), ids=NOWHERE)
+def test_what_names_no_place_is_a_wrong_address(uri: str, complaint: str) -> None:
+    for call in (open_store, verify):
+        with pytest.raises(ConfigError, match=complaint):
+            call(uri)
+    with pytest.raises(ConfigError, match=complaint):
+        read_rows(uri)
 
 
 def test_one_memory_name_is_one_store() -> None:
