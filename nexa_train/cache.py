@@ -10,17 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from nexa_train.errors import ConfigError, NexaError, is_for_good
+
 ABANDONED_SECONDS = 24 * 3600
 """A half-made folder in which nothing was written for so long belongs to a process that was killed."""
 
 
 def cache_folder(*parts: str) -> Path:
-    """`$NEXA_CACHE`, else `$XDG_CACHE_HOME/nexa`, else `~/.cache/nexa`, and below; made if absent."""
+    """`$NEXA_CACHE`, else `$XDG_CACHE_HOME/nexa`, else `~/.cache/nexa`, and below; made if absent.
+
+    Raises:
+        ConfigError: it cannot be there. NexaError: its disk has no room for it, or fails.
+    """
     root = os.environ.get("NEXA_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nexa"
     )
     folder = Path(root, *parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        kind = ConfigError if is_for_good(exc) or isinstance(exc, FileExistsError) else NexaError
+        said = f"{folder} cannot be made: {exc.strerror}; set NEXA_CACHE to a folder where you may write"
+        raise kind(said) from exc
     return folder
 
 

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,7 @@ from nexa_train.rundir import RunDir
 
 TAIL_LINES = 20
 """Of the ranks' log, shown where they ended without saying why."""
+_LOG = "ranks.log"
 
 
 def run_job(job: Job, *, as_json: bool) -> int:
@@ -41,25 +43,34 @@ def run_job(job: Job, *, as_json: bool) -> int:
     if ignored := without_meaning(job.spec, "here"):
         print(f"nexa: not applied on this machine: {', '.join(ignored)}", file=sys.stderr)
     adopt_environment(job)
-    rundir = RunDir(cache_folder("runs", job.run_id) / secrets.token_hex(4))
-    rundir.path.mkdir()
-    log = rundir.path / "ranks.log"
+    rundir = None
     node = Node(ranks=job.spec.cluster.world_size)
-    with _obeying_signals(rundir), rundir.held("*"), log.open("wb") as output, _showing(console, job) as show:
-        try:
-            outcome = run_node(
-                job, node, rundir, say=partial(_say_stalled, console, as_json=as_json), output=output, on_progress=show
-            )
-        except NexaError as exc:
-            if not as_json:
-                raise
-            outcome = failed_outcome(job, node, exc)
+    try:
+        rundir = RunDir(cache_folder("runs", job.run_id, secrets.token_hex(4)))
+        outcome = _trained(job, node, rundir, console, as_json=as_json)
+    except Exception as exc:
+        if not as_json:
+            raise
+        outcome = _unforeseen(job, exc) if not isinstance(exc, NexaError) else failed_outcome(job, node, exc)
     if as_json:
         print(outcome.model_dump_json())
-    if outcome.exit_code:
-        return _failed(console, outcome, log)
+    if outcome.exit_code or rundir is None:
+        return _failed(console, outcome, rundir)
     shutil.rmtree(rundir.path)
     return _succeeded(job, outcome, as_json=as_json)
+
+
+def _trained(job: Job, node: Node, rundir: RunDir, console: Console, *, as_json: bool) -> Termination:
+    say = partial(_say_stalled, console, as_json=as_json)
+    log = (rundir.path / _LOG).open("wb")
+    with _obeying_signals(rundir), rundir.held("*"), log as output, _showing(console, job) as show:
+        return run_node(job, node, rundir, say=say, output=output, on_progress=show)
+
+
+def _unforeseen(job: Job, exc: Exception) -> Termination:
+    """What only a trace says the place of."""
+    traceback.print_exception(exc)
+    return Termination(run_id=job.run_id, exit_code=1, cause=type(exc).__name__, message=str(exc))
 
 
 def _say_stalled(console: Console, outcome: Termination, *, as_json: bool) -> None:
@@ -70,9 +81,10 @@ def _say_stalled(console: Console, outcome: Termination, *, as_json: bool) -> No
     console.show_cursor()
 
 
-def _failed(console: Console, outcome: Termination, log: Path) -> int:
+def _failed(console: Console, outcome: Termination, rundir: RunDir | None) -> int:
     print(f"nexa: error: {outcome.message}", file=sys.stderr)
-    if outcome.cause not in ("Stopped", "NonFiniteLossError"):
+    log = rundir.path / _LOG if rundir else None
+    if log and log.is_file() and outcome.cause not in ("Stopped", "NonFiniteLossError"):
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
         console.print("\n".join([f"the last lines of {log}:", *tail]), markup=False, highlight=False)
     return outcome.exit_code

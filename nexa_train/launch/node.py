@@ -90,6 +90,7 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
     check_installed(job.spec.backend)
     check_devices(job, node)
     store = open_store(job.spec.artifacts.uri)
+    _check_text(store.uri, "artifacts.uri")
     store.probe()
     located = locate(job.spec.model, begun_with=lambda: str(claimed(store, job.run_id).get(_BASE_MODEL, "")))
     tokenizer = load_tokenizer(located.folder)
@@ -128,6 +129,20 @@ def make_ready(job: Job, node: Node) -> RankWork | Termination:
         remember_attempt_too_large(store, work, node.out_of_memory_attempt)
         work = replace(work, plan=fitting_plan())
     return _finished(work, store) or work
+
+
+def _check_text(uri: str, key: str) -> None:
+    """Refuse a place that JSON cannot name, as what is said of a checkpoint would have to.
+
+    Raises:
+        ConfigError: a folder's name is not UTF-8.
+    """
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{key}: {uri!r} is not UTF-8, so JSON cannot name what is there; take another folder"
+        ) from None
 
 
 def first_plan(job: Job, node: Node, sizes: Architecture | None, *, num_sequences: int | None = None) -> TrainPlan:

@@ -258,6 +258,35 @@ def test_submit_without_sbatch_prints_the_script(
     assert "#SBATCH --job-name=mine\n" in done.stdout
 
 
+def test_a_cache_that_cannot_be_used_is_named_in_json_too(
+    nexa: Nexa, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NEXA_CACHE", str(tmp_path / "file"))
+    done = nexa("run", job, "-o", "json")
+    said = json.loads(done.stdout)
+    assert (done.returncode, said["exit_code"], said["cause"], said["retryable"]) == (2, 2, "ConfigError", False)
+    assert said["message"].endswith("cannot be made: Not a directory; set NEXA_CACHE to a folder where you may write")
+    assert done.stderr == f"nexa: error: {said['message']}\n"
+
+
+def test_what_nobody_foresaw_is_in_the_json_and_its_place_in_the_trace(job: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho. " * 800}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    sets = [f"data.remote_uri={tmp_path}/train.jsonl", f"artifacts.uri={tmp_path}/artifacts", "model.max_seq_len=4096"]
+    command = [sys.executable, "-m", "nexa_train", "run", str(job), "-o", "json", *(f"--set={one}" for one in sets)]
+    done = subprocess.run(
+        ["bash", "-c", "trap '' XFSZ; ulimit -f 1; exec \"$@\"", "-", *command],  # files of at most 1 KiB
+        env={**os.environ, "NEXA_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = json.loads(done.stdout)
+    assert (done.returncode, said["exit_code"], said["cause"]) == (1, 1, "OSError")
+    assert "in prepare" in done.stderr
+
+
 def test_verify_counts_what_is_whole(nexa: Nexa, artifacts: Path) -> None:
     done = nexa("verify", artifacts, "-o", "json")
     answer = json.loads(done.stdout)

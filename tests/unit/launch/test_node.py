@@ -99,6 +99,17 @@ def test_two_pods_and_two_ranks_of_one_machine_have_the_same_threads() -> None:
     assert threads_of_a_rank(two, Node(count=2, ranks=1)) == threads_of_a_rank(two, Node(ranks=2)) == 4
 
 
+def test_artifacts_whose_folder_json_cannot_name_are_refused_before_a_rank_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(b"m\xfcller")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match=r"^artifacts.uri: .*m\\udcfcller/artifacts' is not UTF-8"):
+        make_ready(job(), Node())
+    assert list(folder.iterdir()) == []
+
+
 def test_an_adapters_run_is_refused_over_other_weights_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
