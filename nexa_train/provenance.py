@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from contextlib import suppress
 from importlib import metadata
@@ -21,6 +22,9 @@ PACKAGES = (
 
 CPUINFO = Path("/proc/cpuinfo")
 _PACKAGE = Path(__file__).parent
+_NOT_OURS = re.compile(r"GIT_(?!CONFIG_)")
+_AS_IT_IS = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
+"""However the person at the keyboard likes to see differences."""
 
 
 def code_facts() -> dict[str, Any]:
@@ -69,7 +73,7 @@ def _version(package: str) -> str | None:
 def _dirty() -> str | None:
     """SHA-256 of what the revision does not hold: the difference of its files, and files of the package that git does
     not know; None: nothing."""
-    diff = _git("diff", "HEAD")
+    diff = _git("diff", *_AS_IT_IS, "HEAD")
     unknown = _git("ls-files", "-z", "--others", "--exclude-standard", "--", _PACKAGE.name)
     if not diff and not unknown:
         return None
@@ -87,7 +91,11 @@ def _git(*arguments: str) -> bytes:
     root = _PACKAGE.parent
     if not (root / ".git").exists():
         return b""
+    # Hooks and other tools that call us name their own repository there. Settings stay: by one of them git may be told
+    # that somebody else's checkout is safe to read.
+    environment = {name: os.environ[name] for name in os.environ if not _NOT_OURS.match(name)}
+    command = ["git", "-C", str(root), *arguments]
     try:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, check=True, env=environment).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return b""
