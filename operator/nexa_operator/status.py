@@ -196,8 +196,10 @@ def _state(account: goodput.Account, seen: Observed, decision: Decision, context
         return account.state
     if isinstance(decision, Create | Resume) and account.state == goodput.PRODUCTIVE:
         return goodput.RESTART  # somebody deleted its gang
-    if isinstance(decision, Watch | Wait) and _queued(seen):
+    if isinstance(decision, Watch | Wait) and _queued(seen, context):
         return goodput.QUEUE
+    if isinstance(decision, Create) and context.trouble:
+        return goodput.QUEUE  # a policy or a quota denies its gang
     if isinstance(decision, Wait) and seen.gang is not None and not seen.gang.goes_on:
         return goodput.RESTART  # something else than time is lacking
     if account.state in (goodput.RESTART, goodput.PRODUCTIVE):
@@ -206,10 +208,12 @@ def _state(account: goodput.Account, seen: Observed, decision: Decision, context
     return goodput.STARTUP if begun else goodput.QUEUE  # what has its nodes keeps others off them: its deadline runs
 
 
-def _queued(seen: Observed) -> bool:
-    """Whether the gang waits for what others have: Kueue's leave, or nodes."""
+def _queued(seen: Observed, context: Context) -> bool:
+    """Whether the gang waits for what others have: leave to run or to make pods, a scheduler that tries, or nodes."""
     gang = seen.gang
-    return gang is not None and (gang.suspended or any(rank.unplaced_since for rank in gang.ranks))
+    if gang is None or gang.suspended or seen.refusal:
+        return gang is not None
+    return any(rank.unplaced_since for rank in gang.ranks) or ignored_seconds(gang, context.now) == 0.0
 
 
 def _times(previous: Body, decision: Decision, context: Context) -> dict[str, str | None]:

@@ -553,6 +553,49 @@ async def test_the_image_and_the_storage_that_a_run_has_committed_something_with
     assert operator.job["status"]["attempt"] == 2
 
 
+async def disrupted(operator: Operator) -> None:
+    """The attempt is lost by no fault of the job, and the next one begins."""
+    for name in operator.world.names(PODS):
+        gone = {"phase": "Failed", "conditions": [condition("DisruptionTarget", reason="DeletionByTaintManager")]}
+        operator.world.objects[PODS.plural, name]["status"] |= gone
+    await operator.look()
+    operator.world.remove(PODS)
+
+
+def hours(operator: Operator) -> dict[str, int]:
+    spent = operator.job["status"]["goodput"]
+    return {key.removesuffix("Seconds"): round(spent[key] / 3600) for key in spent if key.endswith("Seconds")}
+
+
+async def test_a_later_attempt_whose_pods_may_not_be_made_is_queued_too_and_not_on_the_job_s_clock() -> None:
+    operator = await running(schedule={"activeDeadlineSeconds": 3600})
+    await disrupted(operator)
+    operator.world.warnings = [{"message": 'Error creating: pods "demo-a1-0-x" is forbidden: quota', "metadata": {}}]
+    for _ in range(13):
+        operator.world.pass_seconds(600)
+        await operator.look()
+    assert operator.true()["Queued"] == "PodsRefused"
+    assert operator.job["status"]["goodput"]["state"] == "queue"
+    operator.world.add_pods("demo-a1")
+    await operator.look()
+    assert "Running" in operator.true()
+    assert hours(operator) == {"queue": 2, "startup": 0, "restart": 0}
+
+
+async def test_a_later_attempt_whose_pods_no_scheduler_tries_is_queued_too() -> None:
+    operator = await running(schedule={"activeDeadlineSeconds": 3600})
+    await disrupted(operator)
+    operator.world.add_pods("demo-a1", phase="Pending")
+    soon = await operator.look()
+    assert operator.job["status"]["goodput"]["state"] == "restart"
+    operator.world.pass_seconds(min(soon))
+    await operator.look()
+    operator.world.pass_seconds(7200)
+    await operator.look()
+    assert operator.true()["Queued"] == "PodsPending"
+    assert operator.job["status"]["goodput"]["state"] == "queue"
+
+
 class Denying(World):
     """Denies every Job."""
 
@@ -584,6 +627,30 @@ async def test_what_a_policy_denies_is_tried_again_and_what_the_schema_does_not_
         await operator.look()
     await operator.look()
     assert operator.true()["Failed"] == "ConfigRejected"
+
+
+async def test_a_later_attempt_that_is_refused_is_queued_too_and_not_on_the_job_s_clock() -> None:
+    world = Denying()
+    operator = Operator(world, schedule={"activeDeadlineSeconds": 3600})
+    await operator.look()
+    world.add_pods("demo-a0")
+    await operator.look()
+    world.denies = ApiError
+    with pytest.raises(ApiError):
+        await disrupted(operator)
+    world.remove(PODS)
+    for _ in range(13):
+        world.pass_seconds(600)
+        with pytest.raises(ApiError):
+            await operator.look()
+    assert operator.true()["Queued"] == "Refused"
+    assert operator.job["status"]["goodput"]["state"] == "queue"
+    world.denies = None
+    await operator.look()
+    world.add_pods("demo-a1")
+    await operator.look()
+    assert "Running" in operator.true()
+    assert hours(operator) == {"queue": 2, "startup": 0, "restart": 0}
 
 
 async def test_a_job_that_ran_out_of_time_names_what_its_ranks_commit_as_they_are_ended() -> None:
