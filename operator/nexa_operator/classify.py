@@ -102,7 +102,7 @@ def _loss(rank: Rank, rules: Sequence[RecoveryRule], *, ran: bool) -> Loss:
     said = f"{message}\n{words.log if words else rank.output}"
     action = _by_rule(rules, rank, code, cause, said)
     # All ranks stop when one is asked to: whoever asked, it was not this job's fault.
-    gone = rank.disrupted or rank.replaced or cause == _STOPPED or (rank.deleting and rank.exit_code is None)
+    gone = rank.disrupted or rank.replaced or cause == _STOPPED or _was_removed(rank, code)
     gone = gone or (words is None and (cause in _LOST_NODE or rank.never_began))
     # The next attempt takes fewer sequences at once; with one there is no next, so this ends by itself.
     adapts = words is not None and words.cause == OUT_OF_MEMORY and words.retryable
@@ -159,6 +159,12 @@ def _went_with(rank: Rank, code: int | None) -> str:
     return next((kind for kind in _LOST_NODE if kind in rank.node_conditions), "")
 
 
+def _was_removed(rank: Rank, code: int | None) -> bool:
+    """Whether it was asked to go, and went of that: at once, or killed without a word once its time was over."""
+    killed = rank.termination is None and code in _KILLED and rank.reason != KILLED_FOR_MEMORY
+    return rank.deleting and (code is None or killed)
+
+
 def _node_says(rank: Rank, rules: Sequence[RecoveryRule]) -> str:
     """Of its conditions those that tell of trouble, here or by a rule: others are true of good nodes."""
     telling = _TELLING_CONDITIONS.union(*(rule.node_conditions for rule in rules)) & rank.node_conditions
@@ -172,8 +178,9 @@ def _cause_without_words(rank: Rank, code: int | None) -> str:
         return FATAL_EXIT_CODES[code]
     if lost := _went_with(rank, code):
         return lost
-    if rank.deleting and code is None and rank.phase == "Pending":
-        return _DELETED  # what it still waited for is not why it goes
+    removed = _was_removed(rank, code)
+    if removed and (code is not None or rank.phase == "Pending"):
+        return _DELETED  # neither how it was killed nor what it still waited for is why it goes
     if rank.reason and rank.reason != "Error":
         return rank.reason
-    return _DELETED if rank.replaced or (rank.deleting and code is None) else "Killed"
+    return _DELETED if rank.replaced or removed else "Killed"

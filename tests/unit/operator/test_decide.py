@@ -326,6 +326,16 @@ FIRST, SECOND = "2026-11-23T12:00:00Z", "2026-11-23T12:00:05Z"
             id="the Job's controller removes the others: that is no disruption",
         ),
         pytest.param([rank(0, deleting=True)], "PodDeleted", id="deleted by hand"),
+        pytest.param([failed(0, deleting=True, exit_code=137)], "PodDeleted", id="deleted by hand, and in a hurry"),
+        pytest.param([failed(0, deleting=True, exit_code=143)], "PodDeleted", id="deleted before it heard of it"),
+        pytest.param(
+            [failed(0, deleting=True, exit_code=137, reason="OOMKilled")], "OOMKilled", id="killed as it was deleted"
+        ),
+        pytest.param(
+            [failed(0, finished_at=SECOND), failed(1, finished_at=FIRST, deleting=True, exit_code=137)],
+            "Killed",
+            id="removed after another had failed, in which it did not stop in time",
+        ),
         pytest.param([failed(0, exit_code=None, reason="Evicted")], "Evicted", id="evicted before it had started"),
     ],
 )
@@ -342,6 +352,16 @@ def test_ranks_that_stopped_as_asked_are_not_charged():
 def test_a_crash_is_charged_even_when_the_survivors_are_already_being_removed():
     loss = classify(gang(failed(0), rank(1, deleting=True), rank(2, deleting=True)))
     assert (loss.cause, loss.charged) == ("Killed", True)
+
+
+@pytest.mark.parametrize(("code", "charged"), [(137, False), (143, False), (1, True)])
+def test_a_pod_that_was_deleted_and_killed_for_it_is_not_charged_and_one_that_failed_by_itself_is(
+    code: int, charged: bool
+) -> None:
+    assert classify(gang(failed(exit_code=code, deleting=True, reason="Error"))).charged is charged
+    assert classify(gang(failed(exit_code=code, reason="Error"))).charged
+    spoke = failed(exit_code=code, deleting=True, termination=words(cause="RuntimeError"))
+    assert classify(gang(spoke)).charged
 
 
 @pytest.mark.parametrize("reason", ["ContainerCreating", "PodInitializing", "ImagePullBackOff"])
