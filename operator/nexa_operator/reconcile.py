@@ -117,9 +117,11 @@ class _Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class _Loss:
-    """When this operator first saw that a gang cannot go on, and all ranks that it saw lost."""
+    """When this operator first saw that a gang cannot go on, and all ranks that it saw lost. One that is let go begins
+    anew."""
 
     gang: str
+    begun_at: datetime.datetime | None
     since: datetime.datetime
     ranks: tuple[Rank, ...] = ()
 
@@ -317,13 +319,14 @@ class Reconciler:
 
     def _with_loss(self, key: Key, seen: Observed) -> Observed:
         """With what this operator saw before of a gang that cannot go on: since when, and ranks that are gone since."""
-        before = self._losses.pop(key, None)
-        if before is None or seen.gang is None or before.gang != seen.gang.uid:
-            before = _Loss(gang=seen.gang.uid if seen.gang else "", since=self.clock())
-        gang = seen.gang
-        if gang and not (gang.suspended or gang.deleting):  # else nobody asks why its ranks go
+        before, gang = self._losses.pop(key, None), seen.gang
+        if gang is None:
+            return replace(seen, lost_seconds=0.0)
+        if before is None or (before.gang, before.begun_at) != (gang.uid, gang.begun_at):
+            before = _Loss(gang=gang.uid, begun_at=gang.begun_at, since=self.clock())
+        if not (gang.suspended or gang.deleting):  # else nobody asks why its ranks go
             gang = with_vanished(gang, before.ranks)
-        if gang is None or not (gang.failure or gang.lost_ranks):
+        if not (gang.failure or gang.lost_ranks):
             return replace(seen, lost_seconds=0.0)
         self._losses[key] = replace(before, ranks=gang.lost_ranks)
         return replace(seen, gang=gang, lost_seconds=(self.clock() - before.since).total_seconds())

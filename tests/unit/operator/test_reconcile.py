@@ -14,6 +14,7 @@ from nexa_operator.errors import ApiError, ConflictError, InvalidError
 from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, NODES, PODS, TRAINING_JOBS, Kind
 from nexa_operator.plan import Defaults
 from nexa_operator.reconcile import Key
+from nexa_operator.status import timestamp
 from tests.unit.operator.builders import UID, body, condition, ended, words
 from tests.unit.operator.world import Operator, World
 
@@ -521,6 +522,45 @@ async def test_a_drained_rank_that_is_gone_is_waited_for_no_longer() -> None:
     await operator.look()
     status = operator.job["status"]
     assert (status["attempt"], status["lastFailure"]["cause"], status["chargedRestarts"]) == (1, "Disrupted", 0)
+
+
+def suspend_gang(world: World, *, stands: bool) -> None:
+    """As its queue does or somebody else, and its controller says then."""
+    gang = world.objects[JOBS.plural, "demo-a0"]
+    gang["spec"]["suspend"] = stands
+    said = {"type": "Suspended", "status": str(stands), "lastTransitionTime": timestamp(world.now)}
+    gang["status"] = {"conditions": [said]}
+
+
+@pytest.mark.parametrize("queue", ["team", None], ids=["by its queue", "by somebody else"])
+async def test_a_gang_that_was_suspended_and_let_go_is_not_ended_for_ranks_that_it_lost_before(
+    queue: str | None,
+) -> None:
+    operator = await begun(schedule={"queueName": queue} if queue else {})
+    world = operator.world
+    suspend_gang(world, stands=False)
+    world.pass_seconds(1)
+    world.add_pods("demo-a0")
+    await operator.look()
+    assert "Running" in operator.true()
+    world.pass_seconds(600)
+    second = world.objects[PODS.plural, "demo-a0-1-x"]
+    second["metadata"]["deletionTimestamp"] = "2026-11-23T13:00:00Z"
+    second["status"]["conditions"] = [condition("DisruptionTarget", reason="EvictionByEvictionAPI")]
+    await operator.look()
+    assert "Running" in operator.true(), "it may still say why"
+    suspend_gang(world, stands=True)
+    await operator.look()
+    second["status"] |= {"phase": "Failed", "containerStatuses": ended(137)}
+    await operator.look()
+    world.remove(PODS)
+    world.pass_seconds(3600)
+    suspend_gang(world, stands=False)
+    world.pass_seconds(1)
+    world.add_pods("demo-a0")
+    await operator.look()
+    assert ("Running" in operator.true(), operator.job["status"]["attempt"]) == (True, 0)
+    assert world.names(JOBS) == ["demo-a0"]
 
 
 async def test_the_image_and_the_storage_that_a_run_has_committed_something_with_are_kept() -> None:
