@@ -69,25 +69,27 @@ def classify(gang: Gang, *, rules: Sequence[RecoveryRule] = (), ran: bool = True
     Args:
         ran: whether all pods of the attempt were ever seen to run.
     """
-    told = [_loss(rank, rules, ran=ran) for rank in sorted(gang.lost_ranks, key=lambda rank: rank.ending_order)]
-    if not told:
+    lost = sorted(gang.lost_ranks, key=lambda rank: rank.ending_order)
+    if not lost:
         # The pod itself is gone: something outside removed it, the trainer cannot.
         said = gang.failure_message
         action = _by_rule(rules, Rank(index=0), None, _DELETED, said)
         return Loss(cause=_DELETED, message=said, action=action or "retry", charged=False)
-    return min(told, key=_telling)
+    return min(((rank, _loss(rank, rules, ran=ran)) for rank in lost), key=_telling)[1]
 
 
-def _telling(loss: Loss) -> tuple[int, bool, bool]:
-    """Final beats disruption beats failure; what stopped as asked or was removed explains nothing.
+def _telling(told: tuple[Rank, Loss]) -> tuple[int, bool, bool]:
+    """Final beats disruption beats failure; what stopped as asked or was removed explains nothing
+    unless it went first.
 
     Of equals the one on a broken node tells more, then one that had no memory: the others may have failed of losing it,
     within the same second by their nodes' clocks.
     """
+    rank, loss = told
     blames_no_node, had_memory = loss.action != "exclude_node", loss.cause not in (KILLED_FOR_MEMORY, OUT_OF_MEMORY)
     if loss.action == "fail":
         place = 0
-    elif loss.cause in (_STOPPED, _DELETED):
+    elif loss.cause in (_STOPPED, _DELETED) and not rank.went_first:
         place = 3  # the Job's controller removes the other pods as soon as one has failed
     else:
         place = 2 if loss.charged else 1

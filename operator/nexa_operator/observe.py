@@ -81,6 +81,8 @@ class Rank:
     """Whether its kubelet has made anything of its containers."""
     uid: str = ""
     """Of its pod."""
+    went_first: bool = False
+    """Whether it was seen to go before any had failed: it did not go of that, and others may have failed of it."""
 
     @property
     def disrupted(self) -> bool:
@@ -411,12 +413,26 @@ def _gang(body: Body, child: Body, parts: Sequence[Body], pods: Iterable[Body]) 
     )
 
 
-def with_vanished(gang: Gang, remembered: Iterable[Rank]) -> Gang:
-    """The gang with lost ranks that were seen before and whose pods are gone since: they may tell the most. What is
-    gone commits nothing any more."""
-    there = {rank.uid for rank in gang.ranks}
-    vanished = tuple(replace(rank, gone_by=None) for rank in remembered if rank.uid not in there)
-    return replace(gang, ranks=tuple(sorted((*gang.ranks, *vanished), key=_rank_order))) if vanished else gang
+def with_remembered(gang: Gang, remembered: Sequence[Rank]) -> Gang:
+    """The gang with what was seen before of ranks that it lost. Those whose pods are gone since may tell the most; what
+    is gone commits nothing any more."""
+    if not remembered:
+        return gang  # nearly every look
+    before, there = {rank.uid: rank for rank in remembered}, {rank.uid for rank in gang.ranks}
+    ranks = [_as_before(rank, before.get(rank.uid)) for rank in gang.ranks]
+    ranks += [replace(rank, gone_by=None) for rank in remembered if rank.uid not in there]
+    return replace(gang, ranks=tuple(sorted(ranks, key=_rank_order)))
+
+
+def _as_before(rank: Rank, before: Rank | None) -> Rank:
+    return rank if before is None else replace(rank, went_first=before.went_first)
+
+
+def with_order(gang: Gang) -> Gang:
+    """The gang with who went first: controllers remove the others once a rank has failed, and no sooner."""
+    if not gang.lost_ranks or gang.failure or any(rank.phase == "Failed" for rank in gang.ranks):
+        return gang
+    return replace(gang, ranks=tuple(replace(rank, went_first=rank.lost) for rank in gang.ranks))
 
 
 def nodes_of_lost_ranks(gang: Gang | None) -> tuple[str, ...]:

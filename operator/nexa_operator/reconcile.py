@@ -55,7 +55,8 @@ from nexa_operator.observe import (
     refusal_in,
     silence_of,
     with_nodes,
-    with_vanished,
+    with_order,
+    with_remembered,
 )
 from nexa_operator.plan import Defaults, RunPlan, as_begun, image_of, make_plan, storage_of
 from nexa_operator.progress import ProgressReader, Target
@@ -318,14 +319,15 @@ class Reconciler:
         return is_young and not body.get("status")
 
     def _with_loss(self, key: Key, seen: Observed) -> Observed:
-        """With what this operator saw before of a gang that cannot go on: since when, and ranks that are gone since."""
+        """With what this operator saw before of a gang that cannot go on: since when, which ranks went first, and those
+        that are gone since."""
         before, gang = self._losses.pop(key, None), seen.gang
         if gang is None:
             return replace(seen, lost_seconds=0.0)
         if before is None or (before.gang, before.begun_at) != (gang.uid, gang.begun_at):
             before = _Loss(gang=gang.uid, begun_at=gang.begun_at, since=self.clock())
         if not (gang.suspended or gang.deleting):  # else nobody asks why its ranks go
-            gang = with_vanished(gang, before.ranks)
+            gang = with_order(with_remembered(gang, before.ranks))
         if not (gang.failure or gang.lost_ranks):
             return replace(seen, lost_seconds=0.0)
         self._losses[key] = replace(before, ranks=gang.lost_ranks)

@@ -508,6 +508,42 @@ async def test_why_a_rank_was_lost_is_not_forgotten_when_its_pod_goes_before_the
     assert (status["attempt"], status["chargedRestarts"], status["lastFailure"]["cause"]) == (1, 0, "Disrupted")
 
 
+def fail_by_itself(operator: Operator, name: str) -> None:
+    said = words(cause="RuntimeError", message="Connection reset by peer").as_bytes().decode()
+    operator.world.objects[PODS.plural, name]["status"] |= {"phase": "Failed", "containerStatuses": ended(1, said)}
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["and is gone", "and is killed for it"])
+async def test_a_rank_that_was_asked_to_go_before_any_had_failed_explains_why_another_fails_of_that(gone: bool) -> None:
+    operator = await running()
+    second = operator.world.objects[PODS.plural, "demo-a0-1-x"]
+    second["metadata"]["deletionTimestamp"] = "2026-11-23T12:00:01Z"
+    await operator.look()
+    if gone:
+        operator.world.remove(PODS, "demo-a0-1-x")
+    else:
+        second["status"] |= {"phase": "Failed", "containerStatuses": ended(137)}
+    fail_by_itself(operator, "demo-a0-0-x")
+    operator.world.pass_seconds(3)
+    await operator.look()
+    status = operator.job["status"]
+    assert (status["attempt"], status["chargedRestarts"], status["lastFailure"]["cause"]) == (1, 0, "PodDeleted")
+
+
+async def test_a_rank_that_is_asked_to_go_once_another_has_failed_explains_nothing() -> None:
+    operator = await running()
+    fail_by_itself(operator, "demo-a0-0-x")
+    await operator.look()
+    second = operator.world.objects[PODS.plural, "demo-a0-1-x"]
+    second["metadata"]["deletionTimestamp"] = "2026-11-23T12:02:00Z"
+    await operator.look()
+    operator.world.remove(PODS, "demo-a0-1-x")
+    operator.world.pass_seconds(3)
+    await operator.look()
+    status = operator.job["status"]
+    assert (status["attempt"], status["chargedRestarts"], status["lastFailure"]["cause"]) == (1, 1, "RuntimeError")
+
+
 async def test_a_drained_rank_that_is_gone_is_waited_for_no_longer() -> None:
     """Whatever time it was given: its pod was deleted by force."""
     operator = await running(recovery={"gracePeriodSeconds": 3600})
