@@ -420,12 +420,19 @@ def with_remembered(gang: Gang, remembered: Sequence[Rank]) -> Gang:
         return gang  # nearly every look
     before, there = {rank.uid: rank for rank in remembered}, {rank.uid for rank in gang.ranks}
     ranks = [_as_before(rank, before.get(rank.uid)) for rank in gang.ranks]
-    ranks += [replace(rank, gone_by=None) for rank in remembered if rank.uid not in there]
+    vanished = [rank for rank in remembered if rank.uid not in there and not (gang.complete and _may_have_done(rank))]
+    ranks += [replace(rank, gone_by=None) for rank in vanished]
     return replace(gang, ranks=tuple(sorted(ranks, key=_rank_order)))
 
 
 def _as_before(rank: Rank, before: Rank | None) -> Rank:
     return rank if before is None else replace(rank, went_first=before.went_first)
+
+
+def _may_have_done(rank: Rank) -> bool:
+    """Whether one that was last seen to run may have ended well since: it was asked to go for the sake of its node, not
+    driven out by another pod in its place."""
+    return rank.disrupted and not rank.ended
 
 
 def with_order(gang: Gang) -> Gang:

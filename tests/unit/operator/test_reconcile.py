@@ -560,6 +560,47 @@ async def test_a_drained_rank_that_is_gone_is_waited_for_no_longer() -> None:
     assert (status["attempt"], status["lastFailure"]["cause"], status["chargedRestarts"]) == (1, "Disrupted", 0)
 
 
+async def test_a_job_is_done_though_a_rank_was_drained_as_it_ended_well_and_only_what_it_was_before_is_known() -> None:
+    operator = await running()
+    world = operator.world
+    first, second = (world.objects[PODS.plural, name] for name in world.names(PODS))
+    second["metadata"]["deletionTimestamp"] = "2026-11-23T12:02:00Z"
+    second["status"]["conditions"] = [condition("DisruptionTarget", reason="EvictionByEvictionAPI")]
+    await operator.look()
+    first["status"] |= {"phase": "Succeeded"}
+    world.remove(PODS, second["metadata"]["name"])
+    complete(world)
+    world.pass_seconds(5)
+    await operator.look()
+    assert operator.true()["Succeeded"] == "Finished"
+    assert operator.job["status"]["attempt"] == 0
+
+
+@pytest.mark.parametrize(
+    "seen_before",
+    [
+        {"metadata": {"deletionTimestamp": "2026-11-23T12:02:00Z"}},
+        {"status": {"phase": "Failed", "conditions": [condition("DisruptionTarget", reason="EvictionByEvictionAPI")]}},
+    ],
+    ids=["driven out by another pod", "drained, and it had failed"],
+)
+async def test_what_was_seen_of_a_rank_that_cannot_have_ended_well_stands_against_a_success(
+    seen_before: dict[str, Any],
+) -> None:
+    operator = await running()
+    world = operator.world
+    second = world.objects[PODS.plural, "demo-a0-1-x"]
+    for group, values in seen_before.items():
+        second[group] |= values
+    await operator.look()
+    world.objects[PODS.plural, "demo-a0-0-x"]["status"] |= {"phase": "Succeeded"}
+    world.remove(PODS, "demo-a0-1-x")
+    complete(world)
+    world.pass_seconds(5)
+    await operator.look()
+    assert operator.job["status"]["attempt"] == 1
+
+
 def suspend_gang(world: World, *, stands: bool) -> None:
     """As its queue does or somebody else, and its controller says then."""
     gang = world.objects[JOBS.plural, "demo-a0"]
