@@ -426,7 +426,10 @@ def with_remembered(gang: Gang, remembered: Sequence[Rank]) -> Gang:
 
 
 def _as_before(rank: Rank, before: Rank | None) -> Rank:
-    return rank if before is None else replace(rank, went_first=before.went_first)
+    """One that follows another does so when it runs, too."""
+    if before is None:
+        return rank
+    return replace(rank, went_first=before.went_first, replaced=rank.replaced or before.replaced)
 
 
 def _may_have_done(rank: Rank) -> bool:

@@ -11,7 +11,7 @@ from prometheus_client import generate_latest
 
 from nexa_operator import naming
 from nexa_operator.errors import ApiError, ConflictError, InvalidError
-from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, NODES, PODS, TRAINING_JOBS, Kind
+from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, NODES, PODS, PYTORCHJOBS, TRAINING_JOBS, Kind
 from nexa_operator.plan import Defaults
 from nexa_operator.reconcile import Key
 from nexa_operator.status import timestamp
@@ -525,6 +525,36 @@ async def test_a_rank_that_was_asked_to_go_before_any_had_failed_explains_why_an
         second["status"] |= {"phase": "Failed", "containerStatuses": ended(137)}
     fail_by_itself(operator, "demo-a0-0-x")
     operator.world.pass_seconds(3)
+    await operator.look()
+    status = operator.job["status"]
+    assert (status["attempt"], status["chargedRestarts"], status["lastFailure"]["cause"]) == (1, 0, "PodDeleted")
+
+
+def add_worker(world: World, index: int, phase: str) -> None:
+    """As training-operator makes it."""
+    gang = world.objects[PYTORCHJOBS.plural, "demo-a0"]["metadata"]
+    labels = {**gang["labels"], "training.kubeflow.org/replica-index": str(index)}
+    owners = [{"kind": "PyTorchJob", "uid": gang["uid"], "controller": True}]
+    metadata = {"name": f"demo-a0-worker-{index}", "labels": labels, "ownerReferences": owners}
+    world.put(PODS, {"metadata": metadata, "status": {"phase": phase}})
+
+
+async def test_a_pod_that_follows_one_that_is_gone_is_not_taken_for_it_once_it_runs() -> None:
+    operator = Operator(World(), schedule={"runtime": "pytorchjob"})
+    world = operator.world
+    await operator.look()
+    for index in (0, 1):
+        add_worker(world, index, "Running")
+    await operator.look()
+    assert "Running" in operator.true()
+    world.remove(PODS, "demo-a0-worker-1")
+    add_worker(world, 1, "Pending")
+    await operator.look()
+    world.objects[PODS.plural, "demo-a0-worker-1"]["status"]["phase"] = "Running"
+    world.pass_seconds(2)
+    await operator.look()
+    assert operator.job["status"]["attempt"] == 0, "the other may still say why"
+    world.pass_seconds(1)
     await operator.look()
     status = operator.job["status"]
     assert (status["attempt"], status["chargedRestarts"], status["lastFailure"]["cause"]) == (1, 0, "PodDeleted")
