@@ -86,10 +86,12 @@ def _without_present(account: Account, created: datetime.datetime) -> Account:
     """As of when the present state began.
 
     Status does not say until when it counts. It need not: all seconds together are the job's life until then. What they
-    lack of it was before any operator looked.
+    lack of it was before any operator looked. A status that is older than its job came with it from a backup.
     """
     if not account.state or account.since is None:
         return account
+    if account.since < created:
+        return Account(state=account.state, since=created)
     seconds, state = dict(account.seconds), account.state
     more = sum(seconds.values()) - (account.since - created).total_seconds()
     if more >= 0:

@@ -159,6 +159,20 @@ def test_time_before_any_operator_looked_was_spent_in_the_queue() -> None:
     assert goodput.read(status, NOW).seconds == {"queue": 30.0, "startup": 0.0}
 
 
+def test_a_job_that_was_restored_with_its_status_begins_its_account_anew() -> None:
+    """From a backup: its status is older than itself."""
+    spent = Account(seconds={"queue": 5.0, "productive": 600.0}, state="productive", since=after(5))
+    status = {"goodput": spent.to_status(after(605))}
+    restored = after(260_000)
+    account = goodput.read(status, restored)
+    assert account == Account(state="productive", since=restored)
+    assert account.active_seconds(after(260_030)) == 30.0
+    moved = account.moved("restart", after(260_030))
+    for seconds in (260_030, 260_090):
+        again = goodput.read({"goodput": moved.to_status(after(seconds))}, restored)
+        assert again.until(after(seconds)) == moved.until(after(seconds))
+
+
 def test_waiting_for_a_queue_is_neither_work_nor_the_job_s_own_time() -> None:
     preempted = gang(rank(0, deleting=True), suspended=True)
     got = story(*BEGIN, (50.0, seen(preempted, admission="waits"), Watch()), (3_650.0, seen(RUNS), Watch()))
