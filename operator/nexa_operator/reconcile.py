@@ -42,6 +42,7 @@ from nexa_operator.kinds import EVENTS, JOBS, NODES, PODS, TRAINING_JOBS, WORKLO
 from nexa_operator.metrics import Metrics
 from nexa_operator.news import LATER_SECONDS
 from nexa_operator.observe import (
+    STOPPING,
     Gang,
     Observed,
     Rank,
@@ -668,7 +669,8 @@ def _rooms_to_remove(key: Key, seen: Observed, decision: Decision, *, now: datet
     resizes = isinstance(decision, Suspend) and decision.resizes
     forgives = isinstance(decision, Probe | Resume) and decision.forgives  # those asked for room elsewhere
     pauses = isinstance(decision, Probe) and decision.pauses
-    keeps = resizes or (isinstance(decision, Probe | Wait | Resume) and not pauses)
+    stops = isinstance(decision, Wait) and decision.reason == STOPPING  # other waits last as long as somebody likes
+    keeps = resizes or stops or (isinstance(decision, Probe | Resume) and not pauses)
     kept = naming.room_name(key.name, seen.record.attempt) if keeps and not forgives else ""
     return [room for room in seen.rooms if room.name != kept]
 

@@ -307,6 +307,14 @@ async def test_a_pod_that_hangs_on_a_silent_node_does_not_keep_a_job_from_being_
     assert "Suspended" in operator.true()
 
 
+def suspend_gang(world: World, *, stands: bool) -> None:
+    """As its queue does or somebody else, and its controller says then."""
+    gang = world.objects[JOBS.plural, "demo-a0"]
+    gang["spec"]["suspend"] = stands
+    said = {"type": "Suspended", "status": str(stands), "lastTransitionTime": timestamp(world.now)}
+    gang["status"] = {"conditions": [said]}
+
+
 async def smaller_with_room() -> Operator:
     """One pod of two runs, and a pod beside it has found room for the other."""
     operator = await begun(cluster={"numNodes": 2, "minNodes": 1})
@@ -378,6 +386,30 @@ async def test_an_operator_that_was_away_while_it_kept_room_gives_the_larger_gan
     operator.world.pass_seconds(1)
     await operator.look()
     assert operator.world.names(JOBS) == ["demo-a2"]
+
+
+async def test_room_is_kept_while_ranks_commit() -> None:
+    operator = await smaller_with_room()
+    world = operator.world
+    operator.job["status"]["conditions"] = [condition("Queued", reason="Resizing", message="")]
+    world.add_pods("demo-a0", count=1)
+    world.objects[PODS.plural, "demo-a0-0-x"]["metadata"]["deletionTimestamp"] = "2026-11-23T12:02:00Z"
+    await operator.look()
+    assert operator.true()["Queued"] == "Stopping"
+    assert "demo-a0-room" in world.names(JOBS)
+
+
+async def test_no_room_is_kept_for_a_gang_that_somebody_else_suspends() -> None:
+    operator = await begun(cluster={"numNodes": 2, "minNodes": 1})
+    world = operator.world
+    world.objects[JOBS.plural, "demo-a0"]["metadata"]["labels"][naming.LABEL_NODES] = "1"
+    world.add_pods("demo-a0", count=1)
+    await operator.look()
+    assert "demo-a0-room" in world.names(JOBS)
+    suspend_gang(world, stands=True)
+    await operator.look()
+    assert operator.true()["Queued"] == "SuspendedByAnother"
+    assert world.names(JOBS) == ["demo-a0"], "nobody knows for how long"
 
 
 async def test_room_is_not_kept_for_pods_that_may_not_be_made_beside_it() -> None:
@@ -629,14 +661,6 @@ async def test_what_was_seen_of_a_rank_that_cannot_have_ended_well_stands_agains
     world.pass_seconds(5)
     await operator.look()
     assert operator.job["status"]["attempt"] == 1
-
-
-def suspend_gang(world: World, *, stands: bool) -> None:
-    """As its queue does or somebody else, and its controller says then."""
-    gang = world.objects[JOBS.plural, "demo-a0"]
-    gang["spec"]["suspend"] = stands
-    said = {"type": "Suspended", "status": str(stands), "lastTransitionTime": timestamp(world.now)}
-    gang["status"] = {"conditions": [said]}
 
 
 @pytest.mark.parametrize("queue", ["team", None], ids=["by its queue", "by somebody else"])
