@@ -124,7 +124,7 @@ class Suspend:
 
 @dataclass(frozen=True, kw_only=True)
 class Hold:
-    """Suspended. Nothing runs but ranks that commit their last checkpoint, for so many seconds at most."""
+    """Suspended. Nothing runs but ranks, of any attempt, that commit a last checkpoint, for so many seconds at most."""
 
     seconds: float = 0.0
 
@@ -179,7 +179,7 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
         running = gang is not None and not gang.deleting and (queued or not gang.suspended)
         if gang is not None and running:
             return Suspend(gang=gang.name, withdraw=queued)
-        return Hold(seconds=_stopping_seconds(seen.ranks, now))
+        return Hold(seconds=_stopping_seconds((*seen.ranks, *seen.others), now))
     if seen.unavailable:
         return Wait(reason="RuntimeUnavailable", message=seen.unavailable)
     if gang is None:

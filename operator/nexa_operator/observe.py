@@ -240,6 +240,8 @@ class Observed:
     """When this operator last gave up room of which the job could make nothing; None: it never did."""
     strays: tuple[Rank, ...] = ()
     """Pods of the attempt on record that outlive its gang: somebody deleted that, and they end by and by."""
+    others: tuple[Rank, ...] = ()
+    """Pods of the job's other gangs: of attempts that were lost, and that may still commit."""
     room_wanted_since: datetime.datetime | None = None
     """Since when pods that ask for room have found none, all of them; None: none asks in vain."""
     progress: Progress | None = None
@@ -294,16 +296,19 @@ def observe(
     asking = [pod for pod in pods if _asks_for_room(pod, rooms, record.attempt)]
     placed = [at for pod in asking if (at := _scheduled_at(pod, "True"))]
     refused = [at for pod in asking if (at := _scheduled_at(pod, "False"))]
-    others = (child for attempt, child in sorted(ours.items()) if attempt != record.attempt)
+    leftovers = (child for attempt, child in sorted(ours.items()) if attempt != record.attempt)
+    gang = _gang(body, current, children, pods) if current else None
+    apart = [pod for pod in pods if gang is None or owner_uid(pod) not in gang.owners]
     return Observed(
         record=record,
-        gang=_gang(body, current, children, pods) if current else None,
-        leftovers=tuple(ref_of(child) for child in others if not is_deleting(child)),
+        gang=gang,
+        leftovers=tuple(ref_of(child) for child in leftovers if not is_deleting(child)),
         rooms=tuple(ref_of(child) for child in rooms),
         room=len(placed),
         room_since=max(placed, default=None),
         room_wanted_since=max(refused, default=None),
-        strays=() if current else _strays(body, pods, record.attempt),
+        strays=() if gang else _ranks(body, (pod for pod in apart if _attempt(pod) == record.attempt)),
+        others=_ranks(body, (pod for pod in apart if gang or _attempt(pod) != record.attempt)),
         progress=progress if progress is not None and progress.attempt == record.attempt else None,
     )
 
@@ -321,10 +326,11 @@ def _scheduled_at(pod: Body, answer: str) -> datetime.datetime | None:
     return as_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == answer else None
 
 
-def _strays(body: Body, pods: Sequence[Body], attempt: int) -> tuple[Rank, ...]:
+def _ranks(body: Body, pods: Iterable[Body]) -> tuple[Rank, ...]:
+    """Those among the pods, but for those that ask for room or remove artifacts."""
     runtime = runtime_of(body)
-    own = [pod for pod in pods if _attempt(pod) == attempt and not label_of(pod, naming.LABEL_ROLE)]
-    return tuple(_rank(runtime, pod, replaces=False) for pod in own if _index(runtime, pod) is not None)
+    own = (pod for pod in pods if not label_of(pod, naming.LABEL_ROLE) and _index(runtime, pod) is not None)
+    return tuple(_rank(runtime, pod, replaces=False) for pod in own)
 
 
 def _size(gang: Body) -> int | None:

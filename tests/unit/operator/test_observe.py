@@ -369,6 +369,16 @@ def test_pods_that_outlive_their_gang_are_seen() -> None:
     seen = observe(body(), children=[], pods=[left, earlier])
     assert [rank.index for rank in seen.strays] == [0]
     assert seen.strays[0].gone_by == NOW
+    assert [rank.index for rank in seen.others] == [1]
+
+
+def test_pods_of_other_gangs_are_seen_and_what_asks_for_room_is_none_of_them() -> None:
+    asking, rooms = room()
+    of_before = pod(1, owner="the-gang-before", deleting=True)
+    seen = observe(body(), children=[gang_job(), asking], pods=[pod(0), of_before, *rooms])
+    assert seen.gang is not None
+    assert [rank.index for rank in seen.gang.ranks] == [0]
+    assert [rank.index for rank in seen.others] == [1]
 
 
 def test_where_a_rank_is_placed_or_since_when_it_is_not() -> None:

@@ -296,6 +296,26 @@ async def test_a_job_is_suspended_once_its_ranks_are_gone_and_saving_until_then(
     assert operator.true() == {"Suspended": "Suspended", "Ready": "Suspended"}
 
 
+async def test_a_job_is_not_suspended_while_a_rank_of_the_attempt_before_commits() -> None:
+    operator = await running()
+    world = operator.world
+    world.objects[PODS.plural, "demo-a0-1-x"]["status"] |= {"phase": "Failed", "containerStatuses": ended(1)}
+    await operator.look()
+    world.pass_seconds(3)
+    await operator.look()
+    assert world.names(JOBS) == ["demo-a1"]
+    operator.job["spec"]["schedule"] = {"suspend": True}
+    await operator.look()
+    assert min(await operator.look()) < 3, "it is not asked to go yet"
+    assert operator.true() == {"Reconciling": "Suspending"}
+    world.objects[PODS.plural, "demo-a0-0-x"]["metadata"]["deletionTimestamp"] = "2026-11-23T12:02:03Z"
+    assert 120.05 in await operator.look()
+    assert operator.true() == {"Reconciling": "Suspending"}
+    world.remove(PODS, "demo-a0-0-x")
+    await operator.look()
+    assert operator.true() == {"Suspended": "Suspended", "Ready": "Suspended"}
+
+
 async def test_a_pod_that_hangs_on_a_silent_node_does_not_keep_a_job_from_being_suspended() -> None:
     operator = await running()
     operator.job["spec"]["schedule"] = {"suspend": True}
