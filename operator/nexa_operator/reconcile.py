@@ -302,7 +302,7 @@ class Reconciler:
         left_at, useless_at = self._rooms_left.get(key), self._rooms_useless.get(key)
         if left_at or useless_at:
             seen = replace(seen, room_left_at=left_at, room_useless_at=useless_at)
-        queue = ((body.get("spec") or {}).get("schedule") or {}).get("queueName")
+        queue = _queue_of(body)
         if queue and seen.gang and seen.gang.suspended:
             return replace(seen, admission=await self._admission(key.namespace, queue, seen.gang))
         if self.reads_nodes and seen.gang and not seen.record.finished and not seen.gang.deleting:
@@ -614,12 +614,25 @@ def judge(
         # Begun by an operator that understood it, of another version: it is not to die of this one's ignorance.
         if seen.gang is not None and seen.gang.succeeded:
             return None, Succeed()
-        if seen.gang is not None and seen.gang.goes_on:
+        if seen.gang is not None and _is_enough(body, seen.gang):
             return None, Watch(problem=str(exc))
         if isinstance(exc, RuntimeUnavailableError):
             return None, Wait(reason="RuntimeUnavailable", message=str(exc))  # for whoever runs this operator
         return None, Fail(reason="ConfigRejected", message=str(exc))
     return job, decision
+
+
+def _is_enough(body: Body, gang: Gang) -> bool:
+    """Whether no other attempt is needed: it runs, or waits for its pods or its turn. Ranks that go because their queue
+    suspends them are not lost."""
+    if gang.failure or gang.deleting:
+        return False
+    return bool(_queue_of(body)) if gang.suspended else not gang.lost_ranks
+
+
+def _queue_of(body: Body) -> str:
+    """Also of a job that this operator does not understand; empty: it names none."""
+    return ((body.get("spec") or {}).get("schedule") or {}).get("queueName") or ""
 
 
 def _unwatched(body: Body, seen: Observed, decision: Decision, *, now: datetime.datetime) -> Iterator[float]:

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from nexa_operator.decide import Create, Decision, Expire, Fail, Rest, Succeed, Wait, Watch
-from nexa_operator.observe import Observed, Record
+from nexa_operator.observe import Gang, Observed, Record
 from nexa_operator.plan import Defaults
 from nexa_operator.reconcile import judge
 from tests.unit.operator.builders import NOW, body, failed, gang, rank, seen
@@ -58,8 +58,31 @@ def test_a_gang_that_another_version_began_goes_on_though_this_one_does_not_unde
     assert isinstance(runs, Watch)
     assert "aKeyOfTomorrow" in runs.problem
     assert decided(seen(gang(complete=True))) == Succeed()
-    for others in (seen(), seen(gang()), seen(gang(failed())), seen(gang(rank(0), suspended=True))):
-        assert isinstance(decided(others), Fail)
+    assert isinstance(decided(seen(gang())), Watch), "its pods are not made yet"
+    assert isinstance(decided(seen(gang(rank(0), rank(1, phase="Pending")))), Watch)
+
+
+def test_a_job_that_this_version_does_not_understand_fails_once_another_attempt_is_needed() -> None:
+    strange = body(schedule={"aKeyOfTomorrow": 1})
+    lost = (gang(failed()), gang(failure="BackoffLimitExceeded"), gang(rank(0), deleting=True))
+    for observed in (seen(), *(seen(each) for each in lost), seen(gang(rank(0), suspended=True))):
+        decision = judge(strange, observed, defaults=HEAVY, now=NOW)[1]
+        assert isinstance(decision, Fail)
+        assert decision.reason == "ConfigRejected"
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [gang(suspended=True), gang(rank(0, deleting=True), failed(1), suspended=True)],
+    ids=["for its turn", "again, for it was preempted"],
+)
+def test_a_gang_that_waits_in_its_queue_waits_on_though_this_version_does_not_understand_the_job(waits: Gang) -> None:
+    strange = body(schedule={"queueName": "team", "aKeyOfTomorrow": 1})
+    decision = judge(strange, seen(waits), defaults=HEAVY, now=NOW)[1]
+    assert isinstance(decision, Watch)
+    assert "aKeyOfTomorrow" in decision.problem
+    broken = gang(suspended=True, failure="BackoffLimitExceeded")
+    assert isinstance(judge(strange, seen(broken), defaults=HEAVY, now=NOW)[1], Fail)
 
 
 def test_what_the_server_can_never_take_is_not_tried_again_but_what_runs_goes_on() -> None:
