@@ -30,7 +30,7 @@ from nexa_train.store.address import local_path
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Decoders whose logits are the head's product, perhaps with a soft cap, so that the loss may apply the head itself."""
 
-_CONVERSION = 2
+CONVERSION = 2
 """Of GGUF files: what was converted otherwise is not taken."""
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
@@ -290,7 +290,7 @@ def _from_gguf(path: Path, *, origin: str) -> Located:
 
 def _converted(path: Path, digest: str) -> Path:
     """Where a GGUF file of that digest is, or will be, converted to."""
-    return cache_folder("models") / f"{path.stem}-{digest[:16]}-{_CONVERSION}"
+    return cache_folder("models") / f"{path.stem}-{digest[:16]}-{CONVERSION}"
 
 
 def _digest(path: Path) -> str:

@@ -19,7 +19,7 @@ import pytest
 from nexa_train.config.spec import JobSpec, ModelSpec
 from nexa_train.data.tokenizer import load_tokenizer
 from nexa_train.errors import ConfigError, NotFoundError
-from nexa_train.models.locate import TINY_TOKENIZER, architecture, architecture_here, check_model, locate
+from nexa_train.models.locate import CONVERSION, TINY_TOKENIZER, architecture, architecture_here, check_model, locate
 from nexa_train.registry import MODELS, TINY_VOCAB_SIZE, Architecture, scratch
 
 
@@ -193,7 +193,7 @@ def test_sizes_here_are_those_of_a_gguf_file_that_was_converted_before(
     model = ModelSpec(name=str(tmp_path / "small.gguf"))
     assert architecture_here(model) is None
     digest = hashlib.sha256(b"weights").hexdigest()
-    folder = model_folder(tmp_path / "cache/models" / f"small-{digest[:16]}")
+    folder = model_folder(tmp_path / "cache/models" / f"small-{digest[:16]}-{CONVERSION}")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     assert architecture_here(model) == SIZES
     assert locate(model).loadable == str(folder)
