@@ -66,7 +66,7 @@ def test_a_rank_that_hangs_as_it_starts_or_saves_is_found(runs: Runs, cache: Pat
     assert (process.returncode, ended.cause, ended.exit_code) == (70, "Stalled", 70), err
     assert ended.message.startswith(f"nothing moved for 5 s {phase}; ")
     text = stacks_of(ended.message)
-    assert text.count("most recent call first") >= 2
+    assert "most recent call first" in text, "of the other rank, which waits or still imports"
     assert len(re.findall(r"^process \d+, T \(stopped\)$", text, re.MULTILINE)) == 1
     run.job.write_text(run.job.read_text().replace('"progress_deadline_seconds": 5', '"progress_deadline_seconds": 60'))
     assert run.finish()["step"] == 4
