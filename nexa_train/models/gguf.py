@@ -21,6 +21,7 @@ _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exa
 """Each digit alone, then GPT-2's split: one case in llama.cpp (llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM)."""
 _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais")
 """GPT-2's split alone, which is what transformers takes for every name that it does not know."""
+_INSTEAD = "give the model's folder with safetensors, or its hub id"
 
 
 def convert(source: Path, folder: Path) -> None:
@@ -30,10 +31,10 @@ def convert(source: Path, folder: Path) -> None:
         ConfigError: it would not be the model that the file describes.
     """
     file = GGUFReader(source)
-    _check_positions(file)
+    _check_head(file)
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    _split_as(_field(file, "tokenizer.ggml.pre"), file, tokenizer)
+    _split_as(file, tokenizer)
     tokenizer.save_pretrained(folder)
     model, told = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
     _check_weights(file, model, sorted(told["missing_keys"]))
@@ -50,26 +51,31 @@ def _field(file: GGUFReader, key: str) -> str | None:
     return None if field is None else str(field.contents())
 
 
-def _check_positions(file: GGUFReader) -> None:
-    """llama.cpp keeps what scales rotary positions in a tensor or in keys; transformers reads neither."""
+def _check_head(file: GGUFReader) -> None:
+    """What can be told before anything is made of it.
+
+    llama.cpp keeps what scales rotary positions in a tensor or in keys; transformers reads neither.
+    """
+    parts = _field(file, "split.count")
+    if parts is not None and int(parts) > 1:
+        raise ConfigError(f"it is one of {parts} parts; merge them first (llama-gguf-split --merge)")
     scaled = [tensor.name for tensor in file.tensors if tensor.name.startswith("rope_")]
     kinds = {key: _field(file, key) for key in file.fields if key.endswith(".rope.scaling.type")}
     scaled += [f"{key} {kind}" for key, kind in kinds.items() if kind != "none"]
     if scaled:
         raise ConfigError(
-            f"it scales its rotary positions ({', '.join(scaled)}), which is not read from a GGUF file; give the "
-            "model's folder with safetensors, or its hub id"
+            f"it scales its rotary positions ({', '.join(scaled)}), which is not read from a GGUF file; {_INSTEAD}"
         )
 
 
-def _split_as(name: str | None, file: GGUFReader, tokenizer: PreTrainedTokenizerFast) -> None:
+def _split_as(file: GGUFReader, tokenizer: PreTrainedTokenizerFast) -> None:
     """Have a byte-level tokenizer cut texts before it merges as the model's own does."""
+    name = _field(file, "tokenizer.ggml.pre")
     if _field(file, "tokenizer.ggml.model") != "gpt2" or name in GGUF_PRE_TOKENIZER_SPLITS or name in _GPT2:
         return
     if name not in _DIGITS_APART:
         raise ConfigError(
-            f"its tokenizer cuts texts by {name or 'a rule that it does not name'}, which is not known here; give the "
-            "model's folder with safetensors, or its hub id"
+            f"its tokenizer cuts texts by {name or 'a rule that it does not name'}, which is not known here; {_INSTEAD}"
         )
     apart = pre_tokenizers.Digits(individual_digits=True)
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -78,16 +84,12 @@ def _split_as(name: str | None, file: GGUFReader, tokenizer: PreTrainedTokenizer
 
 def _check_weights(file: GGUFReader, model: torch.nn.Module, missing: list[str]) -> None:
     """Each weight of the model is one of the file's, and none of these is left over."""
-    parts = _field(file, "split.count")
-    if parts is not None and int(parts) > 1:
-        raise ConfigError(f"it is one of {parts} parts; merge them first (llama-gguf-split --merge)")
     if missing:
         raise ConfigError(f"it lacks {len(missing)} weights of the model, such as {', '.join(missing[:3])}")
     num_taken = sum(1 for _ in model.parameters())
     if num_taken != len(file.tensors):
         raise ConfigError(
-            f"it holds {len(file.tensors)} tensors, of which the model as it is read takes {num_taken}; give the "
-            "model's folder with safetensors, or its hub id"
+            f"it holds {len(file.tensors)} tensors, of which the model as it is read takes {num_taken}; {_INSTEAD}"
         )
 
 
