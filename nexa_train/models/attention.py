@@ -26,6 +26,8 @@ FLASH_HEAD = 256
 FLASH_CAPABILITY = (8, 0)
 """Of the GPUs that it runs on, at least: Ampere."""
 
+NO_SOFT_CAP = "model.attn: sdpa takes no scores with a soft cap, as this model's are; use auto or eager"
+
 
 def sample_edges(position_ids: Tensor) -> Tensor:
     """Where samples begin, and the end of the last: int32 [samples + 1].
@@ -80,7 +82,7 @@ def attend(
         if rows.kind == "flash":
             raise ConfigError(f"model.attn: flash takes no {obstacle}; use auto, sdpa or eager")
     if rows.kind == "sdpa" and softcap is not None:
-        raise ConfigError("model.attn: sdpa takes no scores with a soft cap, as this model's are; use auto or eager")
+        raise ConfigError(NO_SOFT_CAP)
     fuse = rows.kind != "eager" and softcap is None
     outputs = []
     for split in zip(*(torch.split(part, list(rows.lengths)) for part in parts), strict=True):

@@ -18,7 +18,7 @@ from transformers.utils import is_flash_attn_2_available
 from nexa_train.backend_config.adapters import quantization_arguments
 from nexa_train.config.spec import JobSpec, QloraTuning
 from nexa_train.errors import ConfigError
-from nexa_train.models.attention import Kind, row_attention
+from nexa_train.models.attention import NO_SOFT_CAP, Kind, row_attention
 from nexa_train.models.build import NATIVE
 from nexa_train.models.decoder import Decoder, missing_weights
 from nexa_train.models.locate import read_model_config
@@ -99,7 +99,7 @@ def able_attention(named: str, spec: JobSpec, folder: Path) -> str:
     if named != "sdpa" or read_model_config(folder / "config.json").get("attn_logit_softcapping") is None:
         return named
     if spec.model.attn == "sdpa":
-        raise ConfigError("model.attn: sdpa takes no scores with a soft cap, as this model's are; use auto or eager")
+        raise ConfigError(NO_SOFT_CAP)
     return "eager"
 
 
