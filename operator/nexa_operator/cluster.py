@@ -29,6 +29,8 @@ Object = dict[str, Any]
 _APPLY = "application/apply-patch+yaml; charset=utf-8"
 _MERGE = "application/merge-patch+json"
 _NOT_PRINTABLE = re.compile(r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+# Of fields that the server does not know: nobody reads them, and it parses an apply twice for them.
+_NO_WARNINGS = ("fieldValidation", "Ignore")
 _TIMEOUT_SECONDS = 30
 _PAGE_SIZE = 200
 _METHODS = {"get": "GET", "list": "GET", "create": "POST", "patch": "PATCH", "delete": "DELETE"}
@@ -102,7 +104,7 @@ class KubernetesCluster:
         metadata = body["metadata"]
         path = kind.path(metadata["namespace"])
         try:
-            await self._call("create", path, body=body)
+            await self._call("create", path, body=body, query=[_NO_WARNINGS])
         except ConflictError as exc:
             await self._check_owner(kind, body, exc)
             return False
@@ -124,7 +126,7 @@ class KubernetesCluster:
     async def patch(self, kind: Kind, body: Object, *, subresource: str = "") -> Object:
         metadata = body["metadata"]
         path = kind.path(metadata["namespace"], metadata["name"], subresource)
-        query = [("fieldManager", FIELD_MANAGER)] + ([("force", "true")] if subresource else [])
+        query = [("fieldManager", FIELD_MANAGER), _NO_WARNINGS] + ([("force", "true")] if subresource else [])
         if subresource:
             return await self._call("patch", path, body=as_yaml(body), query=query, content_type=_APPLY)
         return await self._call("patch", path, body=body, query=query, content_type=_MERGE)

@@ -108,6 +108,37 @@ matchExpressions:
 LD_*, PYTHON*, OPENSSL_*, PATH, HOME, CC, plugins and the like would have an allowed image run other code
 {{- end -}}
 
+{{/* CEL: what a trainer's pod must be, each with what is said where it is not. */}}
+{{- define "nexa.harmless" -}}
+{{- $containers := "(object.spec.containers + (has(object.spec.initContainers) ? object.spec.initContainers : []))" -}}
+- expression: >-
+    !(has(object.spec.hostNetwork) && object.spec.hostNetwork
+    || has(object.spec.hostPID) && object.spec.hostPID || has(object.spec.hostIPC) && object.spec.hostIPC)
+    && {{ $containers }}.all(one, !has(one.ports)
+    || one.ports.all(port, !has(port.hostPort) || port.hostPort == 0))
+  message: a trainer's pod uses no namespace and no port of its node
+- expression: >-
+    {{ $containers }}.all(one, !has(one.securityContext)
+    || !(has(one.securityContext.privileged) && one.securityContext.privileged)
+    && !(has(one.securityContext.capabilities) && has(one.securityContext.capabilities.add)))
+  message: a trainer's container is not privileged and adds no capability
+- expression: "!has(object.spec.volumes) || object.spec.volumes.all(volume, !has(volume.hostPath))"
+  message: a trainer's pod mounts no path of its node
+- expression: >-
+    (!has(object.spec.serviceAccountName) || object.spec.serviceAccountName == 'default')
+    && has(object.spec.automountServiceAccountToken) && !object.spec.automountServiceAccountToken
+  message: a trainer's pod has no service account of its own and no token
+{{- end -}}
+
+{{/* CEL: whether any of these does not hold. */}}
+{{- define "nexa.harmful" -}}
+{{- $rules := list -}}
+{{- range include "nexa.harmless" . | fromYamlArray -}}
+{{- $rules = append $rules (printf "(%s)" .expression) -}}
+{{- end -}}
+!({{ join " && " $rules }})
+{{- end -}}
+
 {{/* Deny, in the namespaces that the operator looks after: (list . "jobs"). */}}
 {{- define "nexa.binding" -}}
 {{- $root := index . 0 -}}
