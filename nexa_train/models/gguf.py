@@ -7,6 +7,7 @@ without a word what it has no place for; what would make another model of it is 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exa
 """Each digit alone, then GPT-2's split: one case in llama.cpp (llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM)."""
 _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais")
 """GPT-2's split alone, which is what transformers takes for every name that it does not know."""
+_LAYERS_OF_27B = "46"
+"""By which llama.cpp knows it (llama-model.cpp): its heads' scores are divided by the root of 144, not of 128."""
 _INSTEAD = "give the model's folder with safetensors, or its hub id"
 
 
@@ -59,13 +62,22 @@ def _check_head(file: GGUFReader) -> None:
     parts = _field(file, "split.count")
     if parts is not None and int(parts) > 1:
         raise ConfigError(f"it is one of {parts} parts; merge them first (llama-gguf-split --merge)")
-    scaled = [tensor.name for tensor in file.tensors if tensor.name.startswith("rope_")]
-    kinds = {key: _field(file, key) for key in file.fields if key.endswith(".rope.scaling.type")}
-    scaled += [f"{key} {kind}" for key, kind in kinds.items() if kind != "none"]
-    if scaled:
+    if _field(file, "general.architecture") == "gemma2" and _field(file, "gemma2.block_count") == _LAYERS_OF_27B:
+        raise ConfigError(f"it is Gemma 2's 27B, whose scaling of scores is not in a GGUF file; {_INSTEAD}")
+    if scaled := [*_scaling_of_positions(file)]:
         raise ConfigError(
             f"it scales its rotary positions ({', '.join(scaled)}), which is not read from a GGUF file; {_INSTEAD}"
         )
+
+
+def _scaling_of_positions(file: GGUFReader) -> Iterator[str]:
+    """What of the file scales rotary positions. Without a type a factor is one of linear scaling (llama-model.cpp)."""
+    yield from (tensor.name for tensor in file.tensors if tensor.name.startswith("rope_"))
+    types = {key: _field(file, key) for key in file.fields if key.endswith(".rope.scaling.type")}
+    yield from (f"{key} {kind}" for key, kind in types.items() if kind != "none")
+    if not types:
+        factors = (key for key in file.fields if key.endswith((".rope.scaling.factor", ".rope.scale_linear")))
+        yield from (f"{key} {factor}" for key in factors if float(factor := _field(file, key) or 0) not in (0, 1))
 
 
 def _split_as(file: GGUFReader, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -56,16 +56,18 @@ HEAD: dict[str, int] = {
 }
 
 
-def written(path: Path, *, pre: str = "smollm", without: str = "none", more: Any = None) -> Path:
-    """A small llama with the shipped tokenizer. `without`: tensors left out, by how their names begin."""
+def written(
+    path: Path, *, pre: str = "smollm", without: str = "none", more: Any = None, kind: str = "llama", layers: int = 2
+) -> Path:
+    """A small model with the shipped tokenizer. `without`: tensors left out, by how their names begin."""
     import gguf
 
     described = json.loads((TINY_TOKENIZER / "tokenizer.json").read_text())
     tokens = {**described["model"]["vocab"], **{each["content"]: each["id"] for each in described["added_tokens"]}}
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in described["model"]["merges"]]
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, kind)
     writer.add_name("small")
-    for key, value in HEAD.items():
+    for key, value in {**HEAD, "block_count": layers}.items():
         getattr(writer, f"add_{key}")(value)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10_000.0)
@@ -76,7 +78,7 @@ def written(path: Path, *, pre: str = "smollm", without: str = "none", more: Any
     writer.add_eos_token_id(2)
     width, narrow, inner = HEAD["embedding_length"], 32, HEAD["feed_forward_length"]
     shapes = {"token_embd": (4096, width), "output_norm": (width,)}
-    for layer in range(2):
+    for layer in range(layers):
         block = {"attn_q": (width, width), "attn_k": (narrow, width), "attn_v": (narrow, width)}
         block |= {"attn_output": (width, width), "attn_norm": (width,), "ffn_norm": (width,)}
         block |= {"ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner)}
@@ -106,6 +108,15 @@ def scaled(writer: Any) -> None:
         ({"more": lambda writer: writer.add_uint16("split.count", 2)}, "it is one of 2 parts; merge them first"),
         ({"more": scaled}, r"it scales its rotary positions \(llama\.rope\.scaling\.type linear\)"),
         (
+            {"more": lambda writer: writer.add_rope_scaling_factor(4.0)},
+            r"it scales its rotary positions \(llama\.rope\.scaling\.factor 4\.0\)",
+        ),
+        (
+            {"more": lambda writer: writer.add_float32("llama.rope.scale_linear", 8.0)},
+            r"it scales its rotary positions \(llama\.rope\.scale_linear 8\.0\)",
+        ),
+        ({"kind": "gemma2", "layers": 46}, "it is Gemma 2's 27B"),
+        (
             {"more": lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))},
             r"it scales its rotary positions \(rope_freqs\.weight\)",
         ),
@@ -115,7 +126,7 @@ def scaled(writer: Any) -> None:
         ),
         ({"pre": "deepseek-llm"}, "its tokenizer cuts texts by deepseek-llm, which is not known here"),
     ],
-    ids=["weights missing", "one part", "linear", "llama 3.1", "a bias", "another split"],
+    ids=["weights missing", "one part", "linear", "no type", "old key", "gemma 2 27b", "llama 3.1", "a bias", "pre"],
 )
 def test_a_file_that_would_become_another_model_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: str
