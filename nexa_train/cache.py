@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -29,7 +30,7 @@ def cache_folder(*parts: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        kind = ConfigError if is_for_good(exc) or isinstance(exc, FileExistsError) else NexaError
+        kind = ConfigError if is_for_good(exc) or exc.errno in (errno.EEXIST, errno.EROFS) else NexaError
         said = f"{folder} cannot be made: {exc.strerror}; set NEXA_CACHE to a folder where you may write"
         raise kind(said) from exc
     return folder

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nexa_train.cache import ABANDONED_SECONDS, cache_folder, discard, made_whole
+from nexa_train.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,19 @@ def test_the_cache_is_where_the_environment_says(
         monkeypatch.setenv(name, value.format(tmp_path))
     assert cache_folder("data") == tmp_path / expected
     assert (tmp_path / expected).is_dir()
+
+
+def test_a_cache_on_a_read_only_volume_is_a_mistake_of_the_job_and_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEXA_CACHE", str(tmp_path))
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", tmp_path], check=False).returncode:
+        pytest.skip("may not mount")
+    try:
+        with pytest.raises(ConfigError, match="Read-only file system; set NEXA_CACHE to a folder where you may write"):
+            cache_folder("data")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
