@@ -41,7 +41,7 @@ from nexa_train.data.tokenise import Samples, encode, mask
 from nexa_train.data.tokenizer import ChatTokenizer
 from nexa_train.errors import DataError
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 SPLITS = ("train", "validation")
 PARTS: dict[str, np.dtype[Any]] = {"ids": np.dtype("<i4"), "targets": np.dtype("u1")}
 CHUNK_CHARS = 250_000
@@ -117,6 +117,7 @@ def _key(spec: JobSpec, tokenizer: ChatTokenizer, digest: str) -> dict[str, obje
         "layout": LAYOUT_VERSION,
         "rows": digest,
         "tokenizer": tokenizer.digest,
+        "tokens": tokenizer.fast.get_vocab_size(with_added_tokens=True),
         "data": spec.data.model_dump(mode="json", include={"format", "columns", "packing", "validation"}),
         "method": spec.method.model_dump(mode="json"),
         "max_seq_len": spec.model.max_seq_len,

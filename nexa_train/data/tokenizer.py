@@ -161,19 +161,29 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
     fast.no_truncation()
     fast.no_padding()
     bos = _token(config.get("bos_token"))
-    begins = bos if bos is not None and _puts_in_front(fast, bos, config) else ""
+    begins = bos if bos is not None and _puts_in_front(fast, bos) else ""
     return ChatTokenizer(folder, fast, _template(folder, config), eos, bos, begins)
 
 
-def _puts_in_front(fast: FastTokenizer, bos: str, config: dict[str, Any]) -> bool:
-    """Whether texts begin with it; many models name a token that only their chat template writes."""
-    return config.get("add_bos_token") is True or fast.encode("x").tokens[:1] == [bos]
+def _puts_in_front(fast: FastTokenizer, bos: str) -> bool:
+    """Whether texts begin with it; many models name a token that only their chat template writes.
+
+    As transformers 5, which goes by tokenizer.json and ignores `add_bos_token` beside it.
+    """
+    try:
+        return fast.encode("x").tokens[:1] == [bos]
+    except Exception:  # noqa: BLE001 - the Rust library's, of one that lacks a token for what it does not know
+        return False
 
 
 def _without_tokens_beyond(fast: FastTokenizer, folder: Path) -> FastTokenizer:
-    """Of added tokens those alone that the model embeds: the one of Gemma 3's text models knows one for images."""
+    """Of added tokens those alone that the model embeds, for Gemma 3's text models: theirs knows one for images.
+
+    Any other model with such tokens lacks the embeddings of what its texts are to hold.
+    """
     path = folder / "config.json"
-    known = read_object(path).get("vocab_size") if path.is_file() else None
+    model = read_object(path) if path.is_file() else {}
+    known = model.get("vocab_size") if model.get("model_type") == "gemma3_text" else None
     if type(known) is not int or all(token < known for token in fast.get_added_tokens_decoder()):
         return fast
     content = json.loads(fast.to_str())

@@ -25,7 +25,7 @@ from nexa_train.backend_config import axolotl, backend_config
 from nexa_train.config.job import Job
 from nexa_train.config.protocol import EXIT_STALLED, NOT_MET, OUT_OF_MEMORY, CheckpointRef, Progress, Termination
 from nexa_train.config.support import check_supported
-from nexa_train.data.prepare import Prepared, prepare
+from nexa_train.data.prepare import LAYOUT_VERSION, Prepared, prepare
 from nexa_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nexa_train.errors import ConfigError, NexaError, StoppedError
 from nexa_train.launch import watchdog
@@ -367,6 +367,7 @@ def _identity(job: Job, prepared: Prepared, located: Located, tokenizer: ChatTok
     return {
         "config": job.identity,
         "dataset_digest": prepared.digest,
+        "data_layout": LAYOUT_VERSION,
         "tokenizer_digest": tokenizer.digest,
         _BASE_MODEL: located.origin,
     }

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from nexa_train.config.load import load_job
+from nexa_train.data.prepare import LAYOUT_VERSION
 from nexa_train.rundir import RunDir
 from tests.cluster.run import wait_until
 from tests.training.harness import Run, Runs, ranks_of, write_rows
@@ -166,3 +167,14 @@ def test_a_run_id_with_another_data_set_is_refused_and_nothing_overwritten(runs:
     assert refused["exit_code"] == 2
     assert "dataset_digest" in refused["message"]
     assert {path: path.read_bytes() for path in run.artifacts.glob("checkpoints/**/*") if path.is_file()} == before
+
+
+def test_a_run_whose_rows_were_prepared_otherwise_by_an_earlier_version_is_refused(runs: Runs) -> None:
+    run = runs.make()
+    assert run.finish()["exit_code"] == 0
+    [claim] = run.artifacts.glob("checkpoints/*/run.json")
+    claim.chmod(0o644)
+    claim.write_bytes(claim.read_bytes().replace(b'"data_layout":%d' % LAYOUT_VERSION, b'"data_layout":1'))
+    refused = run.finish()
+    assert refused["exit_code"] == 2
+    assert f"data_layout was 1, is {LAYOUT_VERSION}" in refused["message"]

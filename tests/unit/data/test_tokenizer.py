@@ -94,17 +94,32 @@ def test_a_text_begins_with_the_start_token_where_the_tokenizer_puts_it_there_an
     assert load_tokenizer(folder).begins == "<|im_start|>"
 
 
-def test_a_start_token_that_the_config_asks_for_begins_a_text(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path, bos_token="<|im_start|>", add_bos_token=True)
-    assert load_tokenizer(folder).begins == "<|im_start|>"
+@pytest.mark.parametrize("add", [True, False])
+def test_what_the_config_says_of_the_start_token_beside_tokenizer_json_counts_as_little_as_to_transformers(
+    tmp_path: Path, add: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = folder_with(tmp_path, bos_token="<|im_start|>", add_bos_token=add, tokenizer_class="LlamaTokenizer")
+    assert AutoTokenizer.from_pretrained(folder)("text").input_ids[0] != 1
+    assert load_tokenizer(folder).begins == ""
 
 
-def test_a_token_that_the_model_does_not_embed_is_text_like_any_other(tmp_path: Path) -> None:
+def test_a_tokenizer_that_knows_a_few_words_alone_puts_nothing_in_front(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, eos_token="</s>", bos_token="<s>")
+    words = {"type": "WordLevel", "vocab": {"<s>": 0, "</s>": 1, "0": 2, "+": 3}, "unk_token": "<unk>"}
+    posts(folder, model=words, added_tokens=[], pre_tokenizer={"type": "WhitespaceSplit"}, post_processor=None)
+    assert load_tokenizer(folder).begins == ""
+
+
+def test_an_image_s_token_that_gemma_s_text_model_does_not_embed_is_text_like_any_other(tmp_path: Path) -> None:
     folder = folder_with(tmp_path)
     added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     posts(folder, added_tokens=[*added, {**added[0], "id": TINY_VOCAB_SIZE, "content": "<image_soft_token>"}])
     assert max(load_tokenizer(folder).fast.get_vocab().values()) == TINY_VOCAB_SIZE
-    (folder / "config.json").write_text(json.dumps({"vocab_size": TINY_VOCAB_SIZE}))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": TINY_VOCAB_SIZE, "model_type": "llama"}))
+    assert max(load_tokenizer(folder).fast.get_vocab().values()) == TINY_VOCAB_SIZE, "which `check_model` refuses"
+    (folder / "config.json").write_text(json.dumps({"vocab_size": TINY_VOCAB_SIZE, "model_type": "gemma3_text"}))
     fast = load_tokenizer(folder).fast
     assert max(fast.get_vocab().values()) == TINY_VOCAB_SIZE - 1
     assert fast.decode(fast.encode("an <image_soft_token>").ids) == "an <image_soft_token>"
