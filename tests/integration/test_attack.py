@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -573,6 +575,33 @@ def test_no_storage_profile_sets_what_a_job_may_not(arena: Arena):
             arena.mallory.merge(f"{path}/nexa-storage-forged", {key: {"PYTHONPATH": "/rows"}})
         arena.mallory.merge(f"{path}/nexa-storage-forged", {key: {"AWS_REGION": "y"}})
         arena.mallory.merge(f"{path}/nexa-storage-forged", {key: {"AWS_REGION": None}})
+
+
+def test_the_credentials_of_a_profile_change_whatever_else_it_has_had_from_before(arena: Arena, chart: Cluster):
+    places = ((f"{arena.core}/configmaps", "data"), (f"{arena.core}/secrets", "stringData"))
+    with not_in_force(arena, chart, "nexa-profiles"):
+        for path, key in places:
+            arena.admin.create(path, a_profile("nexa-storage-old", key=key, HOME="/", AWS_REGION="x"))
+    for path, key in places:
+        arena.mallory.merge(f"{path}/nexa-storage-old", {key: {"AWS_REGION": "y"}})
+        with pytest.raises(Refused, match="other code"):
+            arena.mallory.merge(f"{path}/nexa-storage-old", {key: {"AWS_SESSION_TOKEN": "t"}})
+    arena.mallory.merge(f"{arena.core}/configmaps/nexa-storage-old", {"data": {"HOME": None}})
+
+
+@contextmanager
+def not_in_force(arena: Arena, chart: Cluster, policy: str) -> Iterator[None]:
+    """As before a version that has that policy."""
+    binding = chart.kubectl("get", f"validatingadmissionpolicybinding/{policy}", "--output=json").stdout
+    chart.kubectl("delete", f"validatingadmissionpolicybinding/{policy}")
+    try:
+        wait_until(lambda: not _probed(arena, policy), timeout_seconds=30, what=f"{policy} is no more")
+        yield
+    finally:
+        document = json.loads(binding)
+        document["metadata"] = {"name": policy, "labels": document["metadata"]["labels"]}
+        chart.kubectl("create", "--filename=-", input=json.dumps(document))
+        wait_until(lambda: _probed(arena, policy), timeout_seconds=30, what=f"{policy} is in force again")
 
 
 ALONE = "made and changed by the Nexa operator alone"
