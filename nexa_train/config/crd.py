@@ -545,6 +545,9 @@ def _attempt_schema() -> dict[str, Schema]:
         "lossesWithoutCheckpoint": _said(
             _WHOLE, "Attempts lost in a row, as of the last loss; from the second on the next one waits."
         ),
+        "adaptedRestarts": _said(
+            _WHOLE, "Besides those: lost for want of memory, and followed at once by one that takes fewer sequences."
+        ),
         "nextAttemptTime": _said(_TIME, "The next attempt begins then."),
         "image": _said(_TEXT, "The trainer's, of that gang; once there is a checkpoint, of all that follow."),
         "storage": _said(_TEXT, "Its storage profile; once there is a checkpoint, of all that follow."),

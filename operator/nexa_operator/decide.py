@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from nexa_operator import elastic, goodput
 from nexa_operator.classify import Loss, classify
-from nexa_operator.observe import STOPPING, Gang, Observed, Rank
+from nexa_operator.observe import STOPPING, UNAVAILABLE, Gang, Observed, Rank
 from nexa_train.config.spec import JobSpec, RecoverySpec
 
 DEADLINE = "DeadlineExceeded"
@@ -26,8 +26,8 @@ HANGS_SECONDS = 30.0
 LOOK_SECONDS = 2.0
 """Until the controller of a gang that is to stop has asked its pods to."""
 MOST_ADAPTED = 17
-"""Losses in a row after which no attempt is believed to differ from the one before: of 65,536 sequences at once one is
-left."""
+"""Losses for want of memory since the last new checkpoint after which no attempt is believed to differ from the one
+before: of 65,536 sequences at once one is left."""
 BACKING_OFF = "BackingOff"
 """Why a job waits for a time to come."""
 
@@ -50,7 +50,9 @@ class Restart:
     charged: int
     """Charged restarts on record afterwards."""
     losses: int
-    """Lost attempts since the last new checkpoint."""
+    """Lost attempts since the last new checkpoint, but for those that the next one adapts to."""
+    adapted: int = 0
+    """Those."""
     wait_seconds: float = 0.0
 
 
@@ -181,7 +183,7 @@ def decide(seen: Observed, *, spec: JobSpec, now: datetime.datetime) -> Decision
             return Suspend(gang=gang.name, withdraw=queued)
         return Hold(seconds=_stopping_seconds((*seen.ranks, *seen.others), now))
     if seen.unavailable:
-        return Wait(reason="RuntimeUnavailable", message=seen.unavailable)
+        return Wait(reason=UNAVAILABLE, message=seen.unavailable)
     if gang is None:
         return _create(seen, spec, now)
     if gang.suspended and not (queued or gang.deleting or record.suspends):
@@ -304,8 +306,8 @@ def _after_loss(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetim
     if committing > 0 and not loss.charged:
         return Linger(seconds=committing)  # the next attempt would begin with what is there now, and repeat the rest
     refilled = _refilled(seen)
-    losses = (0 if refilled else record.losses) + 1
-    if loss.adapts and losses > MOST_ADAPTED:
+    losses, adapted = (0, 0) if refilled else (record.losses, record.adapted)
+    if loss.adapts and adapted >= MOST_ADAPTED:
         loss = replace(loss, adapts=False, charged=True)
     charged = (0 if refilled else record.charged) + loss.charged
     if charged > recovery.max_restarts:
@@ -316,8 +318,9 @@ def _after_loss(seen: Observed, gang: Gang, spec: JobSpec, now: datetime.datetim
         num_nodes=elastic.size(seen, spec),
         loss=loss,
         charged=charged,
-        losses=losses,
-        wait_seconds=0.0 if loss.adapts else _backoff(losses, recovery),
+        losses=losses + (not loss.adapts),
+        adapted=adapted + loss.adapts,
+        wait_seconds=0.0 if loss.adapts else _backoff(losses + 1, recovery),
     )
 
 

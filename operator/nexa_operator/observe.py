@@ -38,6 +38,8 @@ _IN_ORDER = ("EvictionByEvictionAPI", "PreemptionByScheduler")
 """Disruptions whose pods are asked to go, by a drain for example, and given the time that they ask for."""
 RESIZING, STOPPING = "Resizing", "Stopping"
 """Reasons in status while a gang is ended by this operator's will, besides schedule.suspend."""
+UNAVAILABLE = "RuntimeUnavailable"
+"""Reason in status while this operator can begin no attempt, which may leave a gang suspended that is to go on."""
 _MOST_NODES = 8
 _MOST_DIGITS = 9
 _NO_INDEX = -1
@@ -198,6 +200,7 @@ class Record:
     restarts: int = 0
     charged: int = 0
     losses: int = 0
+    adapted: int = 0
     not_before: datetime.datetime | None = None
     """The attempt on record may not begin before."""
     excluded_nodes: tuple[str, ...] = ()
@@ -362,6 +365,7 @@ def read_record(status: Body, created: datetime.datetime | None = None) -> Recor
         restarts=status.get("restarts", 0),
         charged=status.get("chargedRestarts", 0),
         losses=status.get("lossesWithoutCheckpoint", 0),
+        adapted=status.get("adaptedRestarts", 0),
         not_before=as_time(status.get("nextAttemptTime")),
         excluded_nodes=tuple(status.get("excludedNodes") or ()),
         step_at_last_failure=failure.get("checkpointStep", -1),
@@ -370,7 +374,7 @@ def read_record(status: Body, created: datetime.datetime | None = None) -> Recor
         finished=finished_of(status),
         completed_at=as_time(status.get("completionTime")),
         account=account,
-        suspends=account.state in ("", goodput.SUSPENDED) or why_queued in (RESIZING, STOPPING),
+        suspends=account.state in ("", goodput.SUSPENDED) or why_queued in (RESIZING, STOPPING, UNAVAILABLE),
     )
 
 

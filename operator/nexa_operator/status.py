@@ -145,7 +145,7 @@ def _counts(previous: Body, seen: Observed, decision: Decision) -> dict[str, int
 
 def _recovery(previous: Body, seen: Observed, decision: Decision, context: Context) -> dict[str, Any]:
     """What the next attempt will be like, and when it may begin."""
-    kept = ("numNodes", "lossesWithoutCheckpoint", "nextAttemptTime", "excludedNodes")
+    kept = ("numNodes", "lossesWithoutCheckpoint", "adaptedRestarts", "nextAttemptTime", "excludedNodes")
     status = {key: previous.get(key) for key in kept}
     if isinstance(decision, Hold):
         status["numNodes"] = None  # as many as the job asks for by the time it goes on
@@ -154,7 +154,7 @@ def _recovery(previous: Body, seen: Observed, decision: Decision, context: Conte
     if isinstance(decision, Resume | Probe) and decision.forgives:
         status["excludedNodes"] = None
     if isinstance(decision, Restart):
-        status["lossesWithoutCheckpoint"] = decision.losses
+        status |= {"lossesWithoutCheckpoint": decision.losses, "adaptedRestarts": decision.adapted or None}
         if decision.wait_seconds:
             later = context.now + datetime.timedelta(seconds=decision.wait_seconds)
             status["nextAttemptTime"] = timestamp(later)

@@ -24,6 +24,7 @@ _KEPT = (
     "restarts",
     "chargedRestarts",
     "lossesWithoutCheckpoint",
+    "adaptedRestarts",
     "progress",
     "loss",
     "checkpoint",

@@ -427,16 +427,20 @@ def test_disruptions_in_a_row_wait_too() -> None:
 def test_an_attempt_that_takes_a_smaller_microbatch_need_not_wait() -> None:
     lost = gang(failed(termination=words(cause="OutOfMemory", retryable=True)))
     got = decision(seen(lost, record=Record(losses=4)))
-    assert (got.losses, got.charged, got.wait_seconds) == (5, 0, 0.0)
+    assert (got.losses, got.adapted, got.charged, got.wait_seconds) == (4, 1, 0, 0.0)
+    got = decision(seen(gang(failed()), record=Record(adapted=6)))
+    assert (got.losses, got.adapted, got.wait_seconds) == (1, 6, 0.0), "nor need the first loss of another kind"
 
 
 def test_a_container_that_says_so_more_often_than_a_microbatch_can_be_halved_is_not_believed() -> None:
     lost = gang(failed(termination=words(cause="OutOfMemory", retryable=True)))
-    got = decision(seen(lost, record=Record(losses=16)))
-    assert (got.charged, got.wait_seconds) == (0, 0.0)
-    got = decision(seen(lost, record=Record(losses=17)))
-    assert (got.charged, got.loss.charged, got.wait_seconds) == (1, True, 300.0)
-    assert decision(seen(lost, record=Record(losses=17)), max_restarts=0).reason == "RestartsExhausted"
+    got = decision(seen(lost, record=Record(losses=40, adapted=16)))
+    assert (got.charged, got.adapted, got.wait_seconds) == (0, 17, 0.0), "preemptions are none of those"
+    got = decision(seen(lost, record=Record(losses=6, adapted=17)))
+    assert (got.charged, got.losses, got.loss.charged, got.wait_seconds) == (1, 7, True, 300.0)
+    assert decision(seen(lost, record=Record(adapted=17)), max_restarts=0).reason == "RestartsExhausted"
+    after = decision(seen(lost, record=Record(adapted=17, checkpoint=checkpoint(60), step_at_last_failure=50)))
+    assert (after.charged, after.adapted) == (0, 1)
 
 
 def test_the_next_attempt_is_not_made_before_its_time() -> None:

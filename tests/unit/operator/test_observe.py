@@ -188,6 +188,7 @@ def test_a_status_of_an_older_operator_is_read_as_far_as_it_goes():
         ("suspended", "", True),
         ("restart", "Resizing", True),
         ("restart", "Stopping", True),
+        ("queue", "RuntimeUnavailable", True),
         ("restart", "Restarting", False),
         ("productive", "", False),
         ("queue", "SuspendedByAnother", False),
