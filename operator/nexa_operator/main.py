@@ -96,7 +96,10 @@ async def run(settings: Settings) -> None:
         cluster = KubernetesCluster(api, on_call=metrics.called)
         reader = ProgressReader(on_news=queue.add, transport=http, interval_seconds=settings.progress_interval_seconds)
         defaults = Defaults(
-            image=settings.trainer_image, heavy_image=settings.trainer_heavy_image, storage=settings.default_storage
+            image=settings.trainer_image,
+            heavy_image=settings.trainer_heavy_image,
+            storage=settings.default_storage,
+            nvidia_devices=settings.nvidia_devices,
         )
         reconciler = Reconciler(
             cluster=cluster,

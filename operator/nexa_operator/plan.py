@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nexa_operator import naming
@@ -24,20 +24,25 @@ S3 = "s3://"
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What the administrator chose for jobs that do not say; `heavy_image`: for those on backend axolotl."""
+    """What the administrator chose for jobs that do not say; `heavy_image`: for those on backend axolotl.
+
+    Attributes:
+        nvidia_devices: how names begin of devices whose plugin sets NVIDIA_VISIBLE_DEVICES.
+    """
 
     image: str
     heavy_image: str = ""
     storage: str = ""
+    nvidia_devices: tuple[str, ...] = ("nvidia.com/",)
 
 
-def as_begun(defaults: Defaults, status: Mapping[str, Any]) -> Defaults:
+def as_begun(defaults: Defaults, status: Mapping[str, Any], *, committed: bool) -> Defaults:
     """What the administrator chose, but for a run that has committed something what it did that with: later choices are
     for later runs."""
-    if not status.get("checkpoint") or not status.get("image"):
+    image = status.get("image")
+    if not committed or not image:
         return defaults
-    image = status["image"]
-    return Defaults(image=image, heavy_image=image, storage=status.get("storage", ""))
+    return replace(defaults, image=image, heavy_image=image, storage=status.get("storage", ""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,8 @@ class RunPlan:
     """For a last checkpoint, after SIGTERM."""
     min_pods: int
     """So many of the gang's are enough for a next attempt, if no more find a node."""
+    asks_for_gpus: bool
+    """Whether a device plugin of NVIDIA's tells its pods which GPUs are theirs."""
     environment: tuple[tuple[str, str], ...]
     """All of the protocol's but where pod 0 is, which the runtime knows."""
     storage: str | None
@@ -104,6 +111,7 @@ def make_plan(
         cluster=job.spec.cluster,
         grace_seconds=job.spec.recovery.grace_period_seconds,
         min_pods=min(job.spec.cluster.num_nodes, least or job.spec.cluster.num_nodes),
+        asks_for_gpus=any(name.startswith(defaults.nvidia_devices) for name in _devices(job.spec.cluster)),
         environment=(
             (ENV_JOB, _as_json(job)),
             (ENV_ATTEMPT, str(attempt)),
@@ -117,6 +125,10 @@ def make_plan(
         excluded_nodes=excluded_nodes,
         queue=job.spec.schedule.queue_name,
     )
+
+
+def _devices(cluster: ClusterSpec) -> tuple[str, ...]:
+    return (*((cluster.gpu_resource,) if cluster.gpus_per_node else ()), *sorted(cluster.resources.extended))
 
 
 def _service(job: Job) -> str | None:

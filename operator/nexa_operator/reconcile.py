@@ -22,6 +22,7 @@ from nexa_operator.decide import (
     Decision,
     Expire,
     Fail,
+    Hold,
     Linger,
     Probe,
     Rest,
@@ -43,6 +44,7 @@ from nexa_operator.metrics import Metrics
 from nexa_operator.news import LATER_SECONDS
 from nexa_operator.observe import (
     STOPPING,
+    UNAVAILABLE,
     Gang,
     Observed,
     Rank,
@@ -239,7 +241,8 @@ class Reconciler:
 
     async def _reconcile(self, key: Key, body: Body) -> None:
         seen = await self._observe(key, body)
-        defaults = as_begun(self.defaults, body.get("status") or {})
+        # Of the first checkpoint the last words of a rank may be the first to tell.
+        defaults = as_begun(self.defaults, body.get("status") or {}, committed=seen.checkpoint is not None)
         job, decision = judge(body, seen, defaults=defaults, now=self.clock(), invalid=self._invalid.get(key, ""))
         if isinstance(decision, Rest | Expire):
             self._forget(key)
@@ -258,6 +261,8 @@ class Reconciler:
         if isinstance(decision, Linger):
             self.queue.add_after(key, decision.seconds + _LATE_SECONDS)
             return
+        if isinstance(decision, Starting | Hold):
+            self._rooms_useless.pop(key, None)  # at another size it may be of use
         self._follow(key, job, seen, decision)
         self._look_again(key, body, job, seen, decision)
         context = self._context(key, body, job, seen)
@@ -411,13 +416,14 @@ class Reconciler:
                 await self._suspend(key, body, seen.gang.ref, decision)
             if job is not None and isinstance(decision, Probe):
                 await self._ask_for_room(key, body, job, seen, decision)
-            if job is not None and _begins(decision):
-                await self._create(key, body, self._plan(key, body, job))
+            # Before the gang: where that is refused nothing is to keep nodes from others.
             for room in _rooms_to_remove(key, seen, decision, now=self.clock()):
                 self._rooms_left[key] = self.clock()
                 if isinstance(decision, Probe) and decision.pauses:
                     self._rooms_useless[key] = self.clock()
                 await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
+            if job is not None and _begins(decision):
+                await self._create(key, body, self._plan(key, body, job, self._defaults_of(body["status"])))
         except ConflictError:
             # What this look saw is gone; the next one sees what has its name.
             raise
@@ -445,14 +451,17 @@ class Reconciler:
         for room in seen.rooms:
             await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
 
-    def _plan(self, key: Key, body: Body, job: Job) -> RunPlan:
+    def _defaults_of(self, status: Body) -> Defaults:
+        return as_begun(self.defaults, status, committed=bool(status.get("checkpoint")))
+
+    def _plan(self, key: Key, body: Body, job: Job, defaults: Defaults) -> RunPlan:
         """Of the attempt on record."""
         record = read_record(body["status"])
         return make_plan(
             job,
             owner_uid=key.uid,
             attempt=record.attempt,
-            defaults=as_begun(self.defaults, body["status"]),
+            defaults=defaults,
             num_nodes=record.num_nodes,
             excluded_nodes=record.excluded_nodes,
             out_of_memory_attempt=record.out_of_memory_attempt,
@@ -462,7 +471,8 @@ class Reconciler:
         if seen.rooms or decision.pauses:
             return
         try:
-            await self.cluster.create(JOBS, beside.room(self._plan(key, body, job), num_pods=decision.num_pods))
+            plan = self._plan(key, body, job, self._defaults_of(body["status"]))
+            await self.cluster.create(JOBS, beside.room(plan, num_pods=decision.num_pods))
         except ApiError as exc:
             # The gang runs, and goes on as it is.
             await self._tell(key, body, Happening(type="Warning", reason="RoomNotAskedFor", message=str(exc)))
@@ -492,8 +502,14 @@ class Reconciler:
             self.queue.add_after(key, parting.LOOK_SECONDS)
 
     async def _remove_artifacts(self, key: Key, body: Body) -> parting.Step:
+        status = body.get("status") or {}
+        defaults = self._defaults_of(status)
+        if status.get("image"):
+            # Nobody tells of what ranks commit as they go: it lies where they were told to put it.
+            defaults = replace(defaults, storage=status.get("storage", ""))
         try:
-            await self.cluster.create(JOBS, beside.removal(self._plan(key, {"status": {}, **body}, parse(body))))
+            plan = self._plan(key, {**body, "status": status}, parse(body), defaults)
+            await self.cluster.create(JOBS, beside.removal(plan))
         except (ConfigError, RuntimeUnavailableError, InvalidError) as exc:
             return parting.LetGo(problem=str(exc))  # asking again would change nothing
         except ApiError as exc:
@@ -617,7 +633,7 @@ def judge(
         if seen.gang is not None and _is_enough(body, seen.gang):
             return None, Watch(problem=str(exc))
         if isinstance(exc, RuntimeUnavailableError):
-            return None, Wait(reason="RuntimeUnavailable", message=str(exc))  # for whoever runs this operator
+            return None, Wait(reason=UNAVAILABLE, message=str(exc))  # for whoever runs this operator
         return None, Fail(reason="ConfigRejected", message=str(exc))
     return job, decision
 

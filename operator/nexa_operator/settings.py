@@ -6,6 +6,7 @@
 | NEXA_TRAINER_HEAVY_IMAGE | the same for jobs on backend axolotl | none |
 | NEXA_WATCH_NAMESPACE | the only namespace looked at; empty: all | empty |
 | NEXA_DEFAULT_STORAGE | storage profile of jobs with an s3:// URI that name none | none |
+| NEXA_NVIDIA_DEVICES | how names begin of devices whose plugin sets NVIDIA_VISIBLE_DEVICES, by commas | nvidia.com/ |
 | NEXA_PROGRESS_INTERVAL_SECONDS | between two looks at a job's progress, so at most one status write in it | 10 |
 | NEXA_RESYNC_INTERVAL_SECONDS | between two looks at every job, whether or not anything was heard of it | 60 |
 | NEXA_WATCH_SILENCE_SECONDS | a watch that said nothing for so long is begun again | 70 |
@@ -34,6 +35,7 @@ class Settings:
     trainer_heavy_image: str = ""
     watch_namespace: str = ""
     default_storage: str = ""
+    nvidia_devices: tuple[str, ...] = ("nvidia.com/",)
     progress_interval_seconds: float = 10.0
     resync_interval_seconds: float = 60.0
     watch_silence_seconds: float = 70.0
@@ -56,6 +58,7 @@ class Settings:
             trainer_heavy_image=environment.get("NEXA_TRAINER_HEAVY_IMAGE", ""),
             watch_namespace=environment.get("NEXA_WATCH_NAMESPACE", ""),
             default_storage=environment.get("NEXA_DEFAULT_STORAGE", ""),
+            nvidia_devices=tuple(filter(None, environment.get("NEXA_NVIDIA_DEVICES", "nvidia.com/").split(","))),
             progress_interval_seconds=_number(environment, "NEXA_PROGRESS_INTERVAL_SECONDS", 10.0),
             resync_interval_seconds=_number(environment, "NEXA_RESYNC_INTERVAL_SECONDS", 60.0),
             watch_silence_seconds=_number(environment, "NEXA_WATCH_SILENCE_SECONDS", 70.0),

@@ -26,7 +26,7 @@ NODE_TROUBLE_SECONDS = {"node.kubernetes.io/unreachable": 5, "node.kubernetes.io
 
 NO_DEVICES: Object = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}
 """An image may say `all`, by which NVIDIA's container runtime would give a pod every GPU of its node, asked for or not.
-Where devices are asked for their plugin says which."""
+Where GPUs are asked for their plugin says which."""
 
 _MEETING: tuple[Object, ...] = (
     {"name": ENV_NODE_ADDRESS, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
@@ -197,7 +197,7 @@ def _environment(plan: RunPlan, host: str | None) -> list[Object]:
     values = {"HOME": "/tmp", **{item.name: item.value for item in plan.cluster.env}, **ours}  # noqa: S108
     # A dollar in a value would be expanded; doubling it is how Kubernetes spells a dollar.
     said = [{"name": name, "value": value.replace("$", "$$")} for name, value in values.items()]
-    if not (plan.cluster.gpus_per_node or plan.cluster.resources.extended):
+    if not plan.asks_for_gpus:
         said.append(NO_DEVICES)
     return [*said, *_MEETING] if host is None and plan.cluster.num_nodes > 1 else said
 

@@ -168,6 +168,18 @@ async def test_a_job_whose_removal_the_server_can_never_take_is_let_go_at_once_i
 
 
 @pytest.mark.anyio
+async def test_what_ranks_committed_unheard_is_removed_from_where_they_were_told_to_put_it() -> None:
+    world = World()
+    world.put(TRAINING_JOBS, {**deleted(), "status": {"image": "trainer:1", "storage": "team"}})
+    operator = Operator(world)
+    operator.reconciler.defaults = Defaults(image="trainer:2", storage="another")
+    await operator.look()
+    await operator.look()
+    (container,) = world.objects[JOBS.plural, "demo-removal"]["spec"]["template"]["spec"]["containers"]
+    assert container["envFrom"][1] == {"secretRef": {"name": "nexa-storage-team"}}
+
+
+@pytest.mark.anyio
 async def test_time_without_an_operator_is_not_what_ends_its_patience() -> None:
     world = world_with_a_job_that_parts()
     hung_pods(world)

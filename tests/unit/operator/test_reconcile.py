@@ -15,15 +15,15 @@ from nexa_operator.kinds import EVENTS, JOBS, JOBSETS, NODES, PODS, PYTORCHJOBS,
 from nexa_operator.plan import Defaults
 from nexa_operator.reconcile import Key
 from nexa_operator.status import timestamp
-from tests.unit.operator.builders import UID, body, condition, ended, words
+from tests.unit.operator.builders import UID, body, checkpoint, condition, ended, words
 from tests.unit.operator.world import Operator, World
 
 pytestmark = pytest.mark.anyio
 
 
-async def begun(**groups: Any) -> Operator:
+async def begun(world: World | None = None, **groups: Any) -> Operator:
     """Its gang is made, its pods are not."""
-    operator = Operator(World(), **groups)
+    operator = Operator(world or World(), **groups)
     await operator.look()
     if not operator.world.names(JOBS):
         await operator.look()  # the first one put a finalizer on the job
@@ -335,9 +335,9 @@ def suspend_gang(world: World, *, stands: bool) -> None:
     gang["status"] = {"conditions": [said]}
 
 
-async def smaller_with_room() -> Operator:
+async def smaller_with_room(world: World | None = None) -> Operator:
     """One pod of two runs, and a pod beside it has found room for the other."""
-    operator = await begun(cluster={"numNodes": 2, "minNodes": 1})
+    operator = await begun(world, cluster={"numNodes": 2, "minNodes": 1})
     world = operator.world
     operator.job["status"] |= {"numNodes": 1}
     world.objects["jobs", "demo-a0"]["metadata"]["labels"][naming.LABEL_NODES] = "1"
@@ -406,6 +406,18 @@ async def test_an_operator_that_was_away_while_it_kept_room_gives_the_larger_gan
     operator.world.pass_seconds(1)
     await operator.look()
     assert operator.world.names(JOBS) == ["demo-a2"]
+
+
+async def test_room_is_not_kept_for_a_gang_that_is_refused() -> None:
+    world = Denying()
+    operator = await smaller_with_room(world)
+    world.denies = ApiError
+    with pytest.raises(ApiError):
+        await operator.look()
+    assert "demo-a0-room" in world.names(JOBS), "of the larger gang, which is tried now"
+    with pytest.raises(ApiError):
+        await operator.look()
+    assert world.names(JOBS) == []
 
 
 async def test_room_is_kept_while_ranks_commit() -> None:
@@ -742,6 +754,18 @@ async def test_the_image_and_the_storage_that_a_run_has_committed_something_with
     await lose_a_rank()
     assert carries_out() == ("trainer:2", storage)
     assert operator.job["status"]["attempt"] == 2
+
+
+async def test_the_first_checkpoint_keeps_what_it_was_committed_with_when_last_words_alone_tell_of_it() -> None:
+    operator = await begun()
+    operator.reconciler.defaults = Defaults(image="trainer:2", storage="team")
+    operator.world.add_pods("demo-a0", count=1)
+    said = words(cause="Stopped", exit_code=75, checkpoint=checkpoint(50)).model_dump_json()
+    operator.world.add_pods("demo-a0", phase="Failed", containerStatuses=ended(75, said))
+    await operator.look()
+    status = operator.job["status"]
+    assert (status["attempt"], status["checkpoint"]["step"]) == (1, 50)
+    assert (status["image"], status.get("storage")) == ("trainer:1", None)
 
 
 async def disrupted(operator: Operator) -> None:

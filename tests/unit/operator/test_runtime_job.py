@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,6 +143,21 @@ def test_where_no_device_is_asked_for_none_comes_by_what_the_image_says(asks):
     batch = {"globalBatchSize": 8}
     assert environment_of(training=batch)["NVIDIA_VISIBLE_DEVICES"] == "void"
     assert "NVIDIA_VISIBLE_DEVICES" not in environment_of(cluster=asks, training=batch), "the device plugin says which"
+
+
+@pytest.mark.parametrize(
+    "asks", [{"resources": {"extended": {"rdma/hca": 1}}}, {"gpusPerNode": 1, "gpuResource": "volcano.sh/vgpu-number"}]
+)
+def test_other_devices_bring_no_gpu_but_those_that_the_administrator_names(asks):
+    def environment_by(defaults):
+        (container,) = made(defaults=defaults, cluster=asks, training={"globalBatchSize": 8})["spec"]["template"][
+            "spec"
+        ]["containers"]
+        return {item["name"]: item.get("value") for item in container["env"]}
+
+    assert environment_by(DEFAULTS)["NVIDIA_VISIBLE_DEVICES"] == "void"
+    sharing = replace(DEFAULTS, nvidia_devices=("nvidia.com/", "volcano.sh/vgpu", "rdma/"))
+    assert "NVIDIA_VISIBLE_DEVICES" not in environment_by(sharing)
 
 
 def test_a_dollar_in_a_value_stays_a_dollar():
