@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from pydantic import ValidationError
+
+from nexa_operator.errors import RuntimeUnavailableError
 from nexa_operator.naming import FIELD_MANAGER
 from nexa_train.config import GROUP, Job
 from nexa_train.config.load import job_from_object
@@ -24,8 +27,9 @@ def parse(body: Mapping[str, Any]) -> Job:
 
     Raises:
         ConfigError: the description is wrong, for every operator.
+        RuntimeUnavailableError: it is beyond this operator, which is older than the CRD.
     """
-    job = job_from_object(body)
+    job = _understood(body)
     check_supported(job.spec)
     _check_storage(job)
     _check_artifacts_outlive_pods(job)
@@ -37,6 +41,17 @@ def is_ours(body: Mapping[str, Any]) -> bool:
     """Whether no other controller was named; asked before parsing, for another's job need not please us."""
     managed_by = ((body.get("spec") or {}).get("schedule") or {}).get("managedBy")
     return managed_by in (None, OUR_NAME)
+
+
+def _understood(body: Mapping[str, Any]) -> Job:
+    try:
+        return job_from_object(body)
+    except ConfigError as exc:
+        seen = exc.__cause__.errors() if isinstance(exc.__cause__, ValidationError) else []
+        if not seen or any(each["type"] != "extra_forbidden" for each in seen):
+            raise
+        # No mistake: the server keeps no key that its CRD does not know, and fills in defaults of those that it does.
+        raise RuntimeUnavailableError(f"the CRD is of a later version than this operator: upgrade it: {exc}") from exc
 
 
 def _check_storage(job: Job) -> None:

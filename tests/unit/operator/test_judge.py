@@ -62,11 +62,26 @@ def test_a_gang_that_another_version_began_goes_on_though_this_one_does_not_unde
     assert isinstance(decided(seen(gang(rank(0), rank(1, phase="Pending")))), Watch)
 
 
-def test_a_job_that_this_version_does_not_understand_fails_once_another_attempt_is_needed() -> None:
-    strange = body(schedule={"aKeyOfTomorrow": 1})
-    lost = (gang(failed()), gang(failure="BackoffLimitExceeded"), gang(rank(0), deleting=True))
-    for observed in (seen(), *(seen(each) for each in lost), seen(gang(rank(0), suspended=True))):
-        decision = judge(strange, observed, defaults=HEAVY, now=NOW)[1]
+@pytest.mark.parametrize(
+    "observed",
+    [
+        seen(),
+        seen(gang(failed())),
+        seen(gang(failure="BackoffLimitExceeded")),
+        seen(gang(rank(0), deleting=True)),
+        seen(gang(rank(0), suspended=True)),
+    ],
+    ids=["new", "lost", "failed", "deleted", "suspended"],
+)
+def test_what_a_later_crd_lets_a_job_say_waits_for_an_operator_that_knows_it_and_what_is_wrong_fails(
+    observed: Observed,
+) -> None:
+    decision = judge(body(schedule={"aKeyOfTomorrow": 1}), observed, defaults=HEAVY, now=NOW)[1]
+    assert isinstance(decision, Wait)
+    assert decision.reason == "RuntimeUnavailable"
+    assert "of a later version than this operator" in decision.message
+    for wrong in (body(training={"maxSteps": "x"}), body(training={"maxSteps": "x"}, schedule={"aKeyOfTomorrow": 1})):
+        decision = judge(wrong, observed, defaults=HEAVY, now=NOW)[1]
         assert isinstance(decision, Fail)
         assert decision.reason == "ConfigRejected"
 
@@ -82,7 +97,7 @@ def test_a_gang_that_waits_in_its_queue_waits_on_though_this_version_does_not_un
     assert isinstance(decision, Watch)
     assert "aKeyOfTomorrow" in decision.problem
     broken = gang(suspended=True, failure="BackoffLimitExceeded")
-    assert isinstance(judge(strange, seen(broken), defaults=HEAVY, now=NOW)[1], Fail)
+    assert isinstance(judge(strange, seen(broken), defaults=HEAVY, now=NOW)[1], Wait)
 
 
 def test_what_the_server_can_never_take_is_not_tried_again_but_what_runs_goes_on() -> None:

@@ -12,7 +12,7 @@ from tests.unit.operator.builders import body
 @pytest.mark.parametrize(
     ("groups", "said"),
     [
-        ({"nonsense": 1}, "nonsense"),
+        ({"nonsense": 1, "training": {"maxSteps": "x"}}, "nonsense"),
         ({"training": {"globalBatchSize": 7}}, "7 is not divisible by the 2 ranks"),
         ({"trackers": ["wandb"]}, "wandb are not built into this version"),
         (
