@@ -111,7 +111,7 @@ def _probed(arena: Arena, policy: str) -> str:
     who, path, body = {
         "nexa-jobs": (arena.mallory, arena.path, hostile(image="elsewhere/x")),
         "nexa-supported": (arena.mallory, arena.path, hostile(trackers=["wandb"])),
-        "nexa-profiles": (arena.mallory, f"{arena.core}/configmaps", a_profile(NEXA_JOB="{}")),
+        "nexa-profiles": (arena.mallory, f"{arena.core}/configmaps", a_profile("nexa-storage-probe", NEXA_JOB="{}")),
         "nexa-children": (arena.mallory, f"{arena.core}/pods", a_pod(labels=OURS)),
         "nexa-templates": (arena.mallory, arena.jobs, a_job("probe", MINE, OURS)),
         "nexa-pods": (arena.admin, f"{arena.core}/pods", a_pod(labels=OURS, **BEYOND["a token"])),
