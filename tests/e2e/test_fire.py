@@ -27,7 +27,6 @@ from tests.e2e.fire import (
 pytestmark = pytest.mark.e2e
 
 NEXT_STEP_SECONDS = 30
-ON_A_BUSY_MACHINE_SECONDS = 60
 
 
 def with_room_for_one(ground: Field, job: dict[str, Any]) -> dict[str, Any]:
@@ -82,9 +81,8 @@ def test_some_kills_cost_no_bit(ground: Field, tmp_path: Path) -> None:
     struck = fought(ground, "under-fire", steps=300, kinds=kinds, chance=chance, digest=digest)
     print(told(struck))
     assert {each.kind for each in struck if each.ended_attempt} <= set(ENDS_ATTEMPT)
-    # Other tests may run beside this one: by the clock, half a minute is what the soak asks for.
+    # Other tests may run beside this one: what waited for a processor does not count. In the soak it does.
     assert max(own_seconds(each) for each in struck) <= NEXT_STEP_SECONDS
-    assert max(each.seconds for each in struck) <= ON_A_BUSY_MACHINE_SECONDS
 
 
 def test_a_rank_that_hangs_costs_one_restart_and_leaves_its_stacks(ground: Field) -> None:

@@ -27,7 +27,7 @@ from tests.cluster.tools import binary
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTED_SECONDS = 30
-REACTED_SECONDS = 20
+REACTED_SECONDS = 60
 
 
 class Operator:

@@ -273,8 +273,8 @@ def test_suspending_ends_the_pods_and_resuming_makes_another_attempt_of_another_
 
 
 def test_the_deadline_fails_the_job_and_starts_nothing_again(anywhere):
-    anywhere.begin("late", schedule={"activeDeadlineSeconds": 3})
-    anywhere.run("late")
+    anywhere.begin("late", schedule={"activeDeadlineSeconds": 8})
+    anywhere.play(anywhere.wait_ranks("late", 2), "Running")
     assert anywhere.wait_true("late", "Failed")["reason"] == "DeadlineExceeded"
     # Whoever's part that is: the Job's controller tries again after some time where it was refused.
     wait_until(lambda: not anywhere.ranks("late"), timeout_seconds=60, what="its pods are gone")

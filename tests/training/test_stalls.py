@@ -25,7 +25,8 @@ from tests.training.nursery import free_port
 
 pytestmark = pytest.mark.training
 
-LONG = {"training": {"max_steps": 400, "save_every_steps": 5}}
+# One save soon, and seconds to the next: a rank that a test stops after the first is in no other.
+LONG = {"training": {"max_steps": 20_000, "save_every_steps": 200}}
 TWO = {"cluster": {"num_nodes": 2}}
 PATIENT, SHORT = {"recovery": {"progress_deadline_seconds": 600}}, {"recovery": {"progress_deadline_seconds": 5}}
 WORDS_INTO_A_FILE = "import sys, nexa_train.entrypoint as e; e.TERMINATION_LOG = sys.argv[1]; sys.exit(e.main())"

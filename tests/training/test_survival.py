@@ -18,7 +18,8 @@ from tests.training.harness import Run, Runs, ranks_of, write_rows
 
 pytestmark = pytest.mark.training
 
-LONG = {"training": {"max_steps": 60, "save_every_steps": 5}}
+STEPS = 240
+LONG = {"training": {"max_steps": STEPS, "save_every_steps": 5}}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,12 @@ def committed(run: Run) -> int:
 
 def wait_for_checkpoints(run: Run, count: int) -> None:
     """Until so many are committed."""
-    wait_until(lambda: committed(run) >= count, timeout_seconds=120, what=f"{count} checkpoints committed")
+    wait_until(
+        lambda: committed(run) >= count,
+        timeout_seconds=120,
+        what=f"{count} checkpoints committed",
+        interval_seconds=0.005,
+    )
 
 
 def test_a_rank_killed_at_random_moments_changes_no_bit(runs: Runs, undisturbed: str) -> None:
@@ -82,10 +88,10 @@ def test_sigterm_commits_a_checkpoint_and_exits_75(runs: Runs, undisturbed: str)
     process.communicate(timeout=60)
     assert process.returncode == 75
     stopped_at = run.manifests[-1].step
-    assert 0 < stopped_at < 60
+    assert 0 < stopped_at < STEPS
     outcome = run.finish()
     assert outcome["checkpoint"]["weights_digest"] == undisturbed
-    assert outcome["step"] == 60
+    assert outcome["step"] == STEPS
 
 
 def test_sigterm_during_an_evaluation_commits_what_was_trained_and_exits_75(

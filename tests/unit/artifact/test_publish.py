@@ -440,6 +440,8 @@ def test_a_publisher_killed_at_any_moment_loses_no_commit_and_leaves_no_half_one
         process = subprocess.Popen([sys.executable, "-c", PUBLISH_FOR_EVER, *arguments], stdout=subprocess.PIPE)
         assert process.stdout
         process.stdout.readline()
+        if attempt == 5:  # whatever a disk takes to write, one is told of
+            confirmed.append(process.stdout.readline().decode().strip())
         time.sleep(0.02 + 0.017 * attempt)
         process.send_signal(signal.SIGKILL)
         confirmed += process.communicate()[0].decode().split()

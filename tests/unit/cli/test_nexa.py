@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,19 +77,18 @@ def artifacts(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def test_help_comes_in_well_under_200_ms() -> None:
-    if os.getloadavg()[0] > 4:
-        pytest.skip(f"the machine is busy: load average {os.getloadavg()[0]:.1f}")
+def test_help_takes_well_under_200_ms_of_a_processor() -> None:
     # Where the tests' coverage is measured it would be measured here too, and take half of the time.
     plain = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-m", "nexa_train", "--help"], env=plain, capture_output=True, check=False
         )
         assert done.returncode == 0
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     assert min(seconds) < 0.2
 
 

@@ -128,7 +128,7 @@ def test_a_job_as_manifest_is_the_same_job(group: str) -> None:
     assert manifest_of(original) == original
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     method=st.sampled_from(
         [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nexa_train.config.protocol import TERMINATION_LOG_BYTES, CheckpointRef, Progress, Termination
@@ -29,7 +29,6 @@ def last_words(message: str, log: str = "") -> Termination:
     )
 
 
-@settings(deadline=None)
 @given(ANY_TEXT, ANY_TEXT)
 @example("\x00" * 6000, "")
 @example("\ud800" * 6000, "\x1b" * 2048)

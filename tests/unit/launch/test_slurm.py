@@ -56,7 +56,7 @@ def test_the_script_of_a_recipe_is_valid_bash(name: str) -> None:
     subprocess.run(["bash", "-n"], input=render_script(load_job(recipe=name)), text=True, check=True)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=60))
 @example(HOSTILE)
 @example("'")

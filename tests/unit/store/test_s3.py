@@ -140,14 +140,15 @@ def test_a_store_with_conditional_writes_passes_and_is_left_clean(server: SmallS
     assert not server.objects
 
 
-def test_a_server_that_never_answers_is_reported_within_ten_seconds(server: SmallS3, store: Store) -> None:
+def test_a_server_that_never_answers_is_reported_after_two_tries_of_four_seconds(server: SmallS3, store: Store) -> None:
     server.faults = ["hang"] * 10
     started = time.monotonic()
 
     with pytest.raises(RefusedError, match="no answer"):
         store.probe()
 
-    assert time.monotonic() - started < 10
+    assert len(server.faults) == 8, "two were tried"
+    assert time.monotonic() - started < 30
 
 
 def test_more_than_one_conditional_write_can_hold_is_refused_before_a_byte_is_sent(
