@@ -56,10 +56,19 @@ def rank(process: subprocess.Popen[str], number: int) -> psutil.Process:
     return next(each for each in ranks_of(process) if each.environ().get("RANK") == str(number))
 
 
-# The files that rank 1 makes as it begins, and as it writes its part of a checkpoint.
-@pytest.mark.parametrize(("pattern", "phase"), [("stacks-1-*", "(starting)"), ("save-4-1", "(saving, step 4)")])
-def test_a_rank_that_hangs_as_it_starts_or_saves_is_found(runs: Runs, cache: Path, pattern: str, phase: str) -> None:
-    run, before = runs.make(training={"max_steps": 4}, **TWO, **SHORT), run_folders(cache)
+# The files that rank 1 makes as it begins, and as it writes its part of a checkpoint, which must take it a while.
+@pytest.mark.parametrize(
+    ("pattern", "phase", "model"),
+    [
+        ("stacks-1-*", "(starting)", {}),
+        ("save-4-1", "(saving, step 4)", {"d_model": 256, "n_layers": 4, "n_heads": 4}),
+    ],
+    ids=["starts", "saves"],
+)
+def test_a_rank_that_hangs_as_it_starts_or_saves_is_found(
+    runs: Runs, cache: Path, pattern: str, phase: str, model: dict[str, int]
+) -> None:
+    run, before = runs.make(training={"max_steps": 4}, model=model, **TWO, **SHORT), run_folders(cache)
     process = run.start()
     suspend_at(process, cache, before, pattern)
     out, err = process.communicate(timeout=240)
