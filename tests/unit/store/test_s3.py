@@ -140,7 +140,9 @@ def test_a_store_with_conditional_writes_passes_and_is_left_clean(server: SmallS
     assert not server.objects
 
 
-def test_a_server_that_never_answers_is_reported_after_two_tries_of_four_seconds(server: SmallS3, store: Store) -> None:
+def test_a_server_that_never_answers_is_reported_after_two_tries_and_within_ten_seconds(
+    server: SmallS3, store: Store
+) -> None:
     server.faults = ["hang"] * 10
     started = time.monotonic()
 
@@ -148,6 +150,8 @@ def test_a_server_that_never_answers_is_reported_after_two_tries_of_four_seconds
         store.probe()
 
     assert len(server.faults) == 8, "two were tried"
+    # By the clock of a machine that does something else, too, it may be more. A second: for the pause between them.
+    assert s3._PROBING.tries * s3._PROBING.request_seconds + 1 < 10
     assert time.monotonic() - started < 30
 
 
