@@ -219,7 +219,6 @@ def _node(path: Path) -> Mapping[str, Any]:
 def settings_of(**more: Any) -> settings:
     """A real cluster does not give the same answer twice: what failed is shown as it failed."""
     return settings(
-        deadline=None,
         derandomize=True,
         database=None,
         phases=[Phase.generate],
