@@ -162,7 +162,7 @@ def active_seconds(status: dict[str, Any]) -> float:
 
 
 def test_the_time_limit_is_for_all_attempts_together(ns: Namespace) -> None:
-    limit = 15
+    limit = 20
     ns.submit("late", schedule={"activeDeadlineSeconds": limit})
     for pod in ns.wait_pods("late-a0", 2):
         ns.play_kubelet(pod, "Running")
