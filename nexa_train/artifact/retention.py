@@ -68,12 +68,12 @@ def remove_run(store: Store, run_id: str) -> int:
             still holds what somebody else has put there.
     """
     root = run_folder(run_id)
-    listing = store.list(f"{root}/")
-    keys = [stored.key for stored in listing if is_key(stored.key)]
+    listing = [stored for stored in store.list(f"{root}/") if is_key(stored.key)]
+    keys = [stored.key for stored in listing]
     steps = step_states(listing)
     # A step's highest name is the last to go, or a lower one, which it outnumbers, would count again.
-    deciding = [step.key for step in steps if step.generation and is_key(step.key)]
-    outnumbered = [key for step in steps for key in filter(is_key, step.others) if _outnumbered(step, key)]
+    deciding = [step.key for step in steps if step.generation]
+    outnumbered = [key for step in steps for key in step.others if _outnumbered(step, key)]
     identity = f"{root}/{RUN_NAME}"
     rest = [key for key in keys if key not in {identity, *deciding, *outnumbered}]
     for group in (outnumbered, deciding, rest, [identity] if identity in keys else []):
