@@ -128,7 +128,7 @@ def make_plan(
 
 
 def _devices(cluster: ClusterSpec) -> tuple[str, ...]:
-    return (*((cluster.gpu_resource,) if cluster.gpus_per_node else ()), *sorted(cluster.resources.extended))
+    return (*((cluster.gpu_resource,) if cluster.gpus_per_node else ()), *cluster.resources.extended)
 
 
 def _service(job: Job) -> str | None:

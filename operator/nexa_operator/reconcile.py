@@ -423,7 +423,7 @@ class Reconciler:
                     self._rooms_useless[key] = self.clock()
                 await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
             if job is not None and _begins(decision):
-                await self._create(key, body, self._plan(key, body, job, self._defaults_of(body["status"])))
+                await self._create(key, body, self._plan(key, body, job))
         except ConflictError:
             # What this look saw is gone; the next one sees what has its name.
             raise
@@ -451,17 +451,15 @@ class Reconciler:
         for room in seen.rooms:
             await self.cluster.delete(JOBS, key.namespace, room.name, uid=room.uid)
 
-    def _defaults_of(self, status: Body) -> Defaults:
-        return as_begun(self.defaults, status, committed=bool(status.get("checkpoint")))
-
-    def _plan(self, key: Key, body: Body, job: Job, defaults: Defaults) -> RunPlan:
+    def _plan(self, key: Key, body: Body, job: Job) -> RunPlan:
         """Of the attempt on record."""
-        record = read_record(body["status"])
+        status = body["status"]
+        record = read_record(status)
         return make_plan(
             job,
             owner_uid=key.uid,
             attempt=record.attempt,
-            defaults=defaults,
+            defaults=as_begun(self.defaults, status, committed=bool(status.get("checkpoint"))),
             num_nodes=record.num_nodes,
             excluded_nodes=record.excluded_nodes,
             out_of_memory_attempt=record.out_of_memory_attempt,
@@ -471,8 +469,7 @@ class Reconciler:
         if seen.rooms or decision.pauses:
             return
         try:
-            plan = self._plan(key, body, job, self._defaults_of(body["status"]))
-            await self.cluster.create(JOBS, beside.room(plan, num_pods=decision.num_pods))
+            await self.cluster.create(JOBS, beside.room(self._plan(key, body, job), num_pods=decision.num_pods))
         except ApiError as exc:
             # The gang runs, and goes on as it is.
             await self._tell(key, body, Happening(type="Warning", reason="RoomNotAskedFor", message=str(exc)))
@@ -503,12 +500,11 @@ class Reconciler:
 
     async def _remove_artifacts(self, key: Key, body: Body) -> parting.Step:
         status = body.get("status") or {}
-        defaults = self._defaults_of(status)
-        if status.get("image"):
-            # Nobody tells of what ranks commit as they go: it lies where they were told to put it.
-            defaults = replace(defaults, storage=status.get("storage", ""))
         try:
-            plan = self._plan(key, {**body, "status": status}, parse(body), defaults)
+            plan = self._plan(key, {**body, "status": status}, parse(body))
+            if status.get("image"):
+                # Nobody tells of what ranks commit as they go: it lies where they were told to put it.
+                plan = replace(plan, storage=status.get("storage"))
             await self.cluster.create(JOBS, beside.removal(plan))
         except (ConfigError, RuntimeUnavailableError, InvalidError) as exc:
             return parting.LetGo(problem=str(exc))  # asking again would change nothing
