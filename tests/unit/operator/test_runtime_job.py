@@ -149,15 +149,10 @@ def test_where_no_device_is_asked_for_none_comes_by_what_the_image_says(asks):
     "asks", [{"resources": {"extended": {"rdma/hca": 1}}}, {"gpusPerNode": 1, "gpuResource": "volcano.sh/vgpu-number"}]
 )
 def test_other_devices_bring_no_gpu_but_those_that_the_administrator_names(asks):
-    def environment_by(defaults):
-        (container,) = made(defaults=defaults, cluster=asks, training={"globalBatchSize": 8})["spec"]["template"][
-            "spec"
-        ]["containers"]
-        return {item["name"]: item.get("value") for item in container["env"]}
-
-    assert environment_by(DEFAULTS)["NVIDIA_VISIBLE_DEVICES"] == "void"
+    asked = {"cluster": asks, "training": {"globalBatchSize": 8}}
+    assert environment_of(**asked)["NVIDIA_VISIBLE_DEVICES"] == "void"
     sharing = replace(DEFAULTS, nvidia_devices=("nvidia.com/", "volcano.sh/vgpu", "rdma/"))
-    assert "NVIDIA_VISIBLE_DEVICES" not in environment_by(sharing)
+    assert "NVIDIA_VISIBLE_DEVICES" not in environment_of(defaults=sharing, **asked)
 
 
 def test_a_dollar_in_a_value_stays_a_dollar():
